@@ -1,0 +1,218 @@
+"""Stage 2 of DMDX: Adversarial Distribution Matching (Lu et al., ICCV 2025, arXiv 2507.18569), and DMD as its baseline.
+
+A student G_θ makes x̂_0 in one or a few steps. It is noised to x_t; from that same x_t the frozen teacher F_φ (with CFG) and
+the fake score f_ψ (trained on the student's samples) each take one PF-ODE step of length Δt, and a discriminator D_τ, heads
+on the frozen teacher, learns to tell where they land. The student is trained to make the two indistinguishable.
+
+    python adm.py                                                          # tiny-sd3, offline, CPU: about half a minute
+    python adm.py --model sd3 --out out/sd3 --iterations 8000              # one GPU
+    torchrun --nproc_per_node=8 adm.py --model sdxl --init out/adp-sdxl --batch-size 32 --out out/dmdx-sdxl
+
+Expect d_accuracy between 0.5 and 1 and neither end for long, dmd_loss (logged, not optimised) falling, and the
+latents' std staying put. Writes config.json, log.csv, samples/, checkpoints/ and pipeline/, which stock diffusers opens.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from data import PROMPTS, Optimizer, Ranks, Run, at_least, encode_prompts, initial_student, option, run
+from models import LatentDiscriminator, frozen, load_teacher, make_roles, require
+from ode import Draw, T, common, student_input, with_guidance
+
+
+@dataclass
+class Config:
+    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`")
+    out: str = option("out/adm", "folder to write; must be empty, or a run to --resume")
+    init: str = option("teacher", "where the student starts: teacher, or the folder of an adp.py (or adm.py) run")
+    iterations: int = option(50, "generator updates; paper: 8000 to 16000 for CogVideoX")
+    batch_size: int = option(4, "global, whatever the number of ranks (ours)")
+    seed: int = option(0, "of everything random")
+    resolution: str | None = option(None, "pixels, 1024 or 480x720 (height x width); default: the model's own")
+    frames: int | None = option(None, "video frames; default: the model's own")
+    loss: Literal["adm", "dmd"] = option("adm", "how the student learns: the paper's adversary, or DMD's reverse KL")
+    student_steps: int | None = option(None, "student's steps; default: the paper's for the model, SDXL 1, others 4")
+    guidance: float | None = option(None, "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
+    ttur: int = option(1, "discriminator and fake-score updates for each generator update (paper: 1)")
+    dt: float = option(1 / 64, "length of the PF-ODE step, as a fraction of T (paper: 1/64)")
+    t_min: float = option(0.02, "least time that a PF-ODE step lands on, as a fraction of T (ours)")
+    t_max: float = option(0.98, "greatest time that a PF-ODE step starts from, as a fraction of T (ours)")
+    fake_gradient: Literal["exact", "straight-through"] = option(
+        "exact", "through the frozen fake network, as in the paper, or around it (ours: cheaper, see README)")
+    t_weight: Literal["none", "1/alpha"] = option("none", "weight of the generator loss in t (ours; the paper has none)")
+    damping: float = option(0.0, "weight of a zero-centred gradient penalty on D, by finite differences (ours; paper: none)")
+    damping_sigma: float = option(0.01, "length of that finite difference, in units of x_t")
+    head_width: int = option(256, "channels of the discriminator's heads (paper: 256)")
+    lora_rank: int = option(0, "train LoRA adapters of this rank on one shared base; 0: full networks")
+    lr_student: float = option(1e-6, "learning rate of the student (ours: well below the heads')")
+    lr_fake: float = option(2e-6, "learning rate of the fake score (ours)")
+    lr_heads: float = option(1e-4, "learning rate of the discriminator's heads (ours)")
+    beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9, and heads learnt too little at 0)")
+    clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    checkpoint_every: int = option(25, "iterations between checkpoints")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
+    sample_every: int = option(25, "iterations between picture grids; 0: none")
+    resume: bool = option(False, "continue the run in --out")
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+# Logits, weights: (B,) float32. Latents: (B, ...) float32. Each returns a scalar.
+
+
+def discriminator_loss(real, fake):
+    """ADM's hinge (Eq. 8): E[max(0, 1 − D(x_real, t−Δt))] + E[max(0, 1 + D(x_fake, t−Δt))]. At D's optimum the game's
+    value is the total variation between the two."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def generator_loss(fake, weight=None):
+    """ADM's generator (Eq. 8): −E[D(x_fake, t−Δt)]; `weight` (B,) in t is ours."""
+    return -(fake if weight is None else weight * fake).mean()
+
+
+def fake_score_loss(out, target):
+    """The teacher's own diffusion loss, on student samples, in its own prediction type."""
+    return F.mse_loss(out.float(), target)
+
+
+def dmd_loss(x0_hat, x0_real, x0_fake):
+    """DMD (arXiv 2311.18828): a loss whose gradient in x̂_0 is the normalised score difference g / numel.
+
+    g = (x0_fake − x0_real) / mean|x̂_0 − x0_real|, per sample; its value, ½ mean g², is what ADM's log shows.
+    """
+    distance = (x0_hat.detach() - x0_real).abs().flatten(1).mean(1).clamp(min=1e-5)  # (B,)
+    g = (x0_fake - x0_real) / distance.view(-1, *[1] * (x0_hat.ndim - 1))
+    return 0.5 * F.mse_loss(x0_hat, (x0_hat - g).detach())
+
+
+def damping_loss(logits, moved, sigma):
+    """Zero-centred penalty ½ E[((D(x) − D(x + σε)) / σ)²] ≈ ½ E|∇D|², without a double backward (ours, after APT's R1)."""
+    return 0.5 * ((logits - moved) / sigma).square().mean()
+
+
+def straight_through(x_fake, x0_hat, alpha_s):
+    """x_fake's value with the gradient α_s dx̂_0 that the step has at f_ψ's optimum (ours; the paper's is exact)."""
+    return x_fake.detach() + alpha_s.view(-1, *[1] * (x0_hat.ndim - 1)) * (x0_hat - x0_hat.detach())
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Raises BadInput for settings without meaning, before anything is loaded or written."""
+    at_least(1, cfg, "iterations", "ttur", "student_steps", "checkpoint_every", "keep_checkpoints")
+    at_least(0, cfg, "seed", "lora_rank", "guidance", "damping", "sample_every")
+    for name in ("lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma"):
+        require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
+    require(0 <= cfg.t_min < cfg.t_max <= 1, f"--t-min {cfg.t_min} --t-max {cfg.t_max}: 0 <= t_min < t_max <= 1")
+    require(0 < cfg.dt < cfg.t_max - cfg.t_min, f"--dt {cfg.dt}: between 0 and t_max - t_min = {cfg.t_max - cfg.t_min:g}")
+    require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
+    require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
+
+
+def main(cfg):
+    check(cfg)
+    family, ranks = load_teacher(cfg.model), Ranks()
+    shape = family.latent_shape(cfg.resolution, cfg.frames)
+    samples, device = ranks.mine(cfg.batch_size), ranks.device
+    steps, guidance = cfg.student_steps or family.student_steps, family.guidance if cfg.guidance is None else cfg.guidance
+    here = Run("adm", cfg, ranks)
+
+    prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
+    teacher, student, fake = make_roles(family, ("student", "fake"), cfg.lora_rank, device, cfg.gradient_checkpointing)
+    schedule = family.schedule  # of teacher, fake and discriminator, always
+    student_schedule = initial_student(cfg.init, student, cfg.lora_rank)  # the same, or after ADP the straight line
+    times = student_schedule.timesteps(steps)[:-1].to(device)  # (steps,)
+    torch.manual_seed(cfg.seed)  # the heads' initial weights
+    discriminator = LatentDiscriminator(teacher, cfg.head_width).to(device)
+
+    optimizers = {"student": Optimizer(student.own_parameters(), cfg.lr_student, cfg, ranks),
+                  "fake": Optimizer(fake.own_parameters(), cfg.lr_fake, cfg, ranks),
+                  "heads": Optimizer(dict(discriminator.heads.named_parameters()), cfg.lr_heads, cfg, ranks)}
+    first = here.restore(optimizers) if cfg.resume else 0
+    here.describe(family, student_schedule, steps, guidance_used=guidance)
+
+    for iteration in ranks.progress(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=cfg.loss):
+        began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
+        for r in range(cfg.ttur):  # the generator trains in round 0; TTUR's further rounds draw fresh samples for the others
+            draw = Draw((cfg.seed, iteration, r), samples, device)
+            cond, uncond = prompts.batch(draw.integers(len(prompts))), prompts.unconditional(len(samples))
+            k = int(common(cfg.seed, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
+
+            # 1. Sample: x̂_0 = G_θ(x_t', t'). The steps before k run without gradient.
+            def predict(x, t):
+                return student(x, t, cond)[0]
+            with torch.no_grad():
+                x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
+            with torch.set_grad_enabled(r == 0):
+                t_in = times[k].expand(len(samples))
+                x0_hat = student_schedule.to_x0_eps(x_in, predict(x_in, t_in), t_in)[0]  # (B, ...)
+
+            # 2. Re-diffuse to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
+            t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
+            s = t - cfg.dt * T
+            x_t = schedule.add_noise(x0_hat, draw.normal(shape), t)
+
+            # Fake and heads are frozen up to the generator's update; their activations carry the gradient from D to x̂_0.
+            with frozen(fake, discriminator.heads), torch.set_grad_enabled(r == 0):
+                # 3. One PF-ODE step from the same x_t: by the teacher with CFG, without gradient; by the fake score, with.
+                with torch.no_grad():
+                    out_real = with_guidance(teacher, cond, uncond, guidance)(x_t, t)
+                    x_real = schedule.pf_ode_step(x_t, out_real, t, s)
+                with torch.set_grad_enabled(r == 0 and cfg.loss == "adm" and cfg.fake_gradient == "exact"):
+                    out_fake = fake(x_t, t, cond)[0]
+                    x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
+                if cfg.fake_gradient == "straight-through":
+                    x_fake = straight_through(x_fake, x0_hat, schedule.alpha_sigma(s)[0])
+
+                # 4. Generator: the student trains. The DMD loss comes from the same passes; ADM logs it without using it.
+                x0_real, x0_fake = (schedule.to_x0_eps(x_t, out, t)[0].detach() for out in (out_real, out_fake))
+                loss = loss_dmd = dmd_loss(x0_hat, x0_real, x0_fake)
+                if cfg.loss == "adm":
+                    maps_fake = discriminator.features(x_fake, s, cond)
+                    weight = 1 / schedule.alpha_sigma(t)[0] if cfg.t_weight == "1/alpha" else None  # (B,)
+                    loss = generator_loss(discriminator.logits(maps_fake), weight)
+                if r == 0:
+                    log |= {"loss_generator": loss, "dmd_loss": loss_dmd, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.std()}
+                    log["grad_norm_student"] = optimizers["student"].step(loss)
+
+            # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
+            if cfg.loss == "adm":
+                with torch.no_grad():
+                    maps_real = discriminator.features(x_real, s, cond)
+                logits_real = discriminator.logits(maps_real)  # (B,)
+                logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
+                loss = log["loss_discriminator"] = discriminator_loss(logits_real, logits_fake)
+                log["d_accuracy"] = ((logits_real > 0).float() + (logits_fake < 0).float()).mean() / 2
+                if cfg.damping:
+                    for x, logits in ((x_real, logits_real), (x_fake, logits_fake)):
+                        with torch.no_grad():
+                            moved = discriminator.features(x + cfg.damping_sigma * draw.normal(shape), s, cond)
+                        loss = loss + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
+                log["grad_norm_heads"] = optimizers["heads"].step(loss)
+
+            # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
+            x0, t, eps = x0_hat.detach(), draw.uniform(0, schedule.t_noise), draw.normal(shape)
+            out = fake(schedule.add_noise(x0, eps, t), t, cond)[0]
+            log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t))
+            log["grad_norm_fake"] = optimizers["fake"].step(log["loss_fake"])
+
+        here.record(iteration + 1, log, began)
+        if here.due(cfg.sample_every, iteration):  # of the last round: no network runs for it, only the VAE
+            here.picture(iteration + 1, family, {"student x0_hat": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake})
+        if here.due(cfg.checkpoint_every, iteration):
+            here.save(iteration + 1, optimizers)
+    here.finish(student, student_schedule, steps)
+
+
+COLUMNS = ("loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
+           "grad_norm_fake", "grad_norm_heads", "x0_mean", "x0_std")
+
+if __name__ == "__main__":
+    run(main, Config, description=__doc__)

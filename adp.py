@@ -1,0 +1,203 @@
+"""Stage 1 of DMDX: Adversarial Distillation Pre-training (Lu et al., ICCV 2025, arXiv 2507.18569).
+
+The student learns to jump along the teacher's ODE pairs (x_T, x_0): first by regression on the straight line's velocity, then
+against two discriminators, D_τ1 on noised latents (heads on the frozen teacher) and D_τ2 on decoded images (heads on a frozen
+SAM). That gives stage 2, adm.py, a student whose samples already overlap with the teacher's.
+
+    python data.py pairs --model tiny-sdxl --out out/pairs && python adp.py --model tiny-sdxl --pairs out/pairs   # a minute
+    torchrun --nproc_per_node=8 adp.py --model sdxl --pairs out/pairs-sdxl --batch-size 32 --iterations 10000 --out out/adp-sdxl
+
+Expect loss_mse to fall and level out in the first phase, and both accuracies between 0.5 and 1 in the second. Whatever the
+teacher predicts, the student predicts a flow from here on: config.json says so and the exported scheduler knows.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from data import Optimizer, Pairs, Ranks, Run, at_least, initial_student, option, run
+from models import (BadInput, LatentDiscriminator, PixelDiscriminator, frozen, load_teacher, make_roles, require)
+from ode import Draw, T, common, on_the_line, student_sample
+
+
+@dataclass
+class Config:
+    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    pairs: str = option("out/pairs", "folder made by `data.py pairs` with the same model")
+    out: str = option("out/adp", "folder to write; must be empty, or a run to --resume")
+    init: str = option("teacher", "where the student starts: teacher, or the folder of another adp.py run")
+    iterations: int = option(50, "student updates in all")
+    mse_iterations: int = option(25, "the first of them, by velocity regression (the paper does not say how many: ours)")
+    batch_size: int = option(4, "global, whatever the number of ranks (ours)")
+    seed: int = option(0, "of everything random")
+    resolution: str | None = option(None, "pixels, 1024 or 480x720: checked against the pairs")
+    frames: int | None = option(None, "video frames: checked against the pairs")
+    guidance: float | None = option(None, "CFG scale: checked against the pairs, which have it in them")
+    loss: Literal["adp", "mse"] = option("adp", "regression, then adversaries; or regression throughout (ablation A1)")
+    schedule: Literal["cubic", "uniform"] = option("cubic", "where on the line the student trains (paper: cubic)")
+    pixel: bool = option(True, "use the pixel discriminator, which needs the VAE decoder in memory")
+    pixel_backbone: str | None = option(None, "its vision encoder, hub id or folder (DINOv2: ablation A2); default: "
+                                              "facebook/sam-vit-base, for tiny teachers tiny-sam")
+    lambda_latent: float = option(0.85, "λ_1, weight of the latent discriminator (paper: 0.85)")
+    lambda_pixel: float = option(0.15, "λ_2, weight of the pixel discriminator (paper: 0.15)")
+    head_width: int = option(256, "channels of the discriminators' heads (paper: 256)")
+    student_steps: int = option(1, "steps of the exported student's sampler; ADP is made for 1")
+    lora_rank: int = option(0, "train a LoRA adapter of this rank on the frozen teacher; 0: a full network")
+    lr_student: float = option(1e-5, "learning rate of the student (ours)")
+    lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)")
+    lr_fake: float = option(2e-6, "unused, there is no fake score in this stage; taken so that both stages share a launcher")
+    beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)")
+    clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    checkpoint_every: int = option(25, "iterations between checkpoints")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
+    sample_every: int = option(25, "iterations between picture grids; 0: none")
+    resume: bool = option(False, "continue the run in --out")
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+# Logits are lists of (B,) or (N,) float32, one a discriminator, with one weight λ each. Every loss is a scalar.
+
+
+def line_times(u, schedule):
+    """u ~ U[0, T], (B,), to the student's times: cubic t = [1 − (u/T)³]·T, biased to noise, or uniform t = u."""
+    return (1 - (u / T) ** 3) * T if schedule == "cubic" else u
+
+
+def velocity_loss(v, x_0, x_T):
+    """Regression on the pairs' straight line (rectified flow): E|v − (x_T − x_0)|²."""
+    return F.mse_loss(v.float(), x_T.float() - x_0.float())
+
+
+def discriminator_loss(real, fake, lambdas):
+    """ADP's weighted hinge: Σ_i λ_i (E[max(0, 1 − D_i(real))] + E[max(0, 1 + D_i(fake))])."""
+    return sum(w * (F.relu(1 - r).mean() + F.relu(1 + f).mean()) for w, r, f in zip(lambdas, real, fake, strict=True))
+
+
+def generator_loss(fake, lambdas):
+    """ADP's generator: −Σ_i λ_i E[D_i(fake)]."""
+    return -sum(w * f.mean() for w, f in zip(lambdas, fake, strict=True))
+
+
+# --- The pixel discriminator's backbone ------------------------------------------------------------------------------
+
+def load_pixel_backbone(name, device="cpu"):
+    """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder. Raises BadInput."""
+    folder = name
+    if name in ("tiny-sam", "tiny-dinov2"):
+        from toy.tiny import build
+        folder = build(name)
+    try:
+        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        loader = transformers.SamVisionModel if kind.startswith("sam") else transformers.AutoModel
+        backbone = loader.from_pretrained(folder)
+    except Exception as e:  # of hub, file and class alike
+        raise BadInput(f"--pixel-backbone {name}: cannot load it ({type(e).__name__}); tiny-sam runs offline") from None
+    require(all(isinstance(getattr(backbone.config, part, None), int) for part in ("image_size", "patch_size", "hidden_size")),
+            f"--pixel-backbone {name}: a {kind} is no plain vision transformer")
+    return backbone.to(device).eval().requires_grad_(False)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Raises BadInput for settings without meaning, before anything is loaded or written."""
+    at_least(1, cfg, "iterations", "student_steps", "checkpoint_every", "keep_checkpoints")
+    at_least(0, cfg, "seed", "mse_iterations", "lora_rank", "guidance", "lambda_latent", "lambda_pixel", "sample_every")
+    for name in ("lr_student", "lr_heads", "clip"):
+        require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
+    require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
+    require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
+
+
+def main(cfg):
+    check(cfg)
+    family, ranks = load_teacher(cfg.model), Ranks()
+    samples, device = ranks.mine(cfg.batch_size), ranks.device
+    pairs = Pairs(cfg.pairs, family, device, cfg.resolution, cfg.frames, cfg.guidance)
+    here = Run("adp", cfg, ranks)
+
+    teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, cfg.gradient_checkpointing)
+    initial_student(cfg.init, student, cfg.lora_rank)
+    line = on_the_line(family.schedule)  # the student's process
+    schedule = family.schedule  # the teacher's, on which the latent discriminator lives
+    times = line.timesteps(cfg.student_steps)[:-1].to(device)  # (steps,) of the exported sampler
+    torch.manual_seed(cfg.seed)  # the heads' initial weights
+    adversarial = cfg.loss == "adp" and cfg.mse_iterations < cfg.iterations
+    discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width).to(device)], [cfg.lambda_latent]
+    if adversarial and cfg.pixel:
+        vae = family.vae(device)
+        backbone = cfg.pixel_backbone or ("tiny-sam" if cfg.model.startswith("tiny-") else "facebook/sam-vit-base")
+        discriminators.append(PixelDiscriminator(load_pixel_backbone(backbone, device), cfg.head_width).to(device))
+        lambdas.append(cfg.lambda_pixel)
+    heads = torch.nn.ModuleList(d.heads for d in discriminators)
+
+    optimizers = {"student": Optimizer(student.own_parameters(), cfg.lr_student, cfg, ranks),
+                  "heads": Optimizer(dict(heads.named_parameters()), cfg.lr_heads, cfg, ranks)}
+    first = here.restore(optimizers) if cfg.resume else 0
+    here.describe(family, line, cfg.student_steps, pairs=pairs.manifest)
+
+    for iteration in ranks.progress(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=cfg.loss):
+        began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
+        draw = Draw((cfg.seed, iteration), samples, device)
+        x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
+
+        # 1. The student's input on the pair's line, its velocity, its sample x̃_0.
+        t = line_times(draw.uniform(0, T), cfg.schedule)  # (B,)
+        x_t = line.add_noise(x_0, x_T, t)
+        v = student(x_t, t, cond)[0]
+        x0_hat = line.to_x0_eps(x_t, v, t)[0]
+        log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.std()}
+
+        if cfg.loss == "mse" or iteration < cfg.mse_iterations:
+            # 2. Regression: the student trains.
+            log["loss_generator"] = log["loss_mse"]
+            log["grad_norm_student"] = optimizers["student"].step(log["loss_mse"])
+        else:
+            # 3. What the discriminators see: both samples noised to the same t' with independent noise; both decoded, clean.
+            t = draw.uniform(0, schedule.t_noise)  # (B,)
+            x_fake = schedule.add_noise(x0_hat, draw.normal(pairs.shape), t)
+            x_real = schedule.add_noise(x_0, draw.normal(pairs.shape), t)
+            u = common(cfg.seed, iteration).random(3)  # which video frames the pixel discriminator sees
+
+            # 4. Generator: the student trains, heads are frozen; the gradient runs through the frozen teacher, the frozen SAM
+            #    and the VAE's decoder.
+            with frozen(heads):
+                maps_fake = [discriminators[0].features(x_fake, t, cond)]
+                if cfg.pixel:
+                    maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
+                log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
+                log["grad_norm_student"] = optimizers["student"].step(log["loss_generator"])
+
+            # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
+            with torch.no_grad():
+                maps_real = [discriminators[0].features(x_real, t, cond)]
+                if cfg.pixel:
+                    maps_real.append(discriminators[1].features(family.views(vae, x_0, u)))
+            real = [d.logits(m) for d, m in zip(discriminators, maps_real)]
+            fake = [d.logits([h.detach() for h in m]) for d, m in zip(discriminators, maps_fake)]
+            log["loss_discriminator"] = discriminator_loss(real, fake, lambdas)
+            for name, r, f in zip(("d_accuracy", "d_accuracy_pixel"), real, fake):
+                log[name] = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
+            log["grad_norm_heads"] = optimizers["heads"].step(log["loss_discriminator"])
+
+        here.record(iteration + 1, log, began)
+        if here.due(cfg.sample_every, iteration):
+            with torch.no_grad():
+                x0 = student_sample(lambda x, t: student(x, t, cond)[0], line, x_T, times, lambda: draw.normal(pairs.shape))
+            here.picture(iteration + 1, family, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
+        if here.due(cfg.checkpoint_every, iteration):
+            here.save(iteration + 1, optimizers)
+    here.finish(student, line, cfg.student_steps)
+
+
+COLUMNS = ("loss_generator", "loss_discriminator", "loss_mse", "d_accuracy", "d_accuracy_pixel", "grad_norm_student",
+           "grad_norm_heads", "x0_mean", "x0_std")
+
+if __name__ == "__main__":
+    run(main, Config, description=__doc__)

@@ -1,0 +1,530 @@
+"""What is on disk (prompts, text embeddings, ODE pairs, runs and their checkpoints), and how a script is run.
+
+    python data.py encode --model sd3 --prompts prompts.txt --out out/prompts-sd3
+    torchrun --nproc_per_node=8 data.py pairs --model sdxl --count 10000 --out out/pairs-sdxl
+
+Training reads these files only, so text encoders never sit in memory beside the four networks. All is safetensors and json,
+written aside and renamed: a file is whole or absent. A second call of either command continues the first.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from models import BadInput, export_pipeline, file_sha256, load_teacher, require
+from ode import Draw, on_the_line, teacher_sample, with_guidance
+
+PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
+
+
+# --- Running a script ------------------------------------------------------------------------------------------------
+
+def option(default, help):
+    """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
+    return field(default=default, metadata={"help": help})
+
+
+def run(main, config_class, argv=None, **about):
+    """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, **about)
+
+    def fail(message):
+        raise BadInput(message)
+    parser.error = fail
+    try:
+        main(parser.parse_args_into_dataclasses(argv)[0])
+    except BadInput as e:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{parser.prog}{rank}: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def at_least(least, cfg, *names):
+    """Raises BadInput for the first of these settings that is below `least` (or is no number)."""
+    for name in names:
+        value = getattr(cfg, name)
+        require(value is None or value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
+
+
+class Ranks:
+    """This process among the others; plain python is one rank of one. Batch sizes are global and split evenly."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main, cuda = self.rank == 0, torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same machine: bitwise the same run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+    def mine(self, batch_size):
+        """The numbers of this rank's samples in a global batch."""
+        require(batch_size >= 1 and batch_size % self.world == 0,
+                f"--batch-size {batch_size}: at least 1, and a multiple of the {self.world} ranks")
+        each = batch_size // self.world
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def mean(self, tensor):
+        """A tensor's mean over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def progress(self, *args, **kwargs):
+        """tqdm on rank 0, quiet when stderr is no terminal."""
+        return tqdm(*args, disable=None if self.main else True, **kwargs)
+
+
+class Optimizer:
+    """AdamW on one network's {name: parameter}; gradients are averaged over ranks and clipped."""
+
+    def __init__(self, parameters, lr, cfg, ranks):
+        self.parameters, self.clip, self.ranks = parameters, cfg.clip, ranks
+        self.adamw = torch.optim.AdamW(parameters.values(), lr=lr, betas=(cfg.beta1, 0.999), weight_decay=0.01)  # as peers
+
+    def step(self, loss):
+        """Backward and update. Returns the gradient norm before clipping; no gradient is left behind."""
+        loss.backward()
+        for p in self.parameters.values():
+            if p.grad is not None:
+                self.ranks.mean(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self):
+        """Parameters and AdamW's state, flat, for a checkpoint."""
+        state = self.adamw.state_dict()["state"]
+        return {**{f"parameter/{name}": p.detach() for name, p in self.parameters.items()},
+                **{f"adamw/{i}/{slot}": v for i, slots in state.items() for slot, v in slots.items()}}
+
+    def restore(self, tensors):
+        """The inverse of `tensors`."""
+        state = {}
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            if kind == "parameter":
+                self.parameters[name].data.copy_(value)
+            else:
+                i, slot = name.split("/")
+                state.setdefault(int(i), {})[slot] = value
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+# --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
+
+def write_json(path, value):
+    Path(f"{path}.partial").write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(f"{path}.partial", path)
+
+
+def read_json(path, what):
+    """Raises BadInput, naming `what` should have been there."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        raise BadInput(f"{Path(path).parent} holds no {what}: {Path(path).name} is missing or damaged") from None
+
+
+def write_tensors(path, tensors):
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+def claim(folder):
+    """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder} is not empty: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot create {folder}: {e.strerror}") from None
+
+
+def is_whole(path):
+    try:
+        with safe_open(path, "pt") as f:
+            return len(f.keys()) > 0
+    except (OSError, SafetensorError):
+        return False
+
+
+def collect(folder, manifest, ranks, make):
+    """Fill `folder` with shards of rows; make(rows) returns the tensors {name: (len(rows), ...)} of these row numbers.
+
+    manifest names everything that the rows depend on, with "kind", "count" and "shard_size". Each rank makes every world-th
+    shard; whole shards of an earlier call are kept. Raises BadInput if the folder holds something else.
+    """
+    folder, size, count = Path(folder), manifest["shard_size"], manifest["count"]
+    if ranks.main and not (folder / "manifest.json").exists():
+        claim(folder)
+        write_json(folder / "manifest.json", {**manifest, "complete": False})
+    ranks.barrier()
+    found = read_json(folder / "manifest.json", manifest["kind"])
+    differing = [f"{k}: {found.get(k)} there, {manifest[k]} now" for k in manifest if found.get(k) != manifest[k]]
+    require(not differing, f"{folder} holds {found.get('kind')} of other settings ({'; '.join(differing)})")
+    with ranks.progress(total=count, unit="", desc=manifest["kind"]) as bar:
+        for shard in range(ranks.rank, -(-count // size), ranks.world):
+            rows, path = range(shard * size, min((shard + 1) * size, count)), folder / f"{shard:06d}.safetensors"
+            if not is_whole(path):
+                write_tensors(path, make(rows))
+            bar.update(min(ranks.world * size, count - bar.n))
+    ranks.barrier()
+    if ranks.main:
+        write_json(folder / "manifest.json", {**manifest, "complete": True})
+    ranks.barrier()
+
+
+class Rows:
+    """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
+
+    def __init__(self, folder, kind, teacher):
+        self.folder, self.files = Path(folder), {}
+        self.manifest = m = read_json(self.folder / "manifest.json", kind)
+        require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
+        require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with another model than {teacher.name}: {m['model']}")
+        shards = [self.folder / f"{i:06d}.safetensors" for i in range(-(-m["count"] // m["shard_size"]))]
+        broken = [s.name for s in shards if not is_whole(s)] or ([] if m["complete"] else ["unfinished"])
+        require(not broken, f"{folder} is half-written or damaged ({broken[:1]}): the command that made it will continue it")
+
+    def __len__(self):
+        return self.manifest["count"]
+
+    def __getitem__(self, rows):
+        """Row numbers → {name: (len(rows), ...)}."""
+        picked = []
+        for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
+            if shard not in self.files:
+                self.files[shard] = safe_open(self.folder / f"{shard:06d}.safetensors", "pt")
+            picked.append({name: self.files[shard].get_slice(name)[i:i + 1] for name in self.files[shard].keys()})
+        return {name: torch.cat([p[name] for p in picked]) for name in picked[0]}
+
+
+def read_prompts(path):
+    """Lines of a plain UTF-8 text file, blank ones left out. Raises BadInput."""
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path} is not UTF-8 text (byte {e.start})") from None
+    except OSError as e:
+        raise BadInput(f"cannot read prompts from {path}: {e.strerror}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    require(prompts, f"{path} holds no prompts: one a line is expected")
+    return prompts
+
+
+class Prompts:
+    """Cached conditioning of prompts, and of none."""
+
+    def __init__(self, folder, teacher, device="cpu"):
+        self.rows, self.device = Rows(folder, "prompts", teacher), device
+        self.none = Rows(self.rows.folder / "unconditional", "prompts", teacher)[[0]]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, numbers):
+        """Conditioning of these prompts, {name: (B, ...)}."""
+        return {name: c.to(self.device) for name, c in self.rows[numbers].items()}
+
+    def unconditional(self, batch_size):
+        return {name: c.to(self.device).expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
+
+
+def encode_prompts(teacher, path, folder, ranks, batch_size=32):
+    """The Prompts of a text file `path`, encoded into `folder`; or of a folder `path` that `encode` made, used as it is."""
+    if Path(path).is_dir():
+        return Prompts(path, teacher, ranks.device)
+    prompts, pipe = read_prompts(path), None
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32  # of encoders and cache
+
+    def embed(texts):
+        nonlocal pipe
+        pipe = pipe or teacher.text_pipeline(ranks.device, dtype)  # loaded only where something is left to encode
+        with torch.no_grad():
+            return teacher.encode(pipe, texts) if texts else teacher.unconditional(pipe)
+
+    manifest = {"kind": "prompts", "model": teacher.name, "weights_sha256": teacher.weights_sha256, "dtype": str(dtype),
+                "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    collect(folder, {**manifest, "count": len(prompts), "shard_size": batch_size}, ranks,
+            lambda rows: embed([prompts[i] for i in rows]))
+    collect(Path(folder) / "unconditional", {**manifest, "count": 1, "shard_size": 1}, ranks, lambda rows: embed([]))
+    return Prompts(folder, teacher, ranks.device)
+
+
+class Pairs:
+    """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
+
+    def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
+        self.rows, self.device, self.folder = Rows(folder, "pairs", teacher), device, Path(folder)
+        self.manifest, self.shape = self.rows.manifest, tuple(self.rows.manifest["shape"])
+        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
+        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution/--frames ask for {wanted}")
+        require(guidance in (None, self.manifest["guidance"]),
+                f"{folder} was made with guidance {self.manifest['guidance']}, not {guidance}: it cannot be changed afterwards")
+        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, numbers):
+        """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
+        rows = self.rows[numbers]
+        return rows["x_T"].to(self.device), rows["x_0"].to(self.device), self.prompts.batch(rows["prompt"].tolist())
+
+
+def collect_pairs(cfg, teacher, prompts, ranks):
+    """Teacher samples with the noise they came from: x_T ~ N(0, I), x_0 by the PF-ODE with CFG. Pair i has prompt i mod n."""
+    shape, guidance = teacher.latent_shape(cfg.resolution, cfg.frames), teacher.guidance if cfg.guidance is None else cfg.guidance
+    gigabytes, out = cfg.count * 2 * 4 * float(np.prod(shape)) / 1e9, Path(cfg.out).absolute()
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
+    if ranks.main:
+        print(f"{cfg.count} pairs of float32 {'x'.join(map(str, shape))} take {gigabytes:.3g} GB in {cfg.out}, where {free:.3g} GB are free")
+    require(gigabytes < free or (out / "manifest.json").exists(), f"{gigabytes:.3g} GB of pairs do not fit on {out}: {free:.3g} GB are free")
+    manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
+                "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
+                "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.rows.folder, out),
+                "text_sha256": prompts.rows.manifest["text_sha256"], "count": cfg.count, "shard_size": cfg.shard_size}
+    denoiser = None
+
+    def make(rows):
+        nonlocal denoiser
+        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        denoiser = denoiser or teacher.denoiser(ranks.device, dtype).requires_grad_(False)
+        x_T, x_0, numbers = [], [], [i % len(prompts) for i in rows]
+        for at in range(0, len(rows), cfg.batch_size):
+            some = rows[at:at + cfg.batch_size]
+            cond, uncond = prompts.batch(numbers[at:at + cfg.batch_size]), prompts.unconditional(len(some))
+            x_T.append(Draw((cfg.seed,), some, ranks.device).normal(shape))
+            with torch.no_grad():
+                x_0.append(teacher_sample(with_guidance(denoiser, cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))
+        return {"x_T": torch.cat(x_T), "x_0": torch.cat(x_0), "prompt": torch.tensor(numbers)}
+
+    collect(cfg.out, manifest, ranks, make)
+
+
+# --- A run's folder --------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = ("resume", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints")  # when a run is resumed
+
+
+class Run:
+    """The output folder of a training run: config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/.
+
+    Raises BadInput for a folder that holds anything, unless cfg.resume; then for a config that differs from the run's.
+    """
+
+    def __init__(self, stage, cfg, ranks):
+        self.folder, self.cfg, self.ranks, self.log = Path(cfg.out), cfg, ranks, None
+        self.config = {"stage": stage, **asdict(cfg)}
+        if cfg.resume:
+            saved = read_json(self.folder / "config.json", "run to resume")["config"]
+            differing = [k for k in self.config if k not in MAY_CHANGE and saved.get(k) != self.config[k]]
+            require(not differing, f"--resume: {self.folder} was run with "
+                    + ", ".join(f"{k} = {saved.get(k)!r}, not {self.config[k]!r}" for k in differing))
+        elif ranks.main:
+            require(not (self.folder / "config.json").exists(),
+                    f"{self.folder} holds another run: continue it with --resume, or choose another --out")
+            claim(self.folder)
+        ranks.barrier()
+
+    def describe(self, family, schedule, steps, **more):
+        """config.json: all settings, versions, the teacher, and what the student is."""
+        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
+        student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
+        if self.ranks.main:
+            write_json(self.folder / "config.json", {
+                "config": self.config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256}, "student": student,
+                **more, "world_size": self.ranks.world, "versions": {"python": platform.python_version(), **versions}})
+
+    def record(self, iteration, values, began):
+        """Append a row to log.csv. Tensors are averaged over the ranks, None stays empty. To be called on every rank."""
+        tensors = {name: v.detach().float() for name, v in values.items() if torch.is_tensor(v)}
+        means = self.ranks.mean(torch.stack(list(tensors.values()))).tolist()
+        if self.ranks.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        row = {"iteration": iteration, **values, **dict(zip(tensors, means)),
+               "seconds": round(time.perf_counter() - began, 4), "peak_memory_gb": round(memory / 1e9, 3)}
+        if not self.ranks.main:
+            return
+        if self.log is None:  # a resumed run drops what came after its checkpoint
+            path, kept = self.folder / "log.csv", []
+            if path.exists():
+                with open(path, newline="") as f:
+                    kept = [r for r in csv.DictReader(f) if int(r["iteration"]) < iteration]
+            self.log = open(path, "w", newline="")
+            self.writer = csv.DictWriter(self.log, row)
+            self.writer.writeheader()
+            self.writer.writerows(kept)
+        self.writer.writerow(row)
+        self.log.flush()
+
+    def due(self, every, iteration):
+        """Whether something done `every` iterations (0: never) is due after this one; the last always is."""
+        return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == self.cfg.iterations)
+
+    def picture(self, iteration, family, latents):
+        """samples/<iteration>.png: a row for each {label: latents (B, ...)}, for video a row of frames for each sample.
+
+        The VAE is loaded for this and dropped again. Rank 0's first samples are shown.
+        """
+        if not self.ranks.main:
+            return
+        vae, strips = family.vae(self.ranks.device), []
+        for label, z in latents.items():
+            with torch.no_grad():
+                x = family.decode(vae, z[:8 if z.ndim == 4 else 2]).float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
+            strips += [(label, x)] if x.ndim == 4 else [(label, video[:8]) for video in x.transpose(1, 2)]
+        height, width = strips[0][1].shape[-2:]
+        zoom, margin = max(1, 96 // height), 120
+        sheet = Image.new("RGB", (margin + len(strips[0][1]) * width * zoom, len(strips) * height * zoom), "white")
+        for i, (label, images) in enumerate(strips):
+            ImageDraw.Draw(sheet).text((4, i * height * zoom + 4), label, fill="black")
+            for j, image in enumerate(images):
+                tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width * zoom, height * zoom), Image.NEAREST)
+                sheet.paste(tile, (margin + j * width * zoom, i * height * zoom))
+        (self.folder / "samples").mkdir(exist_ok=True)
+        sheet.save(self.folder / "samples" / f"{iteration:06d}.png")
+
+    def save(self, iteration, optimizers):
+        """checkpoints/<iteration>/: {name: Optimizer}, hashed. The last cfg.keep_checkpoints stay."""
+        if self.ranks.main:
+            home = self.folder / "checkpoints"
+            aside, final = home / f".{iteration:06d}", home / f"{iteration:06d}"
+            for stale in (aside, final):
+                shutil.rmtree(stale, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for name, optimizer in optimizers.items():
+                write_tensors(aside / f"{name}.safetensors", optimizer.tensors())
+            write_json(aside / "state.json", {"iteration": iteration, "sha256": {f.stem: file_sha256(f) for f in aside.iterdir()}})
+            aside.rename(final)
+            for old in sorted(home.glob("[0-9]*"))[:-self.cfg.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
+
+    def restore(self, optimizers):
+        """Load the newest whole checkpoint and return its iteration (0: none); a damaged one is named on stderr and passed over."""
+        for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True):
+            try:
+                state = json.loads((folder / "state.json").read_text())
+                for name in optimizers:
+                    if file_sha256(folder / f"{name}.safetensors") != state["sha256"][name]:
+                        raise ValueError(f"{name}.safetensors")
+            except (OSError, ValueError, KeyError) as e:
+                print(f"{folder} is damaged ({e}): going back to the one before it", file=sys.stderr)
+                continue
+            for name, optimizer in optimizers.items():
+                optimizer.restore(load_file(folder / f"{name}.safetensors", device=str(self.ranks.device)))
+            return state["iteration"]
+        return 0
+
+    def finish(self, student, schedule, steps):
+        """Write pipeline/, the student for stock diffusers, and say so."""
+        if self.ranks.main:
+            export_pipeline(student, schedule, steps, self.folder / "pipeline")
+            print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
+        self.ranks.barrier()
+
+
+def initial_student(init, student, lora_rank):
+    """Load the student's first weights; return its Schedule: the teacher's (init "teacher"), or that of the adp.py or adm.py run
+    in the folder `init`. Raises BadInput for an unfinished run, one of another model, or with another kind of weights."""
+    family, pipeline = student.family, Path(init) / "pipeline"
+    if init == "teacher":
+        return family.schedule
+    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py")
+    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
+            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
+    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
+    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has lora_rank {saved['config']['lora_rank']}")
+    if lora_rank:
+        from peft import set_peft_model_state_dict
+        adapter = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
+        set_peft_model_state_dict(student.net, {k.removeprefix(f"{family.net_name}."): v for k, v in adapter.items()}, student.adapter)
+    else:
+        student.net.load_state_dict(family.denoiser(folder=pipeline).net.state_dict())
+    flow = saved["student"]["prediction"] == "flow"
+    return on_the_line(family.schedule) if flow else family.schedule
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class EncodeConfig:
+    model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
+    out: str = option("out/prompts", "folder to write")
+    batch_size: int = option(32, "prompts encoded together, and stored in one shard")
+
+
+@dataclass
+class PairsConfig:
+    model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
+    out: str = option("out/pairs", "folder to write")
+    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is more than theirs")
+    steps: int = option(50, "PF-ODE steps of the teacher")
+    guidance: float | None = option(None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
+    seed: int = option(0, "of the noise; pair i depends on seed and i alone")
+    resolution: str | None = option(None, "pixels, 1024 or 480x720 (height x width); default: the model's own")
+    frames: int | None = option(None, "video frames; default: the model's own")
+    batch_size: int = option(8, "pairs sampled together on a rank")
+    shard_size: int = option(32, "pairs in a file")
+
+
+def encode(cfg):
+    at_least(1, cfg, "batch_size")
+    encode_prompts(load_teacher(cfg.model), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
+
+
+def pairs(cfg):
+    at_least(1, cfg, "count", "steps", "batch_size", "shard_size")
+    at_least(0, cfg, "seed", "guidance")
+    teacher, ranks = load_teacher(cfg.model), Ranks()
+    teacher.latent_shape(cfg.resolution, cfg.frames)  # a bad size fails before anything is written
+    prompts = encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks)
+    collect_pairs(cfg, teacher, prompts, ranks)
+
+
+if __name__ == "__main__":
+    commands = {"encode": (encode, EncodeConfig), "pairs": (pairs, PairsConfig)}
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in commands:
+        print(__doc__ if name in ("-h", "--help") else f"data.py: no command {name!r}, only encode and pairs", file=sys.stderr)
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    run(*commands[name], sys.argv[2:], prog=f"data.py {name}", description=__doc__)

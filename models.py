@@ -1,0 +1,555 @@
+"""The networks: model families, the denoiser that returns (prediction, features), heads, discriminators, export.
+
+Conventions, each pinned by a test: latents are (B, C, H, W), video latents (B, F, C, H, W); conditioning is a dict of (B, ...)
+tensors; t is (B,) float32 or int64 and never cast; predictions come back float32.
+"""
+
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import CogVideoXPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ode import FlowSchedule, T, VPSchedule
+
+HUB = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+       "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+       "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+       "cogvideox-2b": "THUDM/CogVideoX-2b",
+       "cogvideox-5b": "THUDM/CogVideoX-5b"}
+TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b")
+
+
+class BadInput(ValueError):
+    """A mistake in what the user passed. Scripts print it as one line on stderr and exit with code 2."""
+
+
+def require(condition, message):
+    """Raise BadInput(message) unless `condition` holds."""
+    if not condition:
+        raise BadInput(message)
+
+
+# --- Families --------------------------------------------------------------------------------------------------------
+
+class Family:
+    """An opened diffusers pipeline folder. A new family is a small subclass: it must define
+
+    read_schedule(scheduler)     the Schedule of the loaded diffusers scheduler; BadInput if that contradicts the family
+    call(net, x_t, t, cond)      the denoiser's raw output, like x_t
+
+    and overrides what differs. No weights are held: `denoiser`, `vae` and `text_pipeline` load them.
+    """
+
+    pipeline_class: type  # the stock pipeline
+    net_class: type  # the denoiser, in the pipeline's folder net_name
+    net_name = "transformer"
+    vae_class = diffusers.AutoencoderKL
+    guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
+    student_steps: int  # the paper's
+    tokens_at: int  # where a transformer block's output tuple has the image tokens
+    more_prompts = ()  # encode_prompt's further prompt arguments
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+
+    def __init__(self, folder, name):
+        self.folder, self.name = Path(folder), name
+        index = json.loads((self.folder / "model_index.json").read_text())
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        self.schedule = self.read_schedule(scheduler_class.from_pretrained(folder, subfolder="scheduler"))
+        self.vae_config = SimpleNamespace(**self.vae_class.load_config(folder, subfolder="vae"))
+        with torch.device("meta"):  # without storage: for the config's defaults, and where only a shape is asked for
+            self.meta_net = self.net_class.from_config(self.net_class.load_config(folder, subfolder=self.net_name))
+        self.config = self.meta_net.config
+        self.vae_scale = 2 ** (len(self.vae_config.block_out_channels) - 1)  # pixels per latent, along a side
+        size = self.config.get("sample_size")
+        self.default_size = (size, size) if size else (self.config.sample_height, self.config.sample_width)  # in latents
+        # Latents along a side of one position of the coarsest tapped map: a DiT's patch, the bottom of a UNet.
+        self.grain = self.config.get("patch_size") or 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, pipe, prompts):
+        """n prompts → conditioning {name: (n, ...)}, by the stock pipeline's own encode_prompt."""
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, *self.more_prompts, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def unconditional(self, pipe):
+        """The conditioning of no prompt, {name: (1, ...)}."""
+        return self.encode(pipe, [""])
+
+    def taps(self, net):
+        """(blocks that the discriminator sees, the block after the last of them, channels): a DiT's at 1/4, 2/4 and 3/4.
+
+        The paper does not say which (ours). The last quarter turns features back into a prediction: not running it is cheaper.
+        """
+        blocks, width = net.transformer_blocks, self.config.num_attention_heads * self.config.attention_head_dim
+        chosen = sorted({max(len(blocks) * k // 4, 1) - 1 for k in (1, 2, 3)})
+        return [blocks[i] for i in chosen], blocks[chosen[-1] + 1], [width] * len(chosen)
+
+    def to_map(self, output, x_t):
+        """A tapped block's output → feature map (B, C, H, W), or (B, C, F, H, W)."""
+        height, width = (n // self.config.patch_size for n in x_t.shape[-2:])
+        grid = (height, width) if x_t.ndim == 4 else (x_t.shape[1], height, width)
+        return output[self.tokens_at].transpose(1, 2).unflatten(2, grid)
+
+    def latent_shape(self, resolution=None, frames=None):
+        """Shape of one latent. resolution "1024" or "480x720" (height x width, pixels), default the model's own.
+
+        Raises BadInput for a size that the VAE, the denoiser or the discriminator's heads cannot take.
+        """
+        sides = resolution.lower().split("x") if resolution else [str(self.vae_scale * n) for n in self.default_size]
+        require(len(sides) <= 2 and all(s.isdecimal() for s in sides),
+                f"--resolution {resolution!r}: pixels, as 1024 or 480x720 (height x width)")
+        height, width, unit = int(sides[0]), int(sides[-1]), self.vae_scale * self.grain
+        require(height % unit == 0 and width % unit == 0,
+                f"--resolution {height}x{width}: {self.name} takes multiples of {unit} pixels")
+        require(min(height, width) >= Head2d.smallest * unit, f"--resolution {height}x{width}: the discriminator's heads need "
+                f"feature maps of at least 8x8, for {self.name} {Head2d.smallest * unit} pixels a side")
+        require(frames is None, f"--frames is for video models; {self.name} makes images")
+        return self.config.in_channels, height // self.vae_scale, width // self.vae_scale
+
+    def decode(self, vae, latents):
+        """Latents (B, C, H, W) → images (B, 3, H', W') in about [−1, 1]; differentiable."""
+        shift = getattr(self.vae_config, "shift_factor", None) or 0.0
+        return vae.decode(latents / self.vae_config.scaling_factor + shift).sample
+
+    def views(self, vae, latents, u):
+        """The images (N, 3, H', W') that the pixel discriminator sees. u (3,) in [0, 1) chooses among a video's frames."""
+        return self.decode(vae, latents)
+
+    def vae(self, device="cpu"):
+        """The frozen VAE, float32 (SDXL's overflows in half precision)."""
+        vae = self.vae_class.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
+        return vae.to(device).eval().requires_grad_(False)
+
+    def text_pipeline(self, device="cpu", dtype=torch.float32):
+        """The stock pipeline with tokenizers and text encoders only, for `encode`."""
+        pipe = DiffusionPipeline.from_pretrained(self.folder, vae=None, dtype=dtype, **{self.net_name: self.meta_net})
+        for part in pipe.components.values():
+            if isinstance(part, transformers.PreTrainedModel):
+                part.to(device).eval().requires_grad_(False)
+        return pipe
+
+    def denoiser(self, device="cpu", dtype=torch.float32, folder=None):
+        """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16."""
+        net = self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
+        return Denoiser(self, net.to(device).eval(), bf16=torch.device(device).type == "cuda")
+
+    @property
+    def weights_sha256(self):
+        """Hash of the denoiser's files: what caches and runs name to say which teacher they belong to."""
+        files = [f for f in sorted((self.folder / self.net_name).iterdir()) if f.suffix in (".safetensors", ".bin", ".json")]
+        return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
+
+
+def file_sha256(path):
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+
+
+def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
+    """VPSchedule of a loaded scheduler, after checking that it is the one `family`'s network was trained with."""
+    a_bar, found = getattr(scheduler, "alphas_cumprod", None), type(scheduler).__name__  # (1000,) after SNR shift and rescaling
+    require(a_bar is not None and len(a_bar) == T, f"{family} needs a VP scheduler of {T:.0f} time steps, not the folder's {found}")
+    require(scheduler.config.prediction_type == prediction,
+            f"{family} predicts {prediction}, but the folder's {found} says {scheduler.config.prediction_type}")
+    require((a_bar[-1] < 1e-6) == zero_terminal_snr,
+            f"{family} ends at {'zero' if zero_terminal_snr else 'non-zero'} terminal SNR, the folder's {found} does not")
+    return VPSchedule(a_bar, prediction, getattr(scheduler, "final_alpha_cumprod", 1.0))
+
+
+class SDXL(Family):
+    """UNet, ε-prediction, variance preserving. Tapped: the encoder half, down blocks and middle (ours)."""
+
+    pipeline_class, net_class = diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel
+    net_name, guidance, student_steps = "unet", 5.0, 1
+
+    def read_schedule(self, scheduler):
+        return read_vp_schedule(scheduler, "epsilon", zero_terminal_snr=False, family="SDXL")
+
+    def unconditional(self, pipe):
+        return {name: torch.zeros_like(c) for name, c in self.encode(pipe, [""]).items()}  # zeros, not the empty prompt
+
+    def call(self, net, x_t, t, cond):
+        height, width = (self.vae_scale * n for n in x_t.shape[-2:])
+        time_ids = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)  # original, crop, target size
+        added = {"text_embeds": cond["pooled"], "time_ids": time_ids.expand(len(x_t), 6).to(cond["pooled"].dtype)}
+        return net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+
+    def taps(self, net):
+        widths = self.config.block_out_channels
+        return [*net.down_blocks, net.mid_block], net.up_blocks[0], [*widths, widths[-1]]
+
+    def to_map(self, output, x_t):
+        return output[0] if isinstance(output, tuple) else output  # a down block also returns its residuals
+
+class SD3(Family):
+    """MM-DiT of Stable Diffusion 3 and 3.5: flow-prediction on the straight line, shifted sampling times."""
+
+    pipeline_class, net_class = diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel
+    guidance, student_steps, tokens_at, more_prompts = 7.0, 4, 1, (None, None)
+    lora_targets = Family.lora_targets + ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+    def read_schedule(self, scheduler):
+        found, config = type(scheduler).__name__, scheduler.config
+        require(isinstance(scheduler, FlowMatchEulerDiscreteScheduler), f"SD3 predicts a flow, but the folder has {found}")
+        require(config.num_train_timesteps == T, f"SD3 has {T:.0f} training time steps, not {config.num_train_timesteps}")
+        for name in ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas"):
+            require(not config.get(name), f"the folder's {found} sets {name}, which no SD3 teacher does")
+        return FlowSchedule(shift=config.shift)
+
+    def call(self, net, x_t, t, cond):
+        return net(hidden_states=x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"],
+                   pooled_projections=cond["pooled"], return_dict=False)[0]
+
+    def latent_shape(self, resolution=None, frames=None):
+        shape, largest = super().latent_shape(resolution, frames), self.config.pos_embed_max_size * self.config.patch_size
+        require(max(shape[1:]) <= largest, f"--resolution: {self.name} takes at most {largest * self.vae_scale} pixels a side")
+        return shape
+
+
+class CogVideoX(Family):
+    """Video DiT, v-prediction, variance preserving with zero terminal SNR. 2b: sine positions; 5b: rotary."""
+
+    pipeline_class, net_class = CogVideoXPipeline, diffusers.CogVideoXTransformer3DModel
+    vae_class, guidance, student_steps, tokens_at = diffusers.AutoencoderKLCogVideoX, 6.0, 4, 0
+
+    def read_schedule(self, scheduler):
+        return read_vp_schedule(scheduler, "v_prediction", zero_terminal_snr=True, family="CogVideoX")
+
+    def encode(self, pipe, prompts):
+        return {"prompt_embeds": pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]}
+
+    def call(self, net, x_t, t, cond):
+        rope = self.rotary(*x_t.shape[-4:], x_t.device) if self.config.use_rotary_positional_embeddings else None
+        return net(hidden_states=x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"], image_rotary_emb=rope,
+                   return_dict=False)[0]
+
+    @cache
+    def rotary(self, frames, channels, height, width, device):
+        """(cos, sin), float32, shared over the batch: the stock pipeline's own, for latents of that shape."""
+        pipe = SimpleNamespace(vae_scale_factor_spatial=1, transformer=self.meta_net)
+        return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height, width, frames, device)
+
+    def latent_shape(self, resolution=None, frames=None):
+        frames, ratio = frames or self.config.sample_frames, self.config.temporal_compression_ratio
+        require(frames > 1 and frames % ratio == 1, f"--frames {frames}: {self.name} takes {ratio}n + 1 frames")
+        return (frames - 1) // ratio + 1, *super().latent_shape(resolution)
+
+    def decode(self, vae, latents):
+        """Latents (B, F, C, H, W) → frames (B, 3, F', H', W')."""
+        return vae.decode(latents.transpose(1, 2) / self.vae_config.scaling_factor).sample
+
+    def views(self, vae, latents, u):
+        """Two frames of two neighbouring latent frames (ours): a whole video and its graph would not fit."""
+        start = int(u[0] * (latents.shape[1] - 1))
+        video = self.decode(vae, latents[:, start:start + 2])  # (B, 3, F', H', W')
+        return video[:, :, [int(n * video.shape[2]) for n in u[1:]]].transpose(1, 2).flatten(0, 1)
+
+
+def load_teacher(name_or_folder):
+    """Open a model by name (sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or as a local pipeline folder.
+
+    Returns its Family. Raises BadInput for an unknown name, a hub that cannot be reached, a folder that is no pipeline of a
+    known family, and a scheduler that contradicts its family.
+    """
+    name = str(name_or_folder)
+    if name in TINY:
+        from toy.tiny import build  # the one import that reaches up: tiny teachers are made here, not fetched
+        folder = build(name)
+    elif name in HUB:
+        try:
+            folder = DiffusionPipeline.download(HUB[name])
+        except Exception as e:  # the hub has many errors, and all mean this
+            raise BadInput(f"cannot fetch {HUB[name]} ({type(e).__name__}: no network, or no access rights); a local pipeline "
+                           f"folder will do, and --model tiny-{name.removesuffix('.5-large')} runs offline") from None
+    else:
+        folder = name
+        require(Path(name).is_dir(), f"unknown model {name!r}: neither a folder nor one of {', '.join([*HUB, *TINY])}")
+    families = {f.pipeline_class.__name__: f for f in (SDXL, SD3, CogVideoX)}
+    try:
+        pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
+        require(pipeline in families, f"{name} is a {pipeline}; the families here are {', '.join(families)}")
+        return families[pipeline](folder, name)
+    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise BadInput(f"{name} is no complete diffusers pipeline folder: {' '.join(str(e).split())}") from None
+
+
+# --- The denoiser and its roles --------------------------------------------------------------------------------------
+
+class _Stop(Exception):
+    """Leaves a forward pass early."""
+
+
+def _stop(block, args):
+    raise _Stop
+
+
+class Denoiser(nn.Module):
+    """A denoising network as every loop here sees it: forward returns (prediction, features).
+
+    With lora, `net` is a frozen base shared between roles, run with this role's `adapter` (None: the bare base). Features are
+    returned, not stored, so that a sharded module may be used through them alone.
+    """
+
+    def __init__(self, family, net, bf16=False, lora=False, adapter=None):
+        super().__init__()
+        self.family, self.net, self.bf16, self.lora, self.adapter = family, net, bf16, lora, adapter
+
+    def forward(self, x_t, t, cond, want="prediction"):
+        """x_t (B, ...), t (B,), cond {name: (B, ...)} → (prediction float32 like x_t, or None; [feature maps], or []).
+
+        want: "prediction", "both", or "features", which stops after the last tapped block.
+        """
+        out, maps, hooks = None, [], []
+        tapped, following, _ = self.family.taps(self.net)
+        if want != "prediction":
+            hooks += [block.register_forward_hook(lambda block, args, output: maps.append(self.family.to_map(output, x_t)))
+                      for block in tapped]
+        if want == "features":
+            hooks.append(following.register_forward_pre_hook(_stop))
+        try:
+            with (torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16),
+                  use_adapter(self.net, self.adapter) if self.lora else nullcontext()):
+                out = self.family.call(self.net, x_t, t, cond).float()
+        except _Stop:
+            pass
+        finally:  # gone before backward, so that checkpointing's second forward meets no hook
+            for hook in hooks:
+                hook.remove()
+        return out, maps
+
+    def own_parameters(self):
+        """{name: parameter} of this role alone: its adapter's if it has one, else the whole network's."""
+        mark = f".{self.adapter}." if self.adapter else ""
+        return {name: p for name, p in self.net.named_parameters() if mark in name}
+
+    def checkpoint_activations(self):
+        """Recompute activations in backward: non-reentrant, and with the adapter that was active in forward."""
+        def checkpointed(block, *args):
+            role = getattr(self.net, "role", None)
+            again = {"context_fn": lambda: (nullcontext(), use_adapter(self.net, role))} if self.lora else {}
+            return checkpoint(block.__call__, *args, use_reentrant=False, **again)
+        self.net.enable_gradient_checkpointing(checkpointed)
+
+
+@contextmanager
+def use_adapter(net, role):
+    """Inside, `net` runs with that role's LoRA adapter, or with none. Unlike with peft's own switch, who takes gradient stays."""
+    def switch(role):
+        flags = [(p, p.requires_grad) for p in net.parameters()]
+        net.enable_adapters() if role else net.disable_adapters()
+        if role:
+            net.set_adapter(role)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        net.role = role
+
+    before = getattr(net, "role", None)
+    switch(role)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def make_roles(family, roles, lora_rank, device, gradient_checkpointing=False):
+    """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32.
+
+    With lora_rank the copies are LoRA adapters (alpha = rank) on the teacher itself: one copy of the weights for all roles and
+    for the discriminator's backbone. Raises BadInput where peft is not installed.
+    """
+    teacher = family.denoiser(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if lora_rank:
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise BadInput("--lora-rank needs the peft package: pip install peft") from None
+        teacher.lora = True
+        for role in roles:
+            config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets)
+            teacher.net.add_adapter(config, adapter_name=role)
+    trained = [Denoiser(family, teacher.net, teacher.bf16, lora=True, adapter=role) if lora_rank else family.denoiser(device)
+               for role in roles]
+    teacher.net.requires_grad_(False)
+    for p in [p for denoiser in trained for p in denoiser.own_parameters().values()]:
+        p.data = p.data.float()  # masters, whatever the base is held in
+        p.requires_grad_(True)
+    for denoiser in [teacher, *trained] if gradient_checkpointing else []:
+        denoiser.checkpoint_activations()
+    return teacher, *trained
+
+
+@contextmanager
+def frozen(*modules):
+    """Inside, the parameters of these modules take no gradient, while activations stay differentiable.
+
+    Must span forward *and* backward: with activation checkpointing the forward is run again in backward.
+    """
+    flags = [(p, p.requires_grad) for m in modules
+             for p in (m.own_parameters().values() if isinstance(m, Denoiser) else m.parameters())]
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+# --- Discriminators --------------------------------------------------------------------------------------------------
+
+class Head2d(nn.Module):
+    """Feature map (B, C, H, W), at least 8x8 → logits (B,), the mean over positions (arXiv 2507.18569, appendix B).
+
+    3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 → GroupNorm(32) → SiLU], average pool, Linear.
+    """
+
+    smallest = 8
+    conv, strided, plain = nn.Conv2d, (4, 2, 1), (3, 1, 1)  # kernel, stride, padding
+
+    def __init__(self, channels, width=256):
+        super().__init__()
+        stages = []
+        for c, how in ((channels, self.strided), (width, self.strided), (width, self.strided), (width, self.plain)):
+            # Narrower heads than the paper's get fewer groups (ours): a 1x1 map normalised channel by channel is constant.
+            stages += [self.conv(c, width, *how), nn.GroupNorm(min(32, width // 8), width), nn.SiLU()]
+        self.body, self.to_logit = nn.Sequential(*stages), nn.Linear(width, 1)
+
+    def forward(self, h):
+        return self.to_logit(self.body(h.float()).flatten(2).mean(2))[:, 0]
+
+
+class Head3d(Head2d):
+    """Feature map (B, C, F, H, W) → logits (B,): 3x3x3 convolutions and an average pool over time too (appendix B); depth,
+    width and spatial strides as in 2D (ours)."""
+
+    conv, strided = nn.Conv3d, (3, (1, 2, 2), 1)
+
+
+class Discriminator(nn.Module):
+    """Frozen backbone + trainable heads, one a tapped map. Logits: mean over positions, then over heads (ours)."""
+
+    def __init__(self, backbone, heads):
+        super().__init__()
+        self.backbone, self.heads = backbone, nn.ModuleList(heads)
+
+    def logits(self, maps):
+        """Feature maps, one a head → (B,), float32 also where the backbone is not."""
+        return torch.stack([head(h) for head, h in zip(self.heads, maps, strict=True)]).mean(0)
+
+    def forward(self, *args):
+        """Logits (B,) of what `features` takes."""
+        return self.logits(self.features(*args))
+
+
+class LatentDiscriminator(Discriminator):
+    """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, conditioned on prompt and t, without CFG."""
+
+    def __init__(self, teacher, width=256):
+        head = Head3d if isinstance(teacher.family, CogVideoX) else Head2d
+        super().__init__(teacher, [head(channels, width) for channels in teacher.family.taps(teacher.net)[2]])
+
+    def features(self, x_t, t, cond):
+        """Tapped maps at noisy latents x_t (B, ...), t (B,). The teacher's forward stops after the last of them."""
+        return self.backbone(x_t, t, cond, want="features")[1]
+
+
+class PixelDiscriminator(Discriminator):
+    """D_τ2 of ADP: a frozen vision transformer on clean images, heads on its four quarters (SAM-B: layers 3, 6, 9, 12).
+
+    backbone: a SamVisionModel, or a transformers ViT with class token(s) first (DINOv2: the paper's ablation A2).
+    """
+
+    def __init__(self, backbone, width=256):
+        config = backbone.config
+        self.side = config.image_size // config.patch_size  # of its square maps
+        require(self.side >= Head2d.smallest, f"--pixel-backbone: {self.side}x{self.side} feature maps are too small for the heads")
+        super().__init__(backbone, [Head2d(config.hidden_size, width) for _ in range(4)])
+
+    def features(self, images):
+        """Images (N, 3, H, W) in [−1, 1], resized to the backbone's own square and ImageNet-normalised → four maps."""
+        size, layers = self.backbone.config.image_size, self.backbone.config.num_hidden_layers
+        images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True) / 2 + 0.5
+        mean, std = (images.new_tensor(c).view(3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        hidden = self.backbone((images - mean) / std, output_hidden_states=True).hidden_states  # [i]: after layer i
+        return [self.to_map(hidden[layers * k // 4]) for k in (1, 2, 3, 4)]
+
+    def to_map(self, h):
+        """SAM's (N, H, W, C) or a ViT's (N, 1 + H·W, C) → (N, C, H, W)."""
+        h = h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side))
+        return h.permute(0, 3, 1, 2)
+
+
+# --- Export ----------------------------------------------------------------------------------------------------------
+
+def student_scheduler(schedule, steps):
+    """The stock diffusers scheduler that walks the student's `schedule` in `steps` steps as ode.student_sample does.
+
+    SD3's, given only a number of steps, takes σ = linspace(1, σ_min), warps it by its `shift` k and stretches it to
+    `shift_terminal`. All Möbius maps that fix 1: some k gives the student's K u / (1 + (K − 1) u), u = 1 − i/n, exactly.
+    """
+    if isinstance(schedule, VPSchedule):  # predict x_0, re-noise: LCM's sampler with its skip connection off
+        a_bar = schedule.alphas_cumprod
+        betas = 1 - a_bar / torch.cat([a_bar.new_ones(1), a_bar[:-1]])
+        return diffusers.LCMScheduler(trained_betas=betas.tolist(), prediction_type=schedule.prediction, clip_sample=False,
+                                      original_inference_steps=int(T), timestep_scaling=1e6)
+    if not schedule.renoise:  # see ode.on_the_line
+        return diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=1,
+                                                     final_sigmas_type="zero")
+    K, n, k = schedule.shift, steps, 1.0
+    if K != 1 and n > 1:  # (k − 1) · 0.999 n K = k (n − 1) (K − 1) (1 + 0.001 (k − 1)), since σ_min is warped by k too
+        c = (n - 1) * (K - 1)
+        b = 0.999 * (n * K - c)
+        k = (b - (b * b - 4 * 0.001 * c * 0.999 * n * K) ** 0.5) / (2 * 0.001 * c)
+    last = K / (n + K - 1) if n > 1 else None
+    return FlowMatchEulerDiscreteScheduler(shift=k, shift_terminal=last, stochastic_sampling=True)
+
+
+USAGE = """# A {steps}-step student of {base}
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained("path/to/this/folder")
+    result = pipe("a red fox", num_inference_steps={steps}, guidance_scale=1.0)
+
+Pass both arguments: {scheduler} visits the student's own times at `num_inference_steps={steps}` only, and guidance is distilled
+into the weights. Use the resolution it was trained at. Stable Diffusion 3's pipeline draws the noise between steps from torch's
+global generator: seed that (`torch.manual_seed`) for a repeatable picture.
+"""
+
+
+def export_pipeline(student, schedule, steps, folder):
+    """Write `folder`: a diffusers pipeline with the student's weights (float32) and the scheduler of its steps.
+
+    Everything else is copied from the teacher's folder as it is. A LoRA student is merged, and its adapter alone goes into
+    folder/lora, which `pipe.load_lora_weights` puts on the original model.
+    """
+    family, net, aside = student.family, student.net, Path(f"{folder}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    index = json.loads((family.folder / "model_index.json").read_text())
+    for name in index.keys() - {"scheduler", family.net_name}:
+        if (family.folder / name).is_dir():
+            shutil.copytree(family.folder / name, aside / name)
+    if student.adapter:
+        from peft.utils import get_peft_model_state_dict
+        layers = get_peft_model_state_dict(net, adapter_name=student.adapter)
+        family.pipeline_class.save_lora_weights(aside / "lora", **{f"{family.net_name}_lora_layers": layers})
+        net = family.denoiser().net
+        net.load_lora_adapter(aside / "lora", prefix=family.net_name)
+        net.fuse_lora()
+        net.unload_lora()
+    net.save_pretrained(aside / family.net_name)
+    scheduler = student_scheduler(schedule, steps)
+    scheduler.save_pretrained(aside / "scheduler")
+    name = type(scheduler).__name__
+    (aside / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}, indent=2) + "\n")
+    (aside / "README.md").write_text(USAGE.format(steps=steps, base=family.name, scheduler=name))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -1,0 +1,242 @@
+"""Noise processes, their probability-flow ODEs and the two samplers, in closed form and in float32.
+
+    x_t = α_t x_0 + σ_t ε,        t = T is noise, t = 0 is data, T = 1000
+
+Two processes cover every model here: variance preserving (SDXL, CogVideoX; ᾱ from the model's own scheduler) and the
+straight line (Stable Diffusion 3; every student after ADP). Networks may run in bf16: what enters these formulas is cast
+to float32 first, and a time is never rounded to half precision (bf16 turns t = 999 into 1000).
+
+Shapes: x, ε and network outputs are (B, ...); every time is (B,), one per sample, float32 or int64.
+"""
+
+import numpy as np
+import torch
+
+T = 1000.0  # training time steps of every model family
+
+
+def per_sample(t, x):
+    """`t` (B,) as (B, 1, ..., 1), so that it multiplies `x` (B, ...) sample by sample.
+
+    Raises ValueError for another shape (silent broadcasting would pair samples with the wrong times) and TypeError for a
+    16-bit time.
+    """
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"one time per sample: t is {tuple(t.shape)}, x is {tuple(x.shape)}")
+    if t.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"times must be float32 or int64, not {t.dtype}")
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+class Schedule:
+    """One noise process together with what the network predicts on it.
+
+    prediction  "epsilon" (ε), "v_prediction" (α ε − σ x_0) or "flow" (ε − x_0, the straight line's velocity)
+    t_noise     the time of pure noise that a network is shown: T on the line, T − 1 (the last index) for VP
+    t_data      the time at which sampling has arrived
+    renoise     how a few-step student goes from one time to the next: fresh noise (True) or its own ε (False)
+    """
+
+    prediction: str
+    t_noise: float
+    t_data: float
+    renoise = True
+
+    def alpha_sigma(self, t):
+        """(α_t, σ_t), each (B,) float32, for t (B,)."""
+        raise NotImplementedError
+
+    def timesteps(self, n):
+        """n + 1 times from pure noise to data, float32 (n+1,): what a sampler of n steps visits, and where it ends."""
+        raise NotImplementedError
+
+    def _alpha_sigma_like(self, t, x):
+        per_sample(t, x)
+        return [per_sample(c, x) for c in self.alpha_sigma(t)]
+
+    def add_noise(self, x0, eps, t):
+        """x_t = α_t x_0 + σ_t ε, float32 (B, ...)."""
+        alpha, sigma = self._alpha_sigma_like(t, x0)
+        return alpha * x0.float() + sigma * eps.float()
+
+    def to_x0_eps(self, x_t, out, t):
+        """The (x_0, ε) that the network's output `out` at (x_t, t) stands for, each float32 (B, ...).
+
+        v- and flow-prediction never divide, so they are finite where α_t = 0 (zero terminal SNR).
+        """
+        alpha, sigma = self._alpha_sigma_like(t, x_t)
+        x_t, out = x_t.float(), out.float()
+        if self.prediction == "epsilon":
+            return (x_t - sigma * out) / alpha, out
+        if self.prediction == "v_prediction":
+            return alpha * x_t - sigma * out, sigma * x_t + alpha * out
+        return x_t - sigma * out, x_t + alpha * out  # flow: α + σ = 1
+
+    def to_out(self, x0, eps, t):
+        """What the network should output at add_noise(x0, eps, t): the target of its diffusion loss, float32 (B, ...)."""
+        alpha, sigma = self._alpha_sigma_like(t, x0)
+        if self.prediction == "epsilon":
+            return eps.float()
+        if self.prediction == "v_prediction":
+            return alpha * eps.float() - sigma * x0.float()
+        return eps.float() - x0.float()
+
+    def pf_ode_step(self, x_t, out, t, s):
+        """One first-order step of the probability-flow ODE from t to s, both (B,): DDIM for VP, Euler on the line.
+
+        The network is taken to be right about (x_0, ε) at t, and the pair is re-mixed at s. float32 (B, ...).
+        """
+        return self.add_noise(*self.to_x0_eps(x_t, out, t), s)
+
+
+class VPSchedule(Schedule):
+    """Variance preserving: α = √ᾱ, σ = √(1 − ᾱ), with ᾱ linear between the scheduler's integer times.
+
+    alphas_cumprod        (1000,) of the *loaded* scheduler, where SNR shift and zero-SNR rescaling have already been applied
+    prediction            "epsilon" or "v_prediction"
+    final_alpha_cumprod   ᾱ at any time below 0, where the last step of a sampler lands
+
+    log-SNR interpolation is not usable: ᾱ is exactly 0 at the end of CogVideoX's schedule (interpolating ᾱ is ours).
+    Raises ValueError where the combination has no meaning.
+    """
+
+    t_data = -1.0
+
+    def __init__(self, alphas_cumprod, prediction, final_alpha_cumprod=1.0):
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"a variance-preserving network predicts epsilon or v, not {prediction!r}")
+        if prediction == "epsilon" and alphas_cumprod[-1] == 0:
+            raise ValueError("epsilon-prediction is undefined at zero terminal SNR: pure noise says nothing about x_0")
+        self.alphas_cumprod = torch.as_tensor(alphas_cumprod).double().cpu()  # (1000,)
+        self.final_alpha_cumprod = float(final_alpha_cumprod)
+        self.prediction = prediction
+        self.t_noise = float(len(alphas_cumprod) - 1)
+
+    def alpha_sigma(self, t):
+        table = self.alphas_cumprod = self.alphas_cumprod.to(t.device)
+        t = t.double().clamp(max=self.t_noise)
+        below = t.floor().clamp(min=0).long()  # (B,) the integer time under t
+        above = (below + 1).clamp(max=len(table) - 1)
+        a_bar = torch.lerp(table[below], table[above], t - below)
+        a_bar = torch.where(t < 0, self.final_alpha_cumprod, a_bar)
+        return a_bar.sqrt().float(), (1 - a_bar).sqrt().float()
+
+    def timesteps(self, n):
+        """999, then evenly down: [999, 749, 499, 249] for n = 4. Integers, on which the teacher was trained."""
+        steps = self.t_noise - torch.arange(n).mul(self.t_noise + 1).div(n).floor()  # (n,)
+        return torch.cat([steps, torch.tensor([self.t_data])])
+
+
+class FlowSchedule(Schedule):
+    """The straight line x_t = (1 − t/T) x_0 + (t/T) ε, whose velocity ε − x_0 the network predicts.
+
+    shift     warps the sampler's times towards noise: σ = shift·u / (1 + (shift − 1)·u), u even (SD3: 3)
+    t_noise   where sampling starts
+    renoise   see Schedule
+    """
+
+    prediction = "flow"
+    t_data = 0.0
+
+    def __init__(self, shift=1.0, t_noise=T, renoise=True):
+        self.shift, self.t_noise, self.renoise = float(shift), float(t_noise), renoise
+
+    def alpha_sigma(self, t):
+        sigma = (t.double() / T).float()  # (B,)
+        return 1 - sigma, sigma
+
+    def timesteps(self, n):
+        """Even in the unshifted time: [1000, 900, 750, 500] for n = 4 and shift 3."""
+        u = 1 - torch.arange(n + 1).double() / n  # (n+1,)
+        return (self.t_noise * self.shift * u / (1 + (self.shift - 1) * u)).float()
+
+
+def on_the_line(teacher_schedule):
+    """The process of a flow-parameterised student (every student after ADP) of a teacher on `teacher_schedule`.
+
+    SD3 is on the line already. For a VP teacher: the line from t = 999, going on with the student's own ε (ours: it is what
+    DPMSolverMultistepScheduler with flow sigmas does, the stock scheduler for a flow in the SDXL and CogVideoX pipelines).
+    """
+    return teacher_schedule if teacher_schedule.prediction == "flow" else FlowSchedule(t_noise=T - 1, renoise=False)
+
+
+def guide(cond, uncond, w):
+    """Classifier-free guidance u + w (c − u), in float32: w = 1 is the plain conditional prediction. (B, ...)"""
+    return uncond.float() + w * (cond.float() - uncond.float())
+
+
+def with_guidance(denoiser, cond, uncond, w):
+    """predict(x_t, t): the denoiser under CFG of scale w, both halves in one pass of batch 2B (at w = 1: plain, batch B)."""
+    def predict(x_t, t):
+        if w == 1:
+            return denoiser(x_t, t, cond)[0]
+        both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+        return guide(*denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)[0].chunk(2), w)
+    return predict
+
+
+def teacher_sample(predict, schedule, x_T, steps):
+    """The teacher's PF-ODE from x_T (B, ...) to x_0 (B, ...) in `steps` steps, float32.
+
+    predict(x_t, t) is the (guided) network, t (B,) float32. One call of it a step.
+    """
+    x = x_T.float()
+    times = schedule.timesteps(steps).to(x.device)
+    for t, s in zip(times[:-1], times[1:]):
+        t, s = t.expand(len(x)), s.expand(len(x))
+        x = schedule.pf_ode_step(x, predict(x, t), t, s)
+    return x
+
+
+def student_input(predict, schedule, x_T, times, k, randn):
+    """The student's input at its step k: x_T itself for k = 0, else what its own first k steps lead to. float32 (B, ...)
+
+    Each step predicts x_0 and noises it to the next time, with fresh noise from randn() (backward simulation, ours, after
+    DMD2: training sees what sampling will see) or, where schedule.renoise is False, with the student's own ε.
+    times (n,) are the student's times; predict(x_t, t) is called k times.
+    """
+    x = x_T.float()
+    for t, s in zip(times[:k], times[1:]):
+        t, s = t.expand(len(x)), s.expand(len(x))
+        x0, eps = schedule.to_x0_eps(x, predict(x, t), t)
+        x = schedule.add_noise(x0, randn() if schedule.renoise else eps, s)
+    return x
+
+
+def student_sample(predict, schedule, x_T, times, randn):
+    """The few-step sampler: walk to the last step, return its x_0. float32 (B, ...). len(times) calls of predict."""
+    x = student_input(predict, schedule, x_T, times, len(times) - 1, randn)
+    t = times[-1].expand(len(x))
+    return schedule.to_x0_eps(x, predict(x, t), t)[0]
+
+
+# --- Random numbers --------------------------------------------------------------------------------------------------
+
+
+class Draw:
+    """Random numbers that depend on (key, sample number) alone: not on the number of ranks, nor on what was drawn before.
+
+    So two ranks draw what one would, and a run resumes exactly without a stored generator. key: ints ≥ 0, as (seed, iteration).
+    """
+
+    def __init__(self, key, samples, device="cpu"):
+        seeds = [int(np.random.SeedSequence((*key, i)).generate_state(1, np.uint64)[0]) for i in samples]
+        self.generators, self.device = [torch.Generator(device).manual_seed(seed) for seed in seeds], device
+
+    def normal(self, shape):
+        """(B, *shape), float32."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+
+    def uniform(self, low, high):
+        """(B,), float32 in [low, high)."""
+        u = torch.stack([torch.rand((), generator=g, device=self.device) for g in self.generators])
+        return low + (high - low) * u
+
+    def integers(self, n):
+        """B ints in [0, n)."""
+        return [int(torch.randint(n, (), generator=g, device=self.device)) for g in self.generators]
+
+
+def common(*key):
+    """A NumPy generator on which all ranks agree, for what a whole batch shares."""
+    return np.random.default_rng(key)
