@@ -152,7 +152,7 @@ def main(cfg):
                 x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
             with torch.set_grad_enabled(r == 0):
                 t_in = times[k].expand(len(samples))
-                x0_hat = student_schedule.to_x0_eps(x_in, predict(x_in, t_in), t_in)[0]  # (B, ...)
+                x0_hat = student_schedule.to_x0_eps(x_in, predict(x_in, student_schedule.shown(t_in)), t_in)[0]  # (B, ...)
 
             # 2. Re-diffuse to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
             t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)

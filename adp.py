@@ -150,7 +150,7 @@ def main(cfg):
         # 1. The student's input on the pair's line, its velocity, its sample x̃_0.
         t = line_times(draw.uniform(0, T), cfg.schedule)  # (B,)
         x_t = line.add_noise(x_0, x_T, t)
-        v = student(x_t, t, cond)[0]
+        v = student(x_t, line.shown(t), cond)[0]
         x0_hat = line.to_x0_eps(x_t, v, t)[0]
         log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.std()}
 

@@ -50,6 +50,10 @@ class Schedule:
         """n + 1 times from pure noise to data, float32 (n+1,): what a sampler of n steps visits, and where it ends."""
         raise NotImplementedError
 
+    def shown(self, t):
+        """The time that the network is given at t, (B,)."""
+        return t
+
     def _alpha_sigma_like(self, t, x):
         per_sample(t, x)
         return [per_sample(c, x) for c in self.alpha_sigma(t)]
@@ -130,16 +134,13 @@ class VPSchedule(Schedule):
 class FlowSchedule(Schedule):
     """The straight line x_t = (1 − t/T) x_0 + (t/T) ε, whose velocity ε − x_0 the network predicts.
 
-    shift     warps the sampler's times towards noise: σ = shift·u / (1 + (shift − 1)·u), u even (SD3: 3)
-    t_noise   where sampling starts
-    renoise   see Schedule
+    shift warps the sampler's times towards noise: σ = shift·u / (1 + (shift − 1)·u), u even (SD3: 3).
     """
 
-    prediction = "flow"
-    t_data = 0.0
+    prediction, t_noise, t_data = "flow", T, 0.0
 
-    def __init__(self, shift=1.0, t_noise=T, renoise=True):
-        self.shift, self.t_noise, self.renoise = float(shift), float(t_noise), renoise
+    def __init__(self, shift=1.0):
+        self.shift = float(shift)
 
     def alpha_sigma(self, t):
         sigma = (t.double() / T).float()  # (B,)
@@ -151,13 +152,27 @@ class FlowSchedule(Schedule):
         return (self.t_noise * self.shift * u / (1 + (self.shift - 1) * u)).float()
 
 
-def on_the_line(teacher_schedule):
-    """The process of a flow-parameterised student (every student after ADP) of a teacher on `teacher_schedule`.
+class StudentLine(FlowSchedule):
+    """The line as a VP teacher's student walks it after ADP: from t = 999, whole times shown, its own ε kept (ours).
 
-    SD3 is on the line already. For a VP teacher: the line from t = 999, going on with the student's own ε (ours: it is what
-    DPMSolverMultistepScheduler with flow sigmas does, the stock scheduler for a flow in the SDXL and CogVideoX pipelines).
+    This is what DPMSolverMultistepScheduler with flow sigmas does, the stock scheduler for a flow in the SDXL and CogVideoX
+    pipelines, so that an exported student needs no code of this project.
     """
-    return teacher_schedule if teacher_schedule.prediction == "flow" else FlowSchedule(t_noise=T - 1, renoise=False)
+
+    t_noise, renoise = T - 1, False
+
+    def timesteps(self, n):
+        exact = T * (1 - np.linspace(1, 1 / T, n + 1))[::-1]  # by that scheduler's own arithmetic: 665.99…, not 666, for n = 3
+        t = exact.astype(np.float32)
+        return torch.from_numpy(np.where(t > exact, np.nextafter(t, np.float32(0)), t))
+
+    def shown(self, t):
+        return t.floor()
+
+
+def on_the_line(teacher_schedule):
+    """The process of a flow-parameterised student, as every student is after ADP: SD3's own, on the line already, or StudentLine."""
+    return teacher_schedule if teacher_schedule.prediction == "flow" else StudentLine()
 
 
 def guide(cond, uncond, w):
@@ -198,7 +213,7 @@ def student_input(predict, schedule, x_T, times, k, randn):
     x = x_T.float()
     for t, s in zip(times[:k], times[1:]):
         t, s = t.expand(len(x)), s.expand(len(x))
-        x0, eps = schedule.to_x0_eps(x, predict(x, t), t)
+        x0, eps = schedule.to_x0_eps(x, predict(x, schedule.shown(t)), t)
         x = schedule.add_noise(x0, randn() if schedule.renoise else eps, s)
     return x
 
@@ -207,7 +222,7 @@ def student_sample(predict, schedule, x_T, times, randn):
     """The few-step sampler: walk to the last step, return its x_0. float32 (B, ...). len(times) calls of predict."""
     x = student_input(predict, schedule, x_T, times, len(times) - 1, randn)
     t = times[-1].expand(len(x))
-    return schedule.to_x0_eps(x, predict(x, t), t)[0]
+    return schedule.to_x0_eps(x, predict(x, schedule.shown(t)), t)[0]
 
 
 # --- Random numbers --------------------------------------------------------------------------------------------------

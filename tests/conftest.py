@@ -1,0 +1,57 @@
+"""Shared by the tests: offline, two threads, one tiny teacher of each family, and the scripts run through their real CLI."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def teachers():
+    return {name: models.load_teacher(name) for name in models.TINY}
+
+
+@pytest.fixture(scope="session")
+def conditionings(teachers):
+    """{name: conditioning of two prompts}, by the real tokenizers and text encoders."""
+    with torch.no_grad():
+        return {name: family.encode(family.text_pipeline(), ["a red fox", "two dogs"]) for name, family in teachers.items()}
+
+
+@pytest.fixture(scope="session")
+def few_prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "few.txt"
+    path.write_text("a red fox\n\ntwo dogs on a hill\n  a bowl of soup  \nein Fluß\n", encoding="utf-8")
+    return path
+
+
+def call(main, config_class, *args):
+    """Run a script's main in this process, through its command line."""
+    data.run(main, config_class, [str(a) for a in args], prog=main.__module__ + ".py")
+
+
+def shell(*command, **env):
+    """Run `python …` or `torchrun …` as a user would; returns the finished process."""
+    tool = [sys.executable] if command[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([*tool, *map(str, command[1:])], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+def read_log(folder):
+    """log.csv as {column: [float or None]}."""
+    import csv
+    with open(Path(folder) / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    return {name: [float(r[name]) if r[name] else None for r in rows] for name in rows[0]}
