@@ -14,12 +14,13 @@ latents' std staying put. Writes config.json, log.csv, samples/, checkpoints/ an
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import PROMPTS, Optimizer, Ranks, Run, at_least, encode_prompts, initial_student, option, run
+from data import PROMPTS, Optimizer, Ranks, Run, at_least, encode_prompts, option, read_prompts, run, starting_point
 from models import LatentDiscriminator, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, student_input, with_guidance
 
@@ -118,16 +119,18 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
+    Path(cfg.prompts).is_dir() or read_prompts(cfg.prompts)
     family, ranks = load_teacher(cfg.model), Ranks()
-    shape = family.latent_shape(cfg.resolution, cfg.frames)
-    samples, device = ranks.mine(cfg.batch_size), ranks.device
+    shape, device, samples = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size)
     steps, guidance = cfg.student_steps or family.student_steps, family.guidance if cfg.guidance is None else cfg.guidance
-    here = Run("adm", cfg, ranks)
+    schedule = family.schedule  # of teacher, fake and discriminator, always
+    student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)  # the same, or after ADP the straight line
+    here = Run("adm", cfg, ranks, family, student_schedule, steps, guidance=guidance)
 
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
-    teacher, student, fake = make_roles(family, ("student", "fake"), cfg.lora_rank, device, cfg.gradient_checkpointing)
-    schedule = family.schedule  # of teacher, fake and discriminator, always
-    student_schedule = initial_student(cfg.init, student, cfg.lora_rank)  # the same, or after ADP the straight line
+    teacher, student, fake = make_roles(family, ("student", "fake"), cfg.lora_rank, device, ranks.frozen_dtype,
+                    cfg.gradient_checkpointing)
+    student.load(weights)
     times = student_schedule.timesteps(steps)[:-1].to(device)  # (steps,)
     torch.manual_seed(cfg.seed)  # the heads' initial weights
     discriminator = LatentDiscriminator(teacher, cfg.head_width).to(device)
@@ -136,7 +139,6 @@ def main(cfg):
                   "fake": Optimizer(fake.own_parameters(), cfg.lr_fake, cfg, ranks),
                   "heads": Optimizer(dict(discriminator.heads.named_parameters()), cfg.lr_heads, cfg, ranks)}
     first = here.restore(optimizers) if cfg.resume else 0
-    here.describe(family, student_schedule, steps, guidance_used=guidance)
 
     for iteration in ranks.progress(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=cfg.loss):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
@@ -179,7 +181,7 @@ def main(cfg):
                     weight = 1 / schedule.alpha_sigma(t)[0] if cfg.t_weight == "1/alpha" else None  # (B,)
                     loss = generator_loss(discriminator.logits(maps_fake), weight)
                 if r == 0:
-                    log |= {"loss_generator": loss, "dmd_loss": loss_dmd, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.std()}
+                    log |= {"loss_generator": loss, "dmd_loss": loss_dmd, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
                     log["grad_norm_student"] = optimizers["student"].step(loss)
 
             # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
@@ -205,10 +207,10 @@ def main(cfg):
 
         here.record(iteration + 1, log, began)
         if here.due(cfg.sample_every, iteration):  # of the last round: no network runs for it, only the VAE
-            here.picture(iteration + 1, family, {"student x0_hat": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake})
+            here.picture(iteration + 1, {"student x0_hat": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake})
         if here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, optimizers)
-    here.finish(student, student_schedule, steps)
+    here.finish(student)
 
 
 COLUMNS = ("loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",

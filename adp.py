@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from data import Optimizer, Pairs, Ranks, Run, at_least, initial_student, option, run
+from data import Optimizer, Pairs, Ranks, Run, at_least, option, run, starting_point
 from models import (BadInput, LatentDiscriminator, PixelDiscriminator, frozen, load_teacher, make_roles, require)
 from ode import Draw, T, common, on_the_line, student_sample
 
@@ -85,7 +85,7 @@ def generator_loss(fake, lambdas):
 
 # --- The pixel discriminator's backbone ------------------------------------------------------------------------------
 
-def load_pixel_backbone(name, device="cpu"):
+def load_pixel_backbone(name):
     """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder. Raises BadInput."""
     folder = name
     if name in ("tiny-sam", "tiny-dinov2"):
@@ -99,7 +99,7 @@ def load_pixel_backbone(name, device="cpu"):
         raise BadInput(f"--pixel-backbone {name}: cannot load it ({type(e).__name__}); tiny-sam runs offline") from None
     require(all(isinstance(getattr(backbone.config, part, None), int) for part in ("image_size", "patch_size", "hidden_size")),
             f"--pixel-backbone {name}: a {kind} is no plain vision transformer")
-    return backbone.to(device).eval().requires_grad_(False)
+    return backbone.eval().requires_grad_(False)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -117,30 +117,33 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    family, ranks = load_teacher(cfg.model), Ranks()
-    samples, device = ranks.mine(cfg.batch_size), ranks.device
+    family, use_pixel = load_teacher(cfg.model), cfg.pixel and cfg.loss == "adp"
+    if use_pixel:
+        tiny = cfg.model.startswith("tiny-")
+        backbone = load_pixel_backbone(cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base"))
+    ranks = Ranks()
+    device, samples = ranks.device, ranks.mine(cfg.batch_size)
     pairs = Pairs(cfg.pairs, family, device, cfg.resolution, cfg.frames, cfg.guidance)
-    here = Run("adp", cfg, ranks)
-
-    teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, cfg.gradient_checkpointing)
-    initial_student(cfg.init, student, cfg.lora_rank)
     line = on_the_line(family.schedule)  # the student's process
     schedule = family.schedule  # the teacher's, on which the latent discriminator lives
+    _, weights = starting_point(cfg.init, family, cfg.lora_rank)
+    here = Run("adp", cfg, ranks, family, line, cfg.student_steps, pairs=pairs.manifest)
+
+    teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, ranks.frozen_dtype,
+                    cfg.gradient_checkpointing)
+    student.load(weights)
     times = line.timesteps(cfg.student_steps)[:-1].to(device)  # (steps,) of the exported sampler
     torch.manual_seed(cfg.seed)  # the heads' initial weights
-    adversarial = cfg.loss == "adp" and cfg.mse_iterations < cfg.iterations
     discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width).to(device)], [cfg.lambda_latent]
-    if adversarial and cfg.pixel:
+    if use_pixel:
         vae = family.vae(device)
-        backbone = cfg.pixel_backbone or ("tiny-sam" if cfg.model.startswith("tiny-") else "facebook/sam-vit-base")
-        discriminators.append(PixelDiscriminator(load_pixel_backbone(backbone, device), cfg.head_width).to(device))
+        discriminators.append(PixelDiscriminator(backbone, cfg.head_width).to(device))
         lambdas.append(cfg.lambda_pixel)
     heads = torch.nn.ModuleList(d.heads for d in discriminators)
 
     optimizers = {"student": Optimizer(student.own_parameters(), cfg.lr_student, cfg, ranks),
                   "heads": Optimizer(dict(heads.named_parameters()), cfg.lr_heads, cfg, ranks)}
     first = here.restore(optimizers) if cfg.resume else 0
-    here.describe(family, line, cfg.student_steps, pairs=pairs.manifest)
 
     for iteration in ranks.progress(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=cfg.loss):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
@@ -152,7 +155,7 @@ def main(cfg):
         x_t = line.add_noise(x_0, x_T, t)
         v = student(x_t, line.shown(t), cond)[0]
         x0_hat = line.to_x0_eps(x_t, v, t)[0]
-        log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.std()}
+        log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
 
         if cfg.loss == "mse" or iteration < cfg.mse_iterations:
             # 2. Regression: the student trains.
@@ -169,7 +172,7 @@ def main(cfg):
             #    and the VAE's decoder.
             with frozen(heads):
                 maps_fake = [discriminators[0].features(x_fake, t, cond)]
-                if cfg.pixel:
+                if use_pixel:
                     maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
                 log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
                 log["grad_norm_student"] = optimizers["student"].step(log["loss_generator"])
@@ -177,7 +180,7 @@ def main(cfg):
             # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
             with torch.no_grad():
                 maps_real = [discriminators[0].features(x_real, t, cond)]
-                if cfg.pixel:
+                if use_pixel:
                     maps_real.append(discriminators[1].features(family.views(vae, x_0, u)))
             real = [d.logits(m) for d, m in zip(discriminators, maps_real)]
             fake = [d.logits([h.detach() for h in m]) for d, m in zip(discriminators, maps_fake)]
@@ -190,10 +193,10 @@ def main(cfg):
         if here.due(cfg.sample_every, iteration):
             with torch.no_grad():
                 x0 = student_sample(lambda x, t: student(x, t, cond)[0], line, x_T, times, lambda: draw.normal(pairs.shape))
-            here.picture(iteration + 1, family, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
+            here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
         if here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, optimizers)
-    here.finish(student, line, cfg.student_steps)
+    here.finish(student)
 
 
 COLUMNS = ("loss_generator", "loss_discriminator", "loss_mse", "d_accuracy", "d_accuracy_pixel", "grad_norm_student",

@@ -11,12 +11,12 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import resource
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -34,8 +34,8 @@ from ode import Draw, on_the_line, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 
-
 # --- Running a script ------------------------------------------------------------------------------------------------
+
 
 def option(default, help):
     """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
@@ -48,14 +48,11 @@ def run(main, config_class, argv=None, **about):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, **about)
-
-    def fail(message):
-        raise BadInput(message)
-    parser.error = fail
+    parser.error = lambda message: require(False, message)
     try:
-        main(parser.parse_args_into_dataclasses(argv)[0])
+        main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"{parser.prog}{rank}: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -64,7 +61,7 @@ def run(main, config_class, argv=None, **about):
 
 
 def at_least(least, cfg, *names):
-    """Raises BadInput for the first of these settings that is below `least` (or is no number)."""
+    """Raises BadInput for the first of these settings that is given and not at least `least`."""
     for name in names:
         value = getattr(cfg, name)
         require(value is None or value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
@@ -77,6 +74,7 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, cuda = self.rank == 0, torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.frozen_dtype = torch.bfloat16 if cuda else torch.float32  # of weights that are never trained
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -113,7 +111,7 @@ class Optimizer:
 
     def __init__(self, parameters, lr, cfg, ranks):
         self.parameters, self.clip, self.ranks = parameters, cfg.clip, ranks
-        self.adamw = torch.optim.AdamW(parameters.values(), lr=lr, betas=(cfg.beta1, 0.999), weight_decay=0.01)  # as peers
+        self.adamw = torch.optim.AdamW(parameters.values(), lr, betas=(cfg.beta1, 0.999), weight_decay=0.01)  # as peers (ours)
 
     def step(self, loss):
         """Backward and update. Returns the gradient norm before clipping; no gradient is left behind."""
@@ -140,12 +138,12 @@ class Optimizer:
             if kind == "parameter":
                 self.parameters[name].data.copy_(value)
             else:
-                i, slot = name.split("/")
-                state.setdefault(int(i), {})[slot] = value
+                state.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = value
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
 
 
 # --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
+
 
 def write_json(path, value):
     Path(f"{path}.partial").write_text(json.dumps(value, indent=2) + "\n")
@@ -165,6 +163,14 @@ def write_tensors(path, tensors):
     os.replace(f"{path}.partial", path)
 
 
+def is_whole(path):
+    try:
+        with safe_open(path, "pt") as f:
+            return len(f.keys()) > 0
+    except (OSError, SafetensorError):
+        return False
+
+
 def claim(folder):
     """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder} is not empty: choose another --out")
@@ -172,14 +178,6 @@ def claim(folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"cannot create {folder}: {e.strerror}") from None
-
-
-def is_whole(path):
-    try:
-        with safe_open(path, "pt") as f:
-            return len(f.keys()) > 0
-    except (OSError, SafetensorError):
-        return False
 
 
 def collect(folder, manifest, ranks, make):
@@ -215,10 +213,11 @@ class Rows:
         self.folder, self.files = Path(folder), {}
         self.manifest = m = read_json(self.folder / "manifest.json", kind)
         require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
-        require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with another model than {teacher.name}: {m['model']}")
+        require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with {m['model']}, not with {teacher.name}")
         shards = [self.folder / f"{i:06d}.safetensors" for i in range(-(-m["count"] // m["shard_size"]))]
-        broken = [s.name for s in shards if not is_whole(s)] or ([] if m["complete"] else ["unfinished"])
-        require(not broken, f"{folder} is half-written or damaged ({broken[:1]}): the command that made it will continue it")
+        broken = [s.name for s in shards if not is_whole(s)]
+        require(m["complete"] and not broken, f"{folder} is half-written or damaged ({', '.join(broken[:1]) or 'unfinished'}): "
+                "the command that made it will mend it")
 
     def __len__(self):
         return self.manifest["count"]
@@ -269,16 +268,15 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
     if Path(path).is_dir():
         return Prompts(path, teacher, ranks.device)
     prompts, pipe = read_prompts(path), None
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32  # of encoders and cache
 
     def embed(texts):
         nonlocal pipe
-        pipe = pipe or teacher.text_pipeline(ranks.device, dtype)  # loaded only where something is left to encode
+        pipe = pipe or teacher.text_pipeline(ranks.device, ranks.frozen_dtype)  # only where something is left to encode
         with torch.no_grad():
             return teacher.encode(pipe, texts) if texts else teacher.unconditional(pipe)
 
-    manifest = {"kind": "prompts", "model": teacher.name, "weights_sha256": teacher.weights_sha256, "dtype": str(dtype),
-                "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    manifest = {"kind": "prompts", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
+                "dtype": str(ranks.frozen_dtype), "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
     collect(folder, {**manifest, "count": len(prompts), "shard_size": batch_size}, ranks,
             lambda rows: embed([prompts[i] for i in rows]))
     collect(Path(folder) / "unconditional", {**manifest, "count": 1, "shard_size": 1}, ranks, lambda rows: embed([]))
@@ -289,13 +287,13 @@ class Pairs:
     """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
 
     def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
-        self.rows, self.device, self.folder = Rows(folder, "pairs", teacher), device, Path(folder)
+        self.rows, self.device = Rows(folder, "pairs", teacher), device
         self.manifest, self.shape = self.rows.manifest, tuple(self.rows.manifest["shape"])
         wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
-        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution/--frames ask for {wanted}")
+        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution and --frames ask for {wanted}")
         require(guidance in (None, self.manifest["guidance"]),
-                f"{folder} was made with guidance {self.manifest['guidance']}, not {guidance}: it cannot be changed afterwards")
-        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
+                f"{folder} was made with guidance {self.manifest['guidance']}, not {guidance}: it is in the pairs")
+        self.prompts = Prompts(self.rows.folder / self.manifest["prompts"], teacher, device)
 
     def __len__(self):
         return len(self.rows)
@@ -312,8 +310,8 @@ def collect_pairs(cfg, teacher, prompts, ranks):
     gigabytes, out = cfg.count * 2 * 4 * float(np.prod(shape)) / 1e9, Path(cfg.out).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
     if ranks.main:
-        print(f"{cfg.count} pairs of float32 {'x'.join(map(str, shape))} take {gigabytes:.3g} GB in {cfg.out}, where {free:.3g} GB are free")
-    require(gigabytes < free or (out / "manifest.json").exists(), f"{gigabytes:.3g} GB of pairs do not fit on {out}: {free:.3g} GB are free")
+        print(f"{cfg.count} pairs of {'x'.join(map(str, shape))} take {gigabytes:.3g} GB in {cfg.out}, with {free:.3g} GB free", flush=True)
+    require(gigabytes < free or (out / "manifest.json").exists(), f"{cfg.count} pairs do not fit in {cfg.out}")
     manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
                 "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
                 "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.rows.folder, out),
@@ -322,13 +320,12 @@ def collect_pairs(cfg, teacher, prompts, ranks):
 
     def make(rows):
         nonlocal denoiser
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        denoiser = denoiser or teacher.denoiser(ranks.device, dtype).requires_grad_(False)
+        denoiser = denoiser or teacher.denoiser(ranks.device, ranks.frozen_dtype).requires_grad_(False)
         x_T, x_0, numbers = [], [], [i % len(prompts) for i in rows]
         for at in range(0, len(rows), cfg.batch_size):
-            some = rows[at:at + cfg.batch_size]
-            cond, uncond = prompts.batch(numbers[at:at + cfg.batch_size]), prompts.unconditional(len(some))
-            x_T.append(Draw((cfg.seed,), some, ranks.device).normal(shape))
+            some = slice(at, at + cfg.batch_size)
+            cond, uncond = prompts.batch(numbers[some]), prompts.unconditional(len(rows[some]))
+            x_T.append(Draw((cfg.seed,), rows[some], ranks.device).normal(shape))
             with torch.no_grad():
                 x_0.append(teacher_sample(with_guidance(denoiser, cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))
         return {"x_T": torch.cat(x_T), "x_0": torch.cat(x_0), "prompt": torch.tensor(numbers)}
@@ -347,37 +344,32 @@ class Run:
     Raises BadInput for a folder that holds anything, unless cfg.resume; then for a config that differs from the run's.
     """
 
-    def __init__(self, stage, cfg, ranks):
-        self.folder, self.cfg, self.ranks, self.log = Path(cfg.out), cfg, ranks, None
-        self.config = {"stage": stage, **asdict(cfg)}
+    def __init__(self, stage, cfg, ranks, family, schedule, steps, **more):
+        self.folder, self.cfg, self.ranks, self.family, self.log = Path(cfg.out), cfg, ranks, family, None
+        self.schedule, self.steps, config = schedule, steps, {"stage": stage, **asdict(cfg)}
         if cfg.resume:
             saved = read_json(self.folder / "config.json", "run to resume")["config"]
-            differing = [k for k in self.config if k not in MAY_CHANGE and saved.get(k) != self.config[k]]
-            require(not differing, f"--resume: {self.folder} was run with "
-                    + ", ".join(f"{k} = {saved.get(k)!r}, not {self.config[k]!r}" for k in differing))
+            differing = [f"{k} = {saved.get(k)!r}, not {config[k]!r}" for k in config if k not in MAY_CHANGE and saved.get(k) != config[k]]
+            require(not differing, f"--resume: {self.folder} was run with {', '.join(differing)}")
         elif ranks.main:
             require(not (self.folder / "config.json").exists(),
                     f"{self.folder} holds another run: continue it with --resume, or choose another --out")
             claim(self.folder)
         ranks.barrier()
-
-    def describe(self, family, schedule, steps, **more):
-        """config.json: all settings, versions, the teacher, and what the student is."""
-        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
-        student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
-        if self.ranks.main:
+        if ranks.main:
+            student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
+            versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)} | {"python": sys.version.split()[0]}
             write_json(self.folder / "config.json", {
-                "config": self.config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256}, "student": student,
-                **more, "world_size": self.ranks.world, "versions": {"python": platform.python_version(), **versions}})
+                "config": config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
+                "student": student, "world_size": ranks.world, "versions": versions, **more})
 
     def record(self, iteration, values, began):
         """Append a row to log.csv. Tensors are averaged over the ranks, None stays empty. To be called on every rank."""
         tensors = {name: v.detach().float() for name, v in values.items() if torch.is_tensor(v)}
         means = self.ranks.mean(torch.stack(list(tensors.values()))).tolist()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.ranks.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         row = {"iteration": iteration, **values, **dict(zip(tensors, means)),
                "seconds": round(time.perf_counter() - began, 4), "peak_memory_gb": round(memory / 1e9, 3)}
         if not self.ranks.main:
@@ -395,29 +387,27 @@ class Run:
         self.log.flush()
 
     def due(self, every, iteration):
-        """Whether something done `every` iterations (0: never) is due after this one; the last always is."""
+        """Whether what is done `every` iterations (0: never) is due after this one; after the last it always is."""
         return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == self.cfg.iterations)
 
-    def picture(self, iteration, family, latents):
+    def picture(self, iteration, latents):
         """samples/<iteration>.png: a row for each {label: latents (B, ...)}, for video a row of frames for each sample.
 
-        The VAE is loaded for this and dropped again. Rank 0's first samples are shown.
+        Shows rank 0's first samples. The VAE is loaded for this and dropped again.
         """
         if not self.ranks.main:
             return
-        vae, strips = family.vae(self.ranks.device), []
+        vae, rows = self.family.vae(self.ranks.device), []
         for label, z in latents.items():
             with torch.no_grad():
-                x = family.decode(vae, z[:8 if z.ndim == 4 else 2]).float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
-            strips += [(label, x)] if x.ndim == 4 else [(label, video[:8]) for video in x.transpose(1, 2)]
-        height, width = strips[0][1].shape[-2:]
-        zoom, margin = max(1, 96 // height), 120
-        sheet = Image.new("RGB", (margin + len(strips[0][1]) * width * zoom, len(strips) * height * zoom), "white")
-        for i, (label, images) in enumerate(strips):
-            ImageDraw.Draw(sheet).text((4, i * height * zoom + 4), label, fill="black")
-            for j, image in enumerate(images):
-                tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width * zoom, height * zoom), Image.NEAREST)
-                sheet.paste(tile, (margin + j * width * zoom, i * height * zoom))
+                x = self.family.decode(vae, z[:8 if z.ndim == 4 else 2]).float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
+            rows += [(label, x)] if x.ndim == 4 else [(label, video[:8]) for video in x.transpose(1, 2)]
+        height, width = (n * max(1, 96 // x.shape[-2]) for n in x.shape[-2:])  # small pictures are enlarged
+        sheet = Image.new("RGB", (120 + len(rows[0][1]) * width, len(rows) * height), "white")
+        for i, (label, images) in enumerate(rows):
+            ImageDraw.Draw(sheet).text((4, i * height + 4), label, fill="black")
+            for j, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+                sheet.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (120 + j * width, i * height))
         (self.folder / "samples").mkdir(exist_ok=True)
         sheet.save(self.folder / "samples" / f"{iteration:06d}.png")
 
@@ -438,51 +428,49 @@ class Run:
         self.ranks.barrier()
 
     def restore(self, optimizers):
-        """Load the newest whole checkpoint and return its iteration (0: none); a damaged one is named on stderr and passed over."""
+        """Load the newest whole checkpoint; return its iteration (0: none). A damaged one is named on stderr and passed over."""
         for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True):
+            files = {name: folder / f"{name}.safetensors" for name in optimizers}
             try:
                 state = json.loads((folder / "state.json").read_text())
-                for name in optimizers:
-                    if file_sha256(folder / f"{name}.safetensors") != state["sha256"][name]:
-                        raise ValueError(f"{name}.safetensors")
-            except (OSError, ValueError, KeyError) as e:
-                print(f"{folder} is damaged ({e}): going back to the one before it", file=sys.stderr)
-                continue
-            for name, optimizer in optimizers.items():
-                optimizer.restore(load_file(folder / f"{name}.safetensors", device=str(self.ranks.device)))
-            return state["iteration"]
+                whole = all(file_sha256(file) == state["sha256"][name] for name, file in files.items())
+            except (OSError, ValueError, KeyError):
+                whole = False
+            if whole:
+                for name, optimizer in optimizers.items():
+                    optimizer.restore(load_file(files[name], device=str(self.ranks.device)))
+                return state["iteration"]
+            print(f"{folder} is damaged: going back to the checkpoint before it", file=sys.stderr)
         return 0
 
-    def finish(self, student, schedule, steps):
+    def finish(self, student):
         """Write pipeline/, the student for stock diffusers, and say so."""
         if self.ranks.main:
-            export_pipeline(student, schedule, steps, self.folder / "pipeline")
+            export_pipeline(student, self.schedule, self.steps, self.folder / "pipeline")
             print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
         self.ranks.barrier()
 
 
-def initial_student(init, student, lora_rank):
-    """Load the student's first weights; return its Schedule: the teacher's (init "teacher"), or that of the adp.py or adm.py run
-    in the folder `init`. Raises BadInput for an unfinished run, one of another model, or with another kind of weights."""
-    family, pipeline = student.family, Path(init) / "pipeline"
+def starting_point(init, family, lora_rank):
+    """(the student's Schedule, the pipeline folder with its first weights or None for the teacher's).
+
+    init: "teacher", or the folder of an adp.py or adm.py run. Raises BadInput for an unfinished run, one of another model, one
+    with other kinds of weights, and for a LoRA without peft.
+    """
+    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
     if init == "teacher":
-        return family.schedule
-    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py")
+        return family.schedule, None
+    saved, pipeline = read_json(Path(init) / "config.json", "run of adp.py or adm.py"), Path(init) / "pipeline"
     require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
             f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
     require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
-    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has lora_rank {saved['config']['lora_rank']}")
-    if lora_rank:
-        from peft import set_peft_model_state_dict
-        adapter = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
-        set_peft_model_state_dict(student.net, {k.removeprefix(f"{family.net_name}."): v for k, v in adapter.items()}, student.adapter)
-    else:
-        student.net.load_state_dict(family.denoiser(folder=pipeline).net.state_dict())
-    flow = saved["student"]["prediction"] == "flow"
-    return on_the_line(family.schedule) if flow else family.schedule
+    rank = saved["config"]["lora_rank"]
+    require(lora_rank in (0, rank), f"--init {init}: its student has lora_rank {rank}, not {lora_rank}")
+    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class EncodeConfig:
@@ -509,6 +497,7 @@ class PairsConfig:
 
 def encode(cfg):
     at_least(1, cfg, "batch_size")
+    read_prompts(cfg.prompts)
     encode_prompts(load_teacher(cfg.model), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
 
 
@@ -517,8 +506,7 @@ def pairs(cfg):
     at_least(0, cfg, "seed", "guidance")
     teacher, ranks = load_teacher(cfg.model), Ranks()
     teacher.latent_shape(cfg.resolution, cfg.frames)  # a bad size fails before anything is written
-    prompts = encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks)
-    collect_pairs(cfg, teacher, prompts, ranks)
+    collect_pairs(cfg, teacher, encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks), ranks)
 
 
 if __name__ == "__main__":

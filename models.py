@@ -7,17 +7,20 @@ tensors; t is (B,) float32 or int64 and never cast; predictions come back float3
 import hashlib
 import json
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+
+transformers.utils.logging.set_verbosity_error()  # before diffusers, whose import warns of packages that are not needed here
+import diffusers
 from diffusers import CogVideoXPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -241,7 +244,8 @@ class CogVideoX(Family):
 
     def latent_shape(self, resolution=None, frames=None):
         frames, ratio = frames or self.config.sample_frames, self.config.temporal_compression_ratio
-        require(frames > 1 and frames % ratio == 1, f"--frames {frames}: {self.name} takes {ratio}n + 1 frames")
+        require(frames > 1 and frames % (2 * ratio) == 1,  # its VAE decodes latent frames in twos, after the first
+                f"--frames {frames}: {self.name} takes {2 * ratio}n + 1 frames")
         return (frames - 1) // ratio + 1, *super().latent_shape(resolution)
 
     def decode(self, vae, latents):
@@ -316,9 +320,10 @@ class Denoiser(nn.Module):
                       for block in tapped]
         if want == "features":
             hooks.append(following.register_forward_pre_hook(_stop))
+        if self.lora:
+            use_adapter(self.net, self.adapter)
         try:
-            with (torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16),
-                  use_adapter(self.net, self.adapter) if self.lora else nullcontext()):
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
                 out = self.family.call(self.net, x_t, t, cond).float()
         except _Stop:
             pass
@@ -332,19 +337,32 @@ class Denoiser(nn.Module):
         mark = f".{self.adapter}." if self.adapter else ""
         return {name: p for name, p in self.net.named_parameters() if mark in name}
 
+    def load(self, pipeline):
+        """Take the weights of this exported pipeline folder; None: stay as it is."""
+        if pipeline and self.adapter:
+            from peft import set_peft_model_state_dict
+            weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
+            own = {name.removeprefix(f"{self.family.net_name}."): w for name, w in weights.items()}
+            set_peft_model_state_dict(self.net, own, self.adapter)
+        elif pipeline:
+            self.net.load_state_dict(self.family.denoiser(folder=pipeline).net.state_dict())
+
     def checkpoint_activations(self):
         """Recompute activations in backward: non-reentrant, and with the adapter that was active in forward."""
         def checkpointed(block, *args):
             role = getattr(self.net, "role", None)
-            again = {"context_fn": lambda: (nullcontext(), use_adapter(self.net, role))} if self.lora else {}
-            return checkpoint(block.__call__, *args, use_reentrant=False, **again)
+
+            def again(*args):
+                if self.lora:
+                    use_adapter(self.net, role)
+                return block(*args)
+            return checkpoint(again, *args, use_reentrant=False)
         self.net.enable_gradient_checkpointing(checkpointed)
 
 
-@contextmanager
 def use_adapter(net, role):
-    """Inside, `net` runs with that role's LoRA adapter, or with none. Unlike with peft's own switch, who takes gradient stays."""
-    def switch(role):
+    """From here on `net` runs with that role's LoRA adapter, or with none. Unlike with peft's own switch, who takes gradient stays."""
+    if getattr(net, "role", "nobody") != role:
         flags = [(p, p.requires_grad) for p in net.parameters()]
         net.enable_adapters() if role else net.disable_adapters()
         if role:
@@ -353,26 +371,16 @@ def use_adapter(net, role):
             p.requires_grad_(flag)
         net.role = role
 
-    before = getattr(net, "role", None)
-    switch(role)
-    try:
-        yield
-    finally:
-        switch(before)
 
-
-def make_roles(family, roles, lora_rank, device, gradient_checkpointing=False):
+def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.float32, gradient_checkpointing=False):
     """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32.
 
     With lora_rank the copies are LoRA adapters (alpha = rank) on the teacher itself: one copy of the weights for all roles and
-    for the discriminator's backbone. Raises BadInput where peft is not installed.
+    for the discriminator's backbone.
     """
-    teacher = family.denoiser(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    teacher = family.denoiser(device, frozen_dtype)
     if lora_rank:
-        try:
-            from peft import LoraConfig
-        except ImportError:
-            raise BadInput("--lora-rank needs the peft package: pip install peft") from None
+        from peft import LoraConfig
         teacher.lora = True
         for role in roles:
             config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets)
@@ -542,7 +550,7 @@ def export_pipeline(student, schedule, steps, folder):
         layers = get_peft_model_state_dict(net, adapter_name=student.adapter)
         family.pipeline_class.save_lora_weights(aside / "lora", **{f"{family.net_name}_lora_layers": layers})
         net = family.denoiser().net
-        net.load_lora_adapter(aside / "lora", prefix=family.net_name)
+        net.load_lora_adapter(aside / "lora", prefix=family.net_name, weight_name="pytorch_lora_weights.safetensors")
         net.fuse_lora()
         net.unload_lora()
     net.save_pretrained(aside / family.net_name)

@@ -1,0 +1,472 @@
+"""The scripts through their command lines: every stage on every family, phases, resuming, ranks, and what users get wrong."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import adm
+import adp
+import data
+import models
+from conftest import ROOT, call, read_log, shell
+from toy.tiny import build
+
+QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
+ADM_COLUMNS = ["iteration", "loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
+               "grad_norm_fake", "grad_norm_heads", "seconds", "peak_memory_gb"]
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory, few_prompts):
+    """{model: folder of encoded prompts}"""
+    folders = {name: tmp_path_factory.mktemp("encoded") / name for name in models.TINY}
+    for name, folder in folders.items():
+        call(data.encode, data.EncodeConfig, "--model", name, "--prompts", few_prompts, "--out", folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def sdxl_pairs(tmp_path_factory, encoded):
+    folder = tmp_path_factory.mktemp("pairs") / "sdxl"
+    call(data.pairs, data.PairsConfig, "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", folder, "--count", 6,
+         "--steps", 3, "--batch-size", 2, "--shard-size", 4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl_adp(tmp_path_factory, sdxl_pairs):
+    """A finished ADP run on tiny-sdxl: regression, then both discriminators."""
+    out = tmp_path_factory.mktemp("runs") / "adp"
+    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", out, "--iterations", 4, "--mse-iterations", 2,
+         "--head-width", 32, "--batch-size", 2, "--sample-every", 2, "--lr-student", 1e-3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sd3_adm(tmp_path_factory, encoded):
+    """A finished ADM run on tiny-sd3: 4 iterations, checkpoints after 2 and 4."""
+    out = tmp_path_factory.mktemp("runs") / "adm"
+    call(adm.main, adm.Config, *adm_args(encoded, out), "--checkpoint-every", 2)
+    return out
+
+
+def adm_args(encoded, out, model="tiny-sd3", iterations=4):
+    return ["--model", model, "--prompts", encoded[model], "--out", out, "--iterations", iterations, *QUICK]
+
+
+def same_log(a, b, **tolerance):
+    a, b = read_log(a), read_log(b)
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"seconds", "peak_memory_gb"}:
+        assert_close([float("nan") if x is None else x for x in a[name]], [float("nan") if x is None else x for x in b[name]],
+                     equal_nan=True, msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+# --- End to end ------------------------------------------------------------------------------------------------------
+
+def test_sd3_end_to_end_as_a_user_types_it(tmp_path, few_prompts):
+    """encode → pairs → adp → adm → stock diffusers, each a process of its own."""
+    p = {name: tmp_path / name for name in ("prompts", "pairs", "adp", "adm")}
+    for command in (["data.py", "encode", "--model", "tiny-sd3", "--prompts", few_prompts, "--out", p["prompts"]],
+                    ["data.py", "pairs", "--model", "tiny-sd3", "--prompts", p["prompts"], "--count", 5, "--steps", 3, "--out", p["pairs"]],
+                    ["adp.py", "--model", "tiny-sd3", "--pairs", p["pairs"], "--out", p["adp"], "--iterations", 2, "--mse-iterations", 1, *QUICK],
+                    ["adm.py", "--model", "tiny-sd3", "--prompts", p["prompts"], "--init", p["adp"], "--out", p["adm"], "--iterations", 2,
+                     "--student-steps", 1, "--sample-every", 1, "--head-width", 32]):
+        done = shell("python", *command)
+        assert done.returncode == 0, done.stderr
+    assert "GB free" in done.stdout or "pipeline/" in done.stdout
+    assert sorted(x.name for x in p["adm"].iterdir()) == ["checkpoints", "config.json", "log.csv", "pipeline", "samples"]
+    assert sorted(x.name for x in (p["adm"] / "samples").iterdir()) == ["000001.png", "000002.png"]
+    assert not list(p["adm"].rglob("*.bin")) + list(p["adm"].rglob("*.pt")) + list(p["adm"].rglob("*.partial"))
+    config = json.loads((p["adm"] / "config.json").read_text())
+    assert config["student"] == {"prediction": "flow", "times": [1000.0], "renoise": True}
+    assert config["config"]["iterations"] == 2 and config["versions"]["torch"] == torch.__version__
+    pipe = DiffusionPipeline.from_pretrained(p["adm"] / "pipeline")
+    assert pipe("a red fox", num_inference_steps=1, guidance_scale=1.0).images[0].size == (32, 32)
+
+
+def test_sdxl_end_to_end(sdxl_adp, encoded, tmp_path):
+    """After ADP the student is flow-parameterised, trained on and exported as such; fake and teacher stay what they were."""
+    log = read_log(sdxl_adp)
+    assert log["loss_discriminator"][:2] == [None, None] and None not in log["loss_discriminator"][2:]
+    assert None not in log["loss_mse"] and all(0 <= a <= 1 for a in log["d_accuracy"][2:] + log["d_accuracy_pixel"][2:])
+    assert sorted(x.name for x in (sdxl_adp / "samples").iterdir()) == ["000002.png", "000004.png"]
+    out = tmp_path / "adm"
+    call(adm.main, adm.Config, *adm_args(encoded, out, "tiny-sdxl", 2), "--init", sdxl_adp)
+    config = json.loads((out / "config.json").read_text())
+    assert config["student"] == {"prediction": "flow", "times": [999.0], "renoise": False}
+    pipe = DiffusionPipeline.from_pretrained(out / "pipeline")
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert pipe("a red fox", num_inference_steps=1, guidance_scale=1.0).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["tiny-cogvideox-2b", "tiny-cogvideox-5b"])
+def test_cogvideox_adm(name, encoded, tmp_path):
+    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", name, 2)[:-2], "--sample-every", 2, "--frames", 17)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    frames = pipe("a red fox", num_inference_steps=4, guidance_scale=1.0, num_frames=17).frames[0]
+    assert len(frames) == 17 and frames[0].size == (128, 128) and (tmp_path / "out" / "samples" / "000002.png").exists()
+
+
+def test_cogvideox_adp_sees_frames(encoded, tmp_path):
+    name, out = "tiny-cogvideox-5b", tmp_path / "adp"
+    call(data.pairs, data.PairsConfig, "--model", name, "--prompts", encoded[name], "--out", tmp_path / "pairs", "--count", 2,
+         "--steps", 1, "--guidance", 1)
+    call(adp.main, adp.Config, "--model", name, "--pairs", tmp_path / "pairs", "--out", out, "--iterations", 1, "--mse-iterations", 0, *QUICK)
+    assert read_log(out)["d_accuracy_pixel"][0] is not None
+
+
+def test_log_and_output_folder(sd3_adm):
+    log = read_log(sd3_adm)
+    assert set(ADM_COLUMNS) < log.keys() and log["iteration"] == [1, 2, 3, 4] and None not in sum(log.values(), [])
+    assert sorted(x.name for x in (sd3_adm / "checkpoints").iterdir()) == ["000002", "000004"]
+    assert {x.suffix for x in (sd3_adm / "checkpoints").rglob("*") if x.is_file()} == {".safetensors", ".json"}
+
+
+def test_the_student_that_is_exported_is_the_one_that_trained(sd3_adm, teachers):
+    exported = models.load_teacher("tiny-sd3").denoiser(folder=sd3_adm / "pipeline").net.state_dict()
+    checkpoint = load_file(sd3_adm / "checkpoints" / "000004" / "student.safetensors")
+    moved = 0
+    for name, p in teachers["tiny-sd3"].denoiser().net.named_parameters():
+        assert torch.equal(exported[name], checkpoint[f"parameter/{name}"])
+        moved += not torch.equal(exported[name], p)
+    assert moved > 10
+
+
+# --- Phases ----------------------------------------------------------------------------------------------------------
+
+ABLATIONS = [["--student-steps", "1"], ["--gradient-checkpointing"], ["--fake-gradient", "straight-through"], ["--loss", "dmd"],
+             ["--ttur", "2"], ["--lora-rank", "2"], ["--lora-rank", "2", "--gradient-checkpointing"], ["--damping", "0.1"],
+             ["--t-weight", "1/alpha", "--dt", "0.25", "--guidance", "1"], ["--init", "adp", "--model", "tiny-sdxl"]]
+
+
+@pytest.mark.parametrize("flags", ABLATIONS, ids=" ".join)
+def test_every_ablation_runs_and_each_phase_trains_one_network(flags, encoded, sdxl_adp, tmp_path, monkeypatch):
+    """In the loop itself: at each update exactly one network has gradients, and it is the right one."""
+    roles, phases = {}, []
+
+    def spy_roles(*args, **kwargs):
+        made = make_roles(*args, **kwargs)
+        roles.update(zip(("teacher", "student", "fake"), made))
+        return made
+
+    def spy_discriminator(*args):
+        roles["heads"] = models.LatentDiscriminator(*args)
+        return roles["heads"]
+
+    def spy_clip(parameters, limit):
+        parameters = list(parameters)
+        with_grad = {id(p) for r in roles.values() for p in r.parameters() if p.grad is not None}
+        owners = {name: r.own_parameters().values() for name, r in roles.items() if name in ("student", "fake")}
+        owners["heads"] = list(roles["heads"].heads.parameters())
+        owned = {id(p) for ps in owners.values() for p in ps}
+        assert with_grad <= {id(p) for p in parameters}, "a gradient outside the network that trains"
+        assert with_grad and not with_grad - owned
+        phases.append([name for name, ps in owners.items() if {id(p) for p in ps} & with_grad])
+        return clip(parameters, limit)
+    make_roles, clip = adm.make_roles, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(adm, "make_roles", spy_roles)
+    monkeypatch.setattr(adm, "LatentDiscriminator", spy_discriminator)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy_clip)
+
+    model = "tiny-sdxl" if "tiny-sdxl" in flags else "tiny-sd3"
+    args = adm_args(encoded, tmp_path / "out", model, 2)
+    flags = [str(sdxl_adp) if f == "adp" else f for f in flags]
+    call(adm.main, adm.Config, *args, *flags)
+    one = [["student"], ["heads"], ["fake"]]
+    expected = [["student"], ["fake"]] if "dmd" in flags else one + one[1:] if "--ttur" in flags else one
+    assert phases == expected * 2
+    log = read_log(tmp_path / "out")
+    needed = [c for c in ADM_COLUMNS if "dmd" not in flags or c not in ("loss_discriminator", "d_accuracy", "grad_norm_heads")]
+    for column in needed:
+        assert all(x is not None and x == x and abs(x) < float("inf") for x in log[column]), column
+
+
+@pytest.mark.parametrize("flags", [["--loss", "mse"], ["--no-pixel"], ["--pixel-backbone", "tiny-dinov2", "--schedule", "uniform"],
+                                   ["--lambda-latent", "1", "--lambda-pixel", "0", "--gradient-checkpointing"],
+                                   ["--lora-rank", "2"], ["--student-steps", "2"]], ids=" ".join)
+def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs, tmp_path, monkeypatch):
+    owners, steps = {}, []
+    init, step = data.Optimizer.__init__, data.Optimizer.step
+
+    def spy_init(self, parameters, *args):
+        owners["student" if "student" not in owners else "heads"] = self
+        init(self, parameters, *args)
+
+    def spy_step(self, loss):
+        before = {name: [p.clone() for p in o.parameters.values()] for name, o in owners.items()}
+        norm = step(self, loss)
+        steps.append([n for n, o in owners.items() if any(not torch.equal(a, b) for a, b in zip(before[n], o.parameters.values()))])
+        assert all(p.grad is None for o in owners.values() for p in o.parameters.values())
+        return norm
+    monkeypatch.setattr(data.Optimizer, "__init__", spy_init)
+    monkeypatch.setattr(data.Optimizer, "step", spy_step)
+    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", tmp_path / "out", "--iterations", 2,
+         "--mse-iterations", 1, *QUICK, *flags)
+    assert steps == ([["student"], ["student"]] if "mse" in flags else [["student"], ["student"], ["heads"]])
+    pixel = read_log(tmp_path / "out")["d_accuracy_pixel"][1]
+    assert (pixel is None) == ("mse" in flags or "--no-pixel" in flags)
+
+
+@pytest.mark.parametrize("fake_gradient", ["exact", "straight-through"])
+def test_no_network_runs_twice(fake_gradient, encoded, tmp_path, monkeypatch):
+    """One ADM iteration of a one-step student: the passes, their batch, how far they go, and whether they build a graph."""
+    forward, passes, names = models.Denoiser.forward, [], {}
+
+    def spy_roles(*args, **kwargs):
+        made = make_roles(*args, **kwargs)
+        names.update({id(role): name for role, name in zip(made, ("teacher", "student", "fake"))})
+        return made
+
+    def spy_forward(self, x_t, t, cond, want="prediction"):
+        out, maps = forward(self, x_t, t, cond, want)
+        passes.append((names[id(self)], len(x_t), want, (maps[-1] if out is None else out).requires_grad))
+        return out, maps
+    make_roles = adm.make_roles
+    monkeypatch.setattr(adm, "make_roles", spy_roles)
+    monkeypatch.setattr(models.Denoiser, "forward", spy_forward)
+    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", iterations=1), "--student-steps", 1, "--fake-gradient", fake_gradient)
+    assert passes == [("student", 2, "prediction", True), ("teacher", 4, "prediction", False),
+                      ("fake", 2, "prediction", fake_gradient == "exact"), ("teacher", 2, "features", True),
+                      ("teacher", 2, "features", False), ("fake", 2, "prediction", True)]
+
+
+def test_real_and_fake_step_from_the_same_noisy_sample_by_dt(encoded, tmp_path, monkeypatch):
+    """x_real and x_fake start at one x_t and land Δt lower, within the range; on a fresh run, fake is the teacher without CFG."""
+    steps = []
+    real_step = type(models.load_teacher("tiny-sd3").schedule).pf_ode_step
+
+    def spy(self, x_t, out, t, s):
+        steps.append((x_t, t, s))
+        return real_step(self, x_t, out, t, s)
+    monkeypatch.setattr("ode.FlowSchedule.pf_ode_step", spy)
+    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", iterations=6), "--dt", 0.1, "--t-min", 0.3, "--t-max", 0.6)
+    assert len(steps) == 12
+    for (x_a, t_a, s_a), (x_b, t_b, s_b) in zip(steps[::2], steps[1::2]):
+        assert torch.equal(x_a, x_b) and torch.equal(t_a, t_b) and torch.equal(s_a, s_b)
+        assert_close(t_a - s_a, torch.full((2,), 100.0)) and (s_a >= 300 - 1e-3).all() and (t_a <= 600).all()
+        assert t_a.dtype == torch.float32
+
+
+# --- Resuming, seeds, ranks ------------------------------------------------------------------------------------------
+
+def test_same_seed_same_run_other_seed_other_run(sd3_adm, encoded, tmp_path):
+    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "again"), "--checkpoint-every", 2)
+    same_log(sd3_adm, tmp_path / "again", atol=0, rtol=0)
+    a, b = ((f / "checkpoints" / "000004" / "student.safetensors").read_bytes() for f in (sd3_adm, tmp_path / "again"))
+    assert a == b
+    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "other"), "--seed", 1)
+    assert read_log(tmp_path / "other")["loss_fake"] != read_log(sd3_adm)["loss_fake"]
+
+
+def test_resume_equals_the_uninterrupted_run_bitwise(sd3_adm, encoded, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(sd3_adm, out)
+    shutil.rmtree(out / "checkpoints" / "000004")  # as if it had died after iteration 3, whose row is in the log
+    (out / "log.csv").write_text("".join((sd3_adm / "log.csv").read_text().splitlines(True)[:4]))
+    args = [out if a == "OUT" else a for a in adm_args(encoded, "OUT")]
+    config = json.loads((out / "config.json").read_text())
+    config["config"]["out"] = str(out)
+    (out / "config.json").write_text(json.dumps(config))
+    call(adm.main, adm.Config, *args, "--checkpoint-every", 2, "--resume")
+    same_log(sd3_adm, out, atol=0, rtol=0)
+    for name in ("student", "fake", "heads"):
+        file = f"checkpoints/000004/{name}.safetensors"
+        assert (sd3_adm / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(sd3_adm, encoded, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(sd3_adm, out)
+    config = json.loads((out / "config.json").read_text())
+    config["config"]["out"] = str(out)
+    (out / "config.json").write_text(json.dumps(config))
+    file = out / "checkpoints" / "000004" / "fake.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    call(adm.main, adm.Config, *adm_args(encoded, out), "--checkpoint-every", 2, "--resume")
+    assert "000004 is damaged" in capsys.readouterr().err
+    same_log(sd3_adm, out, atol=0, rtol=0)
+
+
+def test_pairs_resume_and_do_not_depend_on_batches(sdxl_pairs, encoded, tmp_path, teachers):
+    out = tmp_path / "pairs"
+    args = ["--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", out, "--count", 6, "--steps", 3, "--shard-size", 4]
+    shutil.copytree(sdxl_pairs, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["prompts"] = str(encoded["tiny-sdxl"])
+    (out / "000000.safetensors").unlink()
+    kept = (out / "000001.safetensors").stat().st_mtime_ns
+    shutil.rmtree(out), shutil.copytree(sdxl_pairs, out)
+    (out / "manifest.json").write_text(json.dumps({**json.loads((out / "manifest.json").read_text()), "complete": False,
+                                                   "prompts": data.os.path.relpath(encoded["tiny-sdxl"], out)}))
+    (out / "000000.safetensors").write_bytes((out / "000000.safetensors").read_bytes()[:-100])  # killed while writing
+    kept = (out / "000001.safetensors").stat().st_mtime_ns
+    with pytest.raises(models.BadInput, match="half-written"):
+        data.Pairs(out, teachers["tiny-sdxl"])
+    call(data.pairs, data.PairsConfig, *args, "--batch-size", 3)
+    assert (out / "000001.safetensors").stat().st_mtime_ns == kept
+    before, after = data.Pairs(sdxl_pairs, teachers["tiny-sdxl"]), data.Pairs(out, teachers["tiny-sdxl"])
+    for a, b in zip(before.batch(range(6))[:2], after.batch(range(6))[:2]):
+        assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_are_the_teachers_guided_ode(sdxl_pairs, teachers):
+    """Against diffusers' DDIM with the stock UNet: pair 4 has prompt 0 again, other noise."""
+    from diffusers import DDIMScheduler
+    family = teachers["tiny-sdxl"]
+    pairs = data.Pairs(sdxl_pairs, family)
+    assert pairs.manifest["guidance"] == 5.0 and pairs.manifest["steps"] == 3 and pairs.rows[[4]]["prompt"].tolist() == [0]
+    x_T, x_0, cond = pairs.batch([0, 4])
+    assert not torch.equal(x_T[0], x_T[1])
+    scheduler, net = DDIMScheduler.from_pretrained(family.folder / "scheduler", clip_sample=False, set_alpha_to_one=True), family.denoiser()
+    scheduler.set_timesteps(3)
+    x, none = x_T, pairs.prompts.unconditional(2)
+    for t, s in ((999, 666), (666, 333), (333, -1)):
+        with torch.no_grad():
+            c, u = (net(x, torch.full((2,), t), k)[0] for k in (cond, none))
+        scheduler.config.num_train_timesteps, scheduler.num_inference_steps = (t - s), 1  # DDIM's step back is their quotient
+        x = scheduler.step(u + 5.0 * (c - u), t, x, eta=0.0)[0]
+    assert_close(x_0, x, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("stage", ["adm", "adp", "pairs"])
+def test_two_ranks_are_one(stage, encoded, sdxl_pairs, tmp_path):
+    """torchrun with two gloo ranks at the same global batch: the same losses, the same rows."""
+    outs = [tmp_path / "one", tmp_path / "two"]
+    flags = {"adm": ["adm.py", "--model", "tiny-cogvideox-5b", "--prompts", encoded["tiny-cogvideox-5b"], "--iterations", 3, *QUICK],
+             "adp": ["adp.py", "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--iterations", 3, "--mse-iterations", 1, *QUICK],
+             "pairs": ["data.py", "pairs", "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--count", 5, "--steps", 2,
+                       "--shard-size", 1]}[stage]
+    for launcher, out in ((["python"], outs[0]), (["torchrun", "--standalone", "--nproc_per_node=2"], outs[1])):
+        done = shell(*launcher, *flags, "--out", out)
+        assert done.returncode == 0, done.stderr
+    if stage == "pairs":
+        one, two = (data.Rows(out, "pairs", models.load_teacher("tiny-sdxl"))[range(5)] for out in outs)
+        assert_close(one, two, atol=1e-4, rtol=1e-4)
+    else:
+        same_log(*outs, atol=1e-4, rtol=1e-3)
+
+
+# --- What users get wrong --------------------------------------------------------------------------------------------
+
+def refused(capsys, main, config_class, *args):
+    """The one line that a mistake prints."""
+    with pytest.raises(SystemExit) as e:
+        call(main, config_class, *args)
+    assert e.value.code == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    return lines[0]
+
+
+def tree(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--student-steps", "0"], "--student-steps 0: at least 1"), (["--iterations", "0"], "--iterations 0"),
+    (["--batch-size", "0"], "--batch-size 0"), (["--dt", "0"], "--dt 0"), (["--dt", "0.97"], "--dt 0.97"), (["--dt", "nan"], "--dt nan"),
+    (["--dt", "-0.1"], "--dt -0.1"), (["--t-min", "0.9", "--t-max", "0.5"], "--t-min 0.9"), (["--t-max", "1.5"], "--t-max 1.5"),
+    (["--t-min", "-0.1"], "--t-min"), (["--resolution", "16"], "at least 8x8"), (["--resolution", "33"], "multiples of 4"),
+    (["--frames", "9"], "video"), (["--model", "sd4"], "unknown model 'sd4'"), (["--model", "sd3"], "--model tiny-sd3"),
+    (["--model", "/nowhere/at/all"], "unknown model"), (["--prompts", "/no/such/file"], "cannot read prompts"), (["--lr", "1"], "--lr"),
+    (["--iter", "1"], "--iter"), (["--batch-size", "two"], "--batch-size"), (["--loss", "gan"], "--loss"), (["--lr-heads", "0"], "--lr-heads"),
+    (["--init", "/nowhere"], "holds no run"), (["--head-width", "12"], "--head-width 12"), (["--ttur", "0"], "--ttur 0"),
+    (["--guidance", "-1"], "--guidance"), (["--seed", "-1"], "--seed"), (["--resume"], "holds no run to resume"),
+    (["--lr-student", "nan"], "--lr-student nan"), (["stray"], "stray")])
+def test_bad_adm_flags(args, says, encoded, tmp_path, capsys):
+    line = refused(capsys, adm.main, adm.Config, *adm_args(encoded, tmp_path / "out"), *args)
+    assert line.startswith("adm.py: ") and says in line, line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, says", [(b"", "no prompts"), (b"\n  \n", "no prompts"), (b"caf\xe9\n", "not UTF-8")])
+def test_bad_prompts_files(content, says, tmp_path, capsys):
+    (tmp_path / "p.txt").write_bytes(content)
+    for main, config in ((adm.main, adm.Config), (data.encode, data.EncodeConfig), (data.pairs, data.PairsConfig)):
+        assert says in refused(capsys, main, config, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_others_are_left_alone(sd3_adm, sdxl_adp, encoded, sdxl_pairs, tmp_path, capsys):
+    before = tree(sd3_adm)
+    assert "another run" in refused(capsys, adm.main, adm.Config, *adm_args(encoded, sd3_adm))
+    line = refused(capsys, adm.main, adm.Config, *adm_args(encoded, sd3_adm), "--resume", "--lr-student", "0.5")
+    assert "lr_student = 1e-06, not 0.5" in line
+    assert "another run" in refused(capsys, adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", sd3_adm)
+    line = refused(capsys, adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", sd3_adm, "--resume")
+    assert "stage = 'adm', not 'adp'" in line and tree(sd3_adm) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for main, config, args in ((adm.main, adm.Config, []), (data.encode, data.EncodeConfig, []), (data.pairs, data.PairsConfig, ["--prompts", encoded["tiny-sd3"]])):
+        assert "not empty" in refused(capsys, main, config, *args, "--out", tmp_path / "mine")
+    assert list(tree(tmp_path / "mine")) == ["thesis.tex"]
+    assert "cannot create" in refused(capsys, adm.main, adm.Config, "--out", tmp_path / "mine" / "thesis.tex" / "x")
+    assert "not empty" in refused(capsys, adm.main, adm.Config, "--out", tmp_path / "mine" / "thesis.tex")
+
+
+def test_other_models_data_is_refused(sdxl_pairs, sdxl_adp, sd3_adm, encoded, tmp_path, capsys):
+    def check(says, main, config, *args):
+        line = refused(capsys, main, config, *args, "--out", tmp_path / "out")
+        assert says in line and not (tmp_path / "out").exists(), line
+    check("was made with tiny-sdxl, not with tiny-sd3", adp.main, adp.Config, "--model", "tiny-sd3", "--pairs", sdxl_pairs)
+    check("holds prompts, not pairs", adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", encoded["tiny-sdxl"])
+    check("holds no pairs", adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", tmp_path)
+    check("of shape (4, 32, 32), but", adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--resolution", "128")
+    check("guidance 5.0, not 3.0", adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--guidance", "3")
+    check("--pixel-backbone", adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--pixel-backbone", "nobody/nothing")
+    check("one of tiny-sdxl, not of tiny-sd3", adm.main, adm.Config, "--model", "tiny-sd3", "--init", sdxl_adp)
+    check("lora_rank 0, not 4", adm.main, adm.Config, "--model", "tiny-sd3", "--init", sd3_adm, "--lora-rank", "4")
+    check("was made with tiny-sd3, not with tiny-sdxl", data.pairs, data.PairsConfig, "--model", "tiny-sdxl", "--prompts", encoded["tiny-sd3"])
+    for flag in ("--count", "--steps", "--batch-size", "--shard-size"):
+        check(f"{flag} 0", data.pairs, data.PairsConfig, flag, "0")
+    line = refused(capsys, data.pairs, data.PairsConfig, "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", sdxl_pairs, "--steps", 9)
+    assert "steps: 3 there, 9 now" in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unfinished", "no manifest"])
+def test_damaged_pairs_are_refused(damage, sdxl_pairs, tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    shutil.copytree(sdxl_pairs, folder)
+    shard, manifest = folder / "000001.safetensors", folder / "manifest.json"
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "unfinished":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    else:
+        manifest.write_text("{")
+    line = refused(capsys, adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", folder, "--out", tmp_path / "out")
+    assert ("holds no pairs" if damage == "no manifest" else "half-written") in line
+
+
+def test_mistakes_as_a_user_sees_them(tmp_path):
+    for command, says in ((["adm.py", "--model", "sd3", "--out", tmp_path / "o"], "--model tiny-sd3 runs offline"),
+                          (["data.py", "draw"], "only encode and pairs")):
+        done = shell("python", *command)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+    done = shell("python", "adm.py", "--help")
+    assert done.returncode == 0 and "--fake-gradient" in done.stdout and "2507.18569" in done.stdout
+
+
+def test_lora_from_adp_to_adm(sdxl_pairs, encoded, tmp_path):
+    common = ["--model", "tiny-sdxl", "--lora-rank", 2, "--lr-student", 1e-2, *QUICK]
+    call(adp.main, adp.Config, "--pairs", sdxl_pairs, "--out", tmp_path / "adp", "--iterations", 2, "--mse-iterations", 1, *common)
+    call(adm.main, adm.Config, "--prompts", encoded["tiny-sdxl"], "--init", tmp_path / "adp", "--out", tmp_path / "adm", "--iterations", 1,
+         *common[:-2], "--lr-student", 1e-9, "--sample-every", 0)
+    a, b = (load_file(tmp_path / s / "pipeline" / "lora" / "pytorch_lora_weights.safetensors") for s in ("adp", "adm"))
+    assert a.keys() == b.keys() and any(v.abs().sum() > 0 for k, v in a.items() if "lora_B" in k)
+    assert_close(a, b, atol=1e-6, rtol=0)  # ADM went on from where ADP left
+    saved = load_file(tmp_path / "adm" / "checkpoints" / "000001" / "student.safetensors")
+    assert all("lora" in k for k in saved if k.startswith("parameter/"))
