@@ -130,7 +130,8 @@ def main(cfg):
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
     teacher, student, fake = make_roles(family, ("student", "fake"), cfg.lora_rank, device, ranks.frozen_dtype,
                     cfg.gradient_checkpointing)
-    student.load(weights)
+    if weights:
+        student.load(weights)
     times = student_schedule.timesteps(steps)[:-1].to(device)  # (steps,)
     torch.manual_seed(cfg.seed)  # the heads' initial weights
     discriminator = LatentDiscriminator(teacher, cfg.head_width).to(device)
@@ -144,7 +145,7 @@ def main(cfg):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
         for r in range(cfg.ttur):  # the generator trains in round 0; TTUR's further rounds draw fresh samples for the others
             draw = Draw((cfg.seed, iteration, r), samples, device)
-            cond, uncond = prompts.batch(draw.integers(len(prompts))), prompts.unconditional(len(samples))
+            cond, uncond = prompts[draw.integers(len(prompts))], prompts.unconditional(len(samples))
             k = int(common(cfg.seed, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
 
             # 1. Sample: x̂_0 = G_θ(x_t', t'). The steps before k run without gradient.

@@ -131,7 +131,8 @@ def main(cfg):
 
     teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, ranks.frozen_dtype,
                     cfg.gradient_checkpointing)
-    student.load(weights)
+    if weights:
+        student.load(weights)
     times = line.timesteps(cfg.student_steps)[:-1].to(device)  # (steps,) of the exported sampler
     torch.manual_seed(cfg.seed)  # the heads' initial weights
     discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width).to(device)], [cfg.lambda_latent]

@@ -7,23 +7,12 @@ Training reads these files only, so text encoders never sit in memory beside the
 written aside and renamed: a file is whole or absent. A second call of either command continues the first.
 """
 
-import csv
-import hashlib
-import json
-import os
-import resource
-import shutil
-import sys
-import time
+import csv, hashlib, json, os, resource, shutil, sys, time
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import diffusers
-import numpy as np
-import torch
-import torch.distributed as dist
-import transformers
+import diffusers, numpy as np, torch, torch.distributed as dist, transformers
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -171,6 +160,10 @@ def is_whole(path):
         return False
 
 
+def shard_name(i):
+    return f"{i:06d}.safetensors"
+
+
 def claim(folder):
     """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder} is not empty: choose another --out")
@@ -196,9 +189,8 @@ def collect(folder, manifest, ranks, make):
     require(not differing, f"{folder} holds {found.get('kind')} of other settings ({'; '.join(differing)})")
     with ranks.progress(total=count, unit="", desc=manifest["kind"]) as bar:
         for shard in range(ranks.rank, -(-count // size), ranks.world):
-            rows, path = range(shard * size, min((shard + 1) * size, count)), folder / f"{shard:06d}.safetensors"
-            if not is_whole(path):
-                write_tensors(path, make(rows))
+            if not is_whole(folder / shard_name(shard)):
+                write_tensors(folder / shard_name(shard), make(range(shard * size, min((shard + 1) * size, count))))
             bar.update(min(ranks.world * size, count - bar.n))
     ranks.barrier()
     if ranks.main:
@@ -209,13 +201,12 @@ def collect(folder, manifest, ranks, make):
 class Rows:
     """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
 
-    def __init__(self, folder, kind, teacher):
-        self.folder, self.files = Path(folder), {}
+    def __init__(self, folder, kind, teacher, device="cpu"):
+        self.folder, self.device, self.files = Path(folder), device, {}
         self.manifest = m = read_json(self.folder / "manifest.json", kind)
         require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
         require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with {m['model']}, not with {teacher.name}")
-        shards = [self.folder / f"{i:06d}.safetensors" for i in range(-(-m["count"] // m["shard_size"]))]
-        broken = [s.name for s in shards if not is_whole(s)]
+        broken = [name for name in map(shard_name, range(-(-m["count"] // m["shard_size"]))) if not is_whole(self.folder / name)]
         require(m["complete"] and not broken, f"{folder} is half-written or damaged ({', '.join(broken[:1]) or 'unfinished'}): "
                 "the command that made it will mend it")
 
@@ -226,10 +217,9 @@ class Rows:
         """Row numbers → {name: (len(rows), ...)}."""
         picked = []
         for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
-            if shard not in self.files:
-                self.files[shard] = safe_open(self.folder / f"{shard:06d}.safetensors", "pt")
-            picked.append({name: self.files[shard].get_slice(name)[i:i + 1] for name in self.files[shard].keys()})
-        return {name: torch.cat([p[name] for p in picked]) for name in picked[0]}
+            f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / shard_name(shard), "pt")
+            picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
+        return {name: torch.cat([p[name] for p in picked]).to(self.device) for name in picked[0]}
 
 
 def read_prompts(path):
@@ -245,22 +235,15 @@ def read_prompts(path):
     return prompts
 
 
-class Prompts:
-    """Cached conditioning of prompts, and of none."""
+class Prompts(Rows):
+    """Cached conditioning: prompts[numbers] is {name: (B, ...)}."""
 
     def __init__(self, folder, teacher, device="cpu"):
-        self.rows, self.device = Rows(folder, "prompts", teacher), device
-        self.none = Rows(self.rows.folder / "unconditional", "prompts", teacher)[[0]]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def batch(self, numbers):
-        """Conditioning of these prompts, {name: (B, ...)}."""
-        return {name: c.to(self.device) for name, c in self.rows[numbers].items()}
+        super().__init__(folder, "prompts", teacher, device)
+        self.none = Rows(self.folder / "unconditional", "prompts", teacher, device)[[0]]
 
     def unconditional(self, batch_size):
-        return {name: c.to(self.device).expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
+        return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
 
 
 def encode_prompts(teacher, path, folder, ranks, batch_size=32):
@@ -283,25 +266,21 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
     return Prompts(folder, teacher, ranks.device)
 
 
-class Pairs:
+class Pairs(Rows):
     """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
 
     def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
-        self.rows, self.device = Rows(folder, "pairs", teacher), device
-        self.manifest, self.shape = self.rows.manifest, tuple(self.rows.manifest["shape"])
+        super().__init__(folder, "pairs", teacher, device)
+        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
         wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
         require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution and --frames ask for {wanted}")
-        require(guidance in (None, self.manifest["guidance"]),
-                f"{folder} was made with guidance {self.manifest['guidance']}, not {guidance}: it is in the pairs")
-        self.prompts = Prompts(self.rows.folder / self.manifest["prompts"], teacher, device)
-
-    def __len__(self):
-        return len(self.rows)
+        require(guidance in (None, made_with), f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs")
+        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
 
     def batch(self, numbers):
         """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
-        rows = self.rows[numbers]
-        return rows["x_T"].to(self.device), rows["x_0"].to(self.device), self.prompts.batch(rows["prompt"].tolist())
+        rows = self[numbers]
+        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
 
 
 def collect_pairs(cfg, teacher, prompts, ranks):
@@ -314,8 +293,8 @@ def collect_pairs(cfg, teacher, prompts, ranks):
     require(gigabytes < free or (out / "manifest.json").exists(), f"{cfg.count} pairs do not fit in {cfg.out}")
     manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
                 "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
-                "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.rows.folder, out),
-                "text_sha256": prompts.rows.manifest["text_sha256"], "count": cfg.count, "shard_size": cfg.shard_size}
+                "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.folder, out),
+                "text_sha256": prompts.manifest["text_sha256"], "count": cfg.count, "shard_size": cfg.shard_size}
     denoiser = None
 
     def make(rows):
@@ -324,7 +303,7 @@ def collect_pairs(cfg, teacher, prompts, ranks):
         x_T, x_0, numbers = [], [], [i % len(prompts) for i in rows]
         for at in range(0, len(rows), cfg.batch_size):
             some = slice(at, at + cfg.batch_size)
-            cond, uncond = prompts.batch(numbers[some]), prompts.unconditional(len(rows[some]))
+            cond, uncond = prompts[numbers[some]], prompts.unconditional(len(rows[some]))
             x_T.append(Draw((cfg.seed,), rows[some], ranks.device).normal(shape))
             with torch.no_grad():
                 x_0.append(teacher_sample(with_guidance(denoiser, cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))

@@ -4,19 +4,13 @@ Conventions, each pinned by a test: latents are (B, C, H, W), video latents (B, 
 tensors; t is (B,) float32 or int64 and never cast; predictions come back float32.
 """
 
-import hashlib
-import json
-import shutil
+import hashlib, json, shutil
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-
+import numpy as np, torch, torch.nn.functional as F, transformers
 transformers.utils.logging.set_verbosity_error()  # before diffusers, whose import warns of packages that are not needed here
 import diffusers
 from diffusers import CogVideoXPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -26,20 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ode import FlowSchedule, T, VPSchedule
 
-HUB = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-       "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-       "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-       "cogvideox-2b": "THUDM/CogVideoX-2b",
+HUB = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+       "sd3.5-large": "stabilityai/stable-diffusion-3.5-large", "cogvideox-2b": "THUDM/CogVideoX-2b",
        "cogvideox-5b": "THUDM/CogVideoX-5b"}
 TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b")
 
 
 class BadInput(ValueError):
-    """A mistake in what the user passed. Scripts print it as one line on stderr and exit with code 2."""
+    """A mistake in what the user passed: one line on stderr and exit code 2."""
 
 
 def require(condition, message):
-    """Raise BadInput(message) unless `condition` holds."""
     if not condition:
         raise BadInput(message)
 
@@ -47,20 +38,19 @@ def require(condition, message):
 # --- Families --------------------------------------------------------------------------------------------------------
 
 class Family:
-    """An opened diffusers pipeline folder. A new family is a small subclass: it must define
+    """An opened diffusers pipeline folder; no weights are held (`denoiser`, `vae`, `text_pipeline` load them). A new family says
 
     read_schedule(scheduler)     the Schedule of the loaded diffusers scheduler; BadInput if that contradicts the family
     call(net, x_t, t, cond)      the denoiser's raw output, like x_t
 
-    and overrides what differs. No weights are held: `denoiser`, `vae` and `text_pipeline` load them.
+    and overrides what differs.
     """
-
     pipeline_class: type  # the stock pipeline
     net_class: type  # the denoiser, in the pipeline's folder net_name
     net_name = "transformer"
     vae_class = diffusers.AutoencoderKL
     guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
-    student_steps: int  # the paper's
+    student_steps: int  # default: the paper's
     tokens_at: int  # where a transformer block's output tuple has the image tokens
     more_prompts = ()  # encode_prompt's further prompt arguments
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -75,8 +65,7 @@ class Family:
             self.meta_net = self.net_class.from_config(self.net_class.load_config(folder, subfolder=self.net_name))
         self.config = self.meta_net.config
         self.vae_scale = 2 ** (len(self.vae_config.block_out_channels) - 1)  # pixels per latent, along a side
-        size = self.config.get("sample_size")
-        self.default_size = (size, size) if size else (self.config.sample_height, self.config.sample_width)  # in latents
+        self.default_size = [self.config.get(side, self.config.get("sample_size")) for side in ("sample_height", "sample_width")]
         # Latents along a side of one position of the coarsest tapped map: a DiT's patch, the bottom of a UNet.
         self.grain = self.config.get("patch_size") or 2 ** (len(self.config.block_out_channels) - 1)
 
@@ -90,10 +79,8 @@ class Family:
         return self.encode(pipe, [""])
 
     def taps(self, net):
-        """(blocks that the discriminator sees, the block after the last of them, channels): a DiT's at 1/4, 2/4 and 3/4.
-
-        The paper does not say which (ours). The last quarter turns features back into a prediction: not running it is cheaper.
-        """
+        """(blocks the discriminator sees, the block after the last of them, channels): a DiT's at 1/4, 2/4, 3/4 of its depth.
+        The paper does not say which (ours); the last quarter turns features into a prediction, and need not run."""
         blocks, width = net.transformer_blocks, self.config.num_attention_heads * self.config.attention_head_dim
         chosen = sorted({max(len(blocks) * k // 4, 1) - 1 for k in (1, 2, 3)})
         return [blocks[i] for i in chosen], blocks[chosen[-1] + 1], [width] * len(chosen)
@@ -105,10 +92,8 @@ class Family:
         return output[self.tokens_at].transpose(1, 2).unflatten(2, grid)
 
     def latent_shape(self, resolution=None, frames=None):
-        """Shape of one latent. resolution "1024" or "480x720" (height x width, pixels), default the model's own.
-
-        Raises BadInput for a size that the VAE, the denoiser or the discriminator's heads cannot take.
-        """
+        """Shape of one latent. resolution: "1024" or "480x720" (height x width, pixels); default: the model's own.
+        Raises BadInput for a size that the VAE, the denoiser or the discriminator's heads cannot take."""
         sides = resolution.lower().split("x") if resolution else [str(self.vae_scale * n) for n in self.default_size]
         require(len(sides) <= 2 and all(s.isdecimal() for s in sides),
                 f"--resolution {resolution!r}: pixels, as 1024 or 480x720 (height x width)")
@@ -131,15 +116,13 @@ class Family:
 
     def vae(self, device="cpu"):
         """The frozen VAE, float32 (SDXL's overflows in half precision)."""
-        vae = self.vae_class.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
-        return vae.to(device).eval().requires_grad_(False)
+        return self.vae_class.from_pretrained(self.folder, subfolder="vae").to(device, torch.float32).eval().requires_grad_(False)
 
     def text_pipeline(self, device="cpu", dtype=torch.float32):
         """The stock pipeline with tokenizers and text encoders only, for `encode`."""
         pipe = DiffusionPipeline.from_pretrained(self.folder, vae=None, dtype=dtype, **{self.net_name: self.meta_net})
-        for part in pipe.components.values():
-            if isinstance(part, transformers.PreTrainedModel):
-                part.to(device).eval().requires_grad_(False)
+        for encoder in (c for c in pipe.components.values() if isinstance(c, transformers.PreTrainedModel)):
+            encoder.to(device).eval().requires_grad_(False)
         return pipe
 
     def denoiser(self, device="cpu", dtype=torch.float32, folder=None):
@@ -161,7 +144,7 @@ def file_sha256(path):
 def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
     """VPSchedule of a loaded scheduler, after checking that it is the one `family`'s network was trained with."""
     a_bar, found = getattr(scheduler, "alphas_cumprod", None), type(scheduler).__name__  # (1000,) after SNR shift and rescaling
-    require(a_bar is not None and len(a_bar) == T, f"{family} needs a VP scheduler of {T:.0f} time steps, not the folder's {found}")
+    require(a_bar is not None and len(a_bar) == T, f"{family} needs a VP scheduler of 1000 time steps, not the folder's {found}")
     require(scheduler.config.prediction_type == prediction,
             f"{family} predicts {prediction}, but the folder's {found} says {scheduler.config.prediction_type}")
     require((a_bar[-1] < 1e-6) == zero_terminal_snr,
@@ -171,7 +154,6 @@ def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
 
 class SDXL(Family):
     """UNet, ε-prediction, variance preserving. Tapped: the encoder half, down blocks and middle (ours)."""
-
     pipeline_class, net_class = diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel
     net_name, guidance, student_steps = "unet", 5.0, 1
 
@@ -196,7 +178,6 @@ class SDXL(Family):
 
 class SD3(Family):
     """MM-DiT of Stable Diffusion 3 and 3.5: flow-prediction on the straight line, shifted sampling times."""
-
     pipeline_class, net_class = diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel
     guidance, student_steps, tokens_at, more_prompts = 7.0, 4, 1, (None, None)
     lora_targets = Family.lora_targets + ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -205,8 +186,8 @@ class SD3(Family):
         found, config = type(scheduler).__name__, scheduler.config
         require(isinstance(scheduler, FlowMatchEulerDiscreteScheduler), f"SD3 predicts a flow, but the folder has {found}")
         require(config.num_train_timesteps == T, f"SD3 has {T:.0f} training time steps, not {config.num_train_timesteps}")
-        for name in ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas"):
-            require(not config.get(name), f"the folder's {found} sets {name}, which no SD3 teacher does")
+        odd = [o for o in ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas") if config.get(o)]
+        require(not odd, f"the folder's {found} sets {odd[:1]}, which no SD3 teacher does")
         return FlowSchedule(shift=config.shift)
 
     def call(self, net, x_t, t, cond):
@@ -221,7 +202,6 @@ class SD3(Family):
 
 class CogVideoX(Family):
     """Video DiT, v-prediction, variance preserving with zero terminal SNR. 2b: sine positions; 5b: rotary."""
-
     pipeline_class, net_class = CogVideoXPipeline, diffusers.CogVideoXTransformer3DModel
     vae_class, guidance, student_steps, tokens_at = diffusers.AutoencoderKLCogVideoX, 6.0, 4, 0
 
@@ -260,11 +240,8 @@ class CogVideoX(Family):
 
 
 def load_teacher(name_or_folder):
-    """Open a model by name (sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or as a local pipeline folder.
-
-    Returns its Family. Raises BadInput for an unknown name, a hub that cannot be reached, a folder that is no pipeline of a
-    known family, and a scheduler that contradicts its family.
-    """
+    """The Family of a model name (sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or local pipeline folder. Raises
+    BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a scheduler that contradicts it."""
     name = str(name_or_folder)
     if name in TINY:
         from toy.tiny import build  # the one import that reaches up: tiny teachers are made here, not fetched
@@ -290,36 +267,27 @@ def load_teacher(name_or_folder):
 # --- The denoiser and its roles --------------------------------------------------------------------------------------
 
 class _Stop(Exception):
-    """Leaves a forward pass early."""
-
-
-def _stop(block, args):
-    raise _Stop
+    @classmethod
+    def now(cls, *args):  # a hook that leaves the forward pass
+        raise cls
 
 
 class Denoiser(nn.Module):
-    """A denoising network as every loop here sees it: forward returns (prediction, features).
-
-    With lora, `net` is a frozen base shared between roles, run with this role's `adapter` (None: the bare base). Features are
-    returned, not stored, so that a sharded module may be used through them alone.
-    """
-
+    """A denoising network as every loop here sees it: forward returns (prediction, features), so that a sharded module may be
+    used through its features alone. With lora, `net` is a base shared between roles, run with this role's `adapter` or bare."""
     def __init__(self, family, net, bf16=False, lora=False, adapter=None):
         super().__init__()
         self.family, self.net, self.bf16, self.lora, self.adapter = family, net, bf16, lora, adapter
 
     def forward(self, x_t, t, cond, want="prediction"):
         """x_t (B, ...), t (B,), cond {name: (B, ...)} → (prediction float32 like x_t, or None; [feature maps], or []).
-
-        want: "prediction", "both", or "features", which stops after the last tapped block.
-        """
-        out, maps, hooks = None, [], []
-        tapped, following, _ = self.family.taps(self.net)
+        want: "prediction", "both", or "features", which stops after the last tapped block."""
+        out, maps, hooks, (tapped, following, _) = None, [], [], self.family.taps(self.net)
         if want != "prediction":
             hooks += [block.register_forward_hook(lambda block, args, output: maps.append(self.family.to_map(output, x_t)))
                       for block in tapped]
         if want == "features":
-            hooks.append(following.register_forward_pre_hook(_stop))
+            hooks.append(following.register_forward_pre_hook(_Stop.now))
         if self.lora:
             use_adapter(self.net, self.adapter)
         try:
@@ -338,21 +306,19 @@ class Denoiser(nn.Module):
         return {name: p for name, p in self.net.named_parameters() if mark in name}
 
     def load(self, pipeline):
-        """Take the weights of this exported pipeline folder; None: stay as it is."""
-        if pipeline and self.adapter:
+        """Take the weights of this exported pipeline folder."""
+        if self.adapter:
             from peft import set_peft_model_state_dict
             weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
             own = {name.removeprefix(f"{self.family.net_name}."): w for name, w in weights.items()}
             set_peft_model_state_dict(self.net, own, self.adapter)
-        elif pipeline:
+        else:
             self.net.load_state_dict(self.family.denoiser(folder=pipeline).net.state_dict())
 
     def checkpoint_activations(self):
         """Recompute activations in backward: non-reentrant, and with the adapter that was active in forward."""
         def checkpointed(block, *args):
-            role = getattr(self.net, "role", None)
-
-            def again(*args):
+            def again(*args, role=getattr(self.net, "role", None)):
                 if self.lora:
                     use_adapter(self.net, role)
                 return block(*args)
@@ -361,7 +327,7 @@ class Denoiser(nn.Module):
 
 
 def use_adapter(net, role):
-    """From here on `net` runs with that role's LoRA adapter, or with none. Unlike with peft's own switch, who takes gradient stays."""
+    """From here on `net` runs with that role's LoRA adapter, or with none. Unlike peft's own switch, it leaves alone who trains."""
     if getattr(net, "role", "nobody") != role:
         flags = [(p, p.requires_grad) for p in net.parameters()]
         net.enable_adapters() if role else net.disable_adapters()
@@ -373,18 +339,14 @@ def use_adapter(net, role):
 
 
 def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.float32, gradient_checkpointing=False):
-    """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32.
-
-    With lora_rank the copies are LoRA adapters (alpha = rank) on the teacher itself: one copy of the weights for all roles and
-    for the discriminator's backbone.
-    """
+    """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32. With lora_rank the copies are
+    adapters (alpha = rank) on the teacher itself: one copy of the weights for all roles and the discriminator's backbone."""
     teacher = family.denoiser(device, frozen_dtype)
     if lora_rank:
         from peft import LoraConfig
         teacher.lora = True
         for role in roles:
-            config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets)
-            teacher.net.add_adapter(config, adapter_name=role)
+            teacher.net.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets), role)
     trained = [Denoiser(family, teacher.net, teacher.bf16, lora=True, adapter=role) if lora_rank else family.denoiser(device)
                for role in roles]
     teacher.net.requires_grad_(False)
@@ -398,15 +360,13 @@ def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.floa
 
 @contextmanager
 def frozen(*modules):
-    """Inside, the parameters of these modules take no gradient, while activations stay differentiable.
-
-    Must span forward *and* backward: with activation checkpointing the forward is run again in backward.
-    """
+    """Inside, these modules' parameters take no gradient, while activations stay differentiable. Must span forward *and*
+    backward: with activation checkpointing the forward is run again in backward."""
     flags = [(p, p.requires_grad) for m in modules
              for p in (m.own_parameters().values() if isinstance(m, Denoiser) else m.parameters())]
-    for p, _ in flags:
-        p.requires_grad_(False)
     try:
+        for p, _ in flags:
+            p.requires_grad_(False)
         yield
     finally:
         for p, flag in flags:
@@ -416,13 +376,9 @@ def frozen(*modules):
 # --- Discriminators --------------------------------------------------------------------------------------------------
 
 class Head2d(nn.Module):
-    """Feature map (B, C, H, W), at least 8x8 → logits (B,), the mean over positions (arXiv 2507.18569, appendix B).
-
-    3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 → GroupNorm(32) → SiLU], average pool, Linear.
-    """
-
-    smallest = 8
-    conv, strided, plain = nn.Conv2d, (4, 2, 1), (3, 1, 1)  # kernel, stride, padding
+    """Feature map (B, C, H, W), at least 8x8 → logits (B,), the mean over positions (arXiv 2507.18569, appendix B):
+    3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 → GroupNorm(32) → SiLU], average pool, Linear."""
+    smallest, conv, strided, plain = 8, nn.Conv2d, (4, 2, 1), (3, 1, 1)  # kernel, stride, padding
 
     def __init__(self, channels, width=256):
         super().__init__()
@@ -437,15 +393,12 @@ class Head2d(nn.Module):
 
 
 class Head3d(Head2d):
-    """Feature map (B, C, F, H, W) → logits (B,): 3x3x3 convolutions and an average pool over time too (appendix B); depth,
-    width and spatial strides as in 2D (ours)."""
-
+    """Feature map (B, C, F, H, W) → logits (B,): 3x3x3 convolutions, average pool over time too; the rest as in 2D (ours)."""
     conv, strided = nn.Conv3d, (3, (1, 2, 2), 1)
 
 
 class Discriminator(nn.Module):
     """Frozen backbone + trainable heads, one a tapped map. Logits: mean over positions, then over heads (ours)."""
-
     def __init__(self, backbone, heads):
         super().__init__()
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
@@ -454,14 +407,9 @@ class Discriminator(nn.Module):
         """Feature maps, one a head → (B,), float32 also where the backbone is not."""
         return torch.stack([head(h) for head, h in zip(self.heads, maps, strict=True)]).mean(0)
 
-    def forward(self, *args):
-        """Logits (B,) of what `features` takes."""
-        return self.logits(self.features(*args))
-
 
 class LatentDiscriminator(Discriminator):
     """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, conditioned on prompt and t, without CFG."""
-
     def __init__(self, teacher, width=256):
         head = Head3d if isinstance(teacher.family, CogVideoX) else Head2d
         super().__init__(teacher, [head(channels, width) for channels in teacher.family.taps(teacher.net)[2]])
@@ -473,14 +421,11 @@ class LatentDiscriminator(Discriminator):
 
 class PixelDiscriminator(Discriminator):
     """D_τ2 of ADP: a frozen vision transformer on clean images, heads on its four quarters (SAM-B: layers 3, 6, 9, 12).
-
-    backbone: a SamVisionModel, or a transformers ViT with class token(s) first (DINOv2: the paper's ablation A2).
-    """
-
+    backbone: a SamVisionModel, or a transformers ViT with class token(s) first (DINOv2: the paper's ablation A2)."""
     def __init__(self, backbone, width=256):
         config = backbone.config
         self.side = config.image_size // config.patch_size  # of its square maps
-        require(self.side >= Head2d.smallest, f"--pixel-backbone: {self.side}x{self.side} feature maps are too small for the heads")
+        require(self.side >= Head2d.smallest, f"--pixel-backbone: its {self.side}x{self.side} maps are too small for the heads")
         super().__init__(backbone, [Head2d(config.hidden_size, width) for _ in range(4)])
 
     def features(self, images):
@@ -489,12 +434,9 @@ class PixelDiscriminator(Discriminator):
         images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True) / 2 + 0.5
         mean, std = (images.new_tensor(c).view(3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         hidden = self.backbone((images - mean) / std, output_hidden_states=True).hidden_states  # [i]: after layer i
-        return [self.to_map(hidden[layers * k // 4]) for k in (1, 2, 3, 4)]
-
-    def to_map(self, h):
-        """SAM's (N, H, W, C) or a ViT's (N, 1 + H·W, C) → (N, C, H, W)."""
-        h = h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side))
-        return h.permute(0, 3, 1, 2)
+        maps = [hidden[layers * k // 4] for k in (1, 2, 3, 4)]  # SAM's are (N, H, W, C), a ViT's (N, 1 + H·W, C)
+        maps = [h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side)) for h in maps]
+        return [h.permute(0, 3, 1, 2) for h in maps]
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------
@@ -502,8 +444,8 @@ class PixelDiscriminator(Discriminator):
 def student_scheduler(schedule, steps):
     """The stock diffusers scheduler that walks the student's `schedule` in `steps` steps as ode.student_sample does.
 
-    SD3's, given only a number of steps, takes σ = linspace(1, σ_min), warps it by its `shift` k and stretches it to
-    `shift_terminal`. All Möbius maps that fix 1: some k gives the student's K u / (1 + (K − 1) u), u = 1 − i/n, exactly.
+    SD3's, given a number of steps only, warps σ = linspace(1, σ_min) by its `shift` k and stretches it to `shift_terminal`. All
+    are Möbius maps that fix 1, so some k gives the student's K u / (1 + (K − 1) u), u = 1 − i/n, exactly.
     """
     if isinstance(schedule, VPSchedule):  # predict x_0, re-noise: LCM's sampler with its skip connection off
         a_bar = schedule.alphas_cumprod
@@ -527,24 +469,20 @@ USAGE = """# A {steps}-step student of {base}
     pipe = diffusers.DiffusionPipeline.from_pretrained("path/to/this/folder")
     result = pipe("a red fox", num_inference_steps={steps}, guidance_scale=1.0)
 
-Pass both arguments: {scheduler} visits the student's own times at `num_inference_steps={steps}` only, and guidance is distilled
-into the weights. Use the resolution it was trained at. Stable Diffusion 3's pipeline draws the noise between steps from torch's
-global generator: seed that (`torch.manual_seed`) for a repeatable picture.
+Pass both: the scheduler visits the student's own times at `num_inference_steps={steps}` only, and guidance is in the weights. Use
+the resolution it was trained at. Stable Diffusion 3's pipeline draws the noise between steps from torch's global generator: seed
+that (`torch.manual_seed`) for a repeatable picture.
 """
 
 
 def export_pipeline(student, schedule, steps, folder):
-    """Write `folder`: a diffusers pipeline with the student's weights (float32) and the scheduler of its steps.
-
-    Everything else is copied from the teacher's folder as it is. A LoRA student is merged, and its adapter alone goes into
-    folder/lora, which `pipe.load_lora_weights` puts on the original model.
-    """
+    """Write `folder`: a diffusers pipeline with the student's weights (float32) and the scheduler of its steps; the rest is the
+    teacher's. A LoRA student is merged; its adapter alone goes into folder/lora, for `pipe.load_lora_weights`."""
     family, net, aside = student.family, student.net, Path(f"{folder}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     index = json.loads((family.folder / "model_index.json").read_text())
-    for name in index.keys() - {"scheduler", family.net_name}:
-        if (family.folder / name).is_dir():
-            shutil.copytree(family.folder / name, aside / name)
+    for name in [n for n in index if n not in ("scheduler", family.net_name) and (family.folder / n).is_dir()]:
+        shutil.copytree(family.folder / name, aside / name)
     if student.adapter:
         from peft.utils import get_peft_model_state_dict
         layers = get_peft_model_state_dict(net, adapter_name=student.adapter)
@@ -556,8 +494,7 @@ def export_pipeline(student, schedule, steps, folder):
     net.save_pretrained(aside / family.net_name)
     scheduler = student_scheduler(schedule, steps)
     scheduler.save_pretrained(aside / "scheduler")
-    name = type(scheduler).__name__
-    (aside / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}, indent=2) + "\n")
-    (aside / "README.md").write_text(USAGE.format(steps=steps, base=family.name, scheduler=name))
+    (aside / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", type(scheduler).__name__]}, indent=2))
+    (aside / "README.md").write_text(USAGE.format(steps=steps, base=family.name))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

@@ -107,7 +107,8 @@ def test_other_sizes_run_through_the_discriminator(teachers, conditionings, name
     family = teachers[name]
     assert family.latent_shape(resolution, frames) == shape
     discriminator = models.LatentDiscriminator(family.denoiser(), width=32)
-    assert discriminator(torch.randn(2, *shape), TIMES, conditionings[name]).shape == (2,)
+    maps = discriminator.features(torch.randn(2, *shape), TIMES, conditionings[name])
+    assert discriminator.logits(maps).shape == (2,)
 
 
 # --- Conditioning ----------------------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def test_pairs_are_the_teachers_guided_ode(sdxl_pairs, teachers):
     from diffusers import DDIMScheduler
     family = teachers["tiny-sdxl"]
     pairs = data.Pairs(sdxl_pairs, family)
-    assert pairs.manifest["guidance"] == 5.0 and pairs.manifest["steps"] == 3 and pairs.rows[[4]]["prompt"].tolist() == [0]
+    assert pairs.manifest["guidance"] == 5.0 and pairs.manifest["steps"] == 3 and pairs[[4]]["prompt"].tolist() == [0]
     x_T, x_0, cond = pairs.batch([0, 4])
     assert not torch.equal(x_T[0], x_T[1])
     scheduler, net = DDIMScheduler.from_pretrained(family.folder / "scheduler", clip_sample=False, set_alpha_to_one=True), family.denoiser()
