@@ -19,8 +19,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.optim import AdamW
+from tqdm import tqdm
 
-from data import PROMPTS, Optimizer, Ranks, Run, at_least, encode_prompts, option, read_prompts, run, starting_point
+from data import PROMPTS, Ranks, Run, at_least, encode_prompts, option, read_prompts, run, starting_point
 from models import LatentDiscriminator, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, student_input, with_guidance
 
@@ -117,6 +119,18 @@ def check(cfg):
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
 
 
+def update(optimizer, loss, cfg, ranks):
+    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind."""
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        ranks.mean(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def main(cfg):
     check(cfg)
     Path(cfg.prompts).is_dir() or read_prompts(cfg.prompts)
@@ -136,12 +150,13 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # the heads' initial weights
     discriminator = LatentDiscriminator(teacher, cfg.head_width).to(device)
 
-    optimizers = {"student": Optimizer(student.own_parameters(), cfg.lr_student, cfg, ranks),
-                  "fake": Optimizer(fake.own_parameters(), cfg.lr_fake, cfg, ranks),
-                  "heads": Optimizer(dict(discriminator.heads.named_parameters()), cfg.lr_heads, cfg, ranks)}
-    first = here.restore(optimizers) if cfg.resume else 0
+    networks = {"student": student.own_parameters(), "fake": fake.own_parameters(),
+                "heads": dict(discriminator.heads.named_parameters())}  # what trains, each with its own rate; β2, decay as peers
+    rates = {"student": cfg.lr_student, "fake": cfg.lr_fake, "heads": cfg.lr_heads}
+    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01) for name in networks}
+    first = here.restore(networks, optimizers)
 
-    for iteration in ranks.progress(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=cfg.loss):
+    for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
         for r in range(cfg.ttur):  # the generator trains in round 0; TTUR's further rounds draw fresh samples for the others
             draw = Draw((cfg.seed, iteration, r), samples, device)
@@ -183,7 +198,7 @@ def main(cfg):
                     loss = generator_loss(discriminator.logits(maps_fake), weight)
                 if r == 0:
                     log |= {"loss_generator": loss, "dmd_loss": loss_dmd, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
-                    log["grad_norm_student"] = optimizers["student"].step(loss)
+                    log["grad_norm_student"] = update(optimizers["student"], loss, cfg, ranks)
 
             # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
             if cfg.loss == "adm":
@@ -198,19 +213,19 @@ def main(cfg):
                         with torch.no_grad():
                             moved = discriminator.features(x + cfg.damping_sigma * draw.normal(shape), s, cond)
                         loss = loss + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
-                log["grad_norm_heads"] = optimizers["heads"].step(loss)
+                log["grad_norm_heads"] = update(optimizers["heads"], loss, cfg, ranks)
 
             # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
             x0, t, eps = x0_hat.detach(), draw.uniform(0, schedule.t_noise), draw.normal(shape)
             out = fake(schedule.add_noise(x0, eps, t), t, cond)[0]
             log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t))
-            log["grad_norm_fake"] = optimizers["fake"].step(log["loss_fake"])
+            log["grad_norm_fake"] = update(optimizers["fake"], log["loss_fake"], cfg, ranks)
 
         here.record(iteration + 1, log, began)
         if here.due(cfg.sample_every, iteration):  # of the last round: no network runs for it, only the VAE
             here.picture(iteration + 1, {"student x0_hat": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake})
         if here.due(cfg.checkpoint_every, iteration):
-            here.save(iteration + 1, optimizers)
+            here.save(iteration + 1, networks, optimizers)
     here.finish(student)
 
 

@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.optim import AdamW
+from tqdm import tqdm
 
-from data import Optimizer, Pairs, Ranks, Run, at_least, option, run, starting_point
+from data import Prompts, Ranks, Rows, Run, at_least, option, run, starting_point
 from models import (BadInput, LatentDiscriminator, PixelDiscriminator, frozen, load_teacher, make_roles, require)
 from ode import Draw, T, common, on_the_line, student_sample
 
@@ -83,7 +85,24 @@ def generator_loss(fake, lambdas):
     return -sum(w * f.mean() for w, f in zip(lambdas, fake, strict=True))
 
 
-# --- The pixel discriminator's backbone ------------------------------------------------------------------------------
+# --- What training reads ---------------------------------------------------------------------------------------------
+
+
+class Pairs(Rows):
+    """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
+    def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
+        super().__init__(folder, "pairs", teacher, device)
+        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
+        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
+        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution and --frames ask for {wanted}")
+        require(guidance in (None, made_with), f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs")
+        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
+
+    def batch(self, numbers):
+        """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
+        rows = self[numbers]
+        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
+
 
 def load_pixel_backbone(name):
     """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder. Raises BadInput."""
@@ -115,6 +134,18 @@ def check(cfg):
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
 
 
+def update(optimizer, loss, cfg, ranks):
+    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind."""
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        ranks.mean(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def main(cfg):
     check(cfg)
     family, use_pixel = load_teacher(cfg.model), cfg.pixel and cfg.loss == "adp"
@@ -142,11 +173,12 @@ def main(cfg):
         lambdas.append(cfg.lambda_pixel)
     heads = torch.nn.ModuleList(d.heads for d in discriminators)
 
-    optimizers = {"student": Optimizer(student.own_parameters(), cfg.lr_student, cfg, ranks),
-                  "heads": Optimizer(dict(heads.named_parameters()), cfg.lr_heads, cfg, ranks)}
-    first = here.restore(optimizers) if cfg.resume else 0
+    networks = {"student": student.own_parameters(), "heads": dict(heads.named_parameters())}  # what trains; β2, decay as peers
+    rates = {"student": cfg.lr_student, "heads": cfg.lr_heads}
+    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01) for name in networks}
+    first = here.restore(networks, optimizers)
 
-    for iteration in ranks.progress(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=cfg.loss):
+    for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
         draw = Draw((cfg.seed, iteration), samples, device)
         x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
@@ -161,7 +193,7 @@ def main(cfg):
         if cfg.loss == "mse" or iteration < cfg.mse_iterations:
             # 2. Regression: the student trains.
             log["loss_generator"] = log["loss_mse"]
-            log["grad_norm_student"] = optimizers["student"].step(log["loss_mse"])
+            log["grad_norm_student"] = update(optimizers["student"], log["loss_mse"], cfg, ranks)
         else:
             # 3. What the discriminators see: both samples noised to the same t' with independent noise; both decoded, clean.
             t = draw.uniform(0, schedule.t_noise)  # (B,)
@@ -176,7 +208,7 @@ def main(cfg):
                 if use_pixel:
                     maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
                 log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
-                log["grad_norm_student"] = optimizers["student"].step(log["loss_generator"])
+                log["grad_norm_student"] = update(optimizers["student"], log["loss_generator"], cfg, ranks)
 
             # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
             with torch.no_grad():
@@ -188,7 +220,7 @@ def main(cfg):
             log["loss_discriminator"] = discriminator_loss(real, fake, lambdas)
             for name, r, f in zip(("d_accuracy", "d_accuracy_pixel"), real, fake):
                 log[name] = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
-            log["grad_norm_heads"] = optimizers["heads"].step(log["loss_discriminator"])
+            log["grad_norm_heads"] = update(optimizers["heads"], log["loss_discriminator"], cfg, ranks)
 
         here.record(iteration + 1, log, began)
         if here.due(cfg.sample_every, iteration):
@@ -196,7 +228,7 @@ def main(cfg):
                 x0 = student_sample(lambda x, t: student(x, t, cond)[0], line, x_T, times, lambda: draw.normal(pairs.shape))
             here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
         if here.due(cfg.checkpoint_every, iteration):
-            here.save(iteration + 1, optimizers)
+            here.save(iteration + 1, networks, optimizers)
     here.finish(student)
 
 

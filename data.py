@@ -9,6 +9,7 @@ written aside and renamed: a file is whole or absent. A second call of either co
 
 import csv, hashlib, json, os, resource, shutil, sys, time
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from models import BadInput, export_pipeline, file_sha256, load_teacher, require
 from ode import Draw, on_the_line, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
+SHARD = "{:06d}.safetensors"
 
 # --- Running a script ------------------------------------------------------------------------------------------------
-
 
 def option(default, help):
     """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
@@ -33,9 +34,8 @@ def option(default, help):
 
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, **about)
     parser.error = lambda message: require(False, message)
     try:
@@ -50,20 +50,19 @@ def run(main, config_class, argv=None, **about):
 
 
 def at_least(least, cfg, *names):
-    """Raises BadInput for the first of these settings that is given and not at least `least`."""
-    for name in names:
-        value = getattr(cfg, name)
-        require(value is None or value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
+    """Raises BadInput for a setting among `names` that is given and below `least`."""
+    for flag, value in ((name.replace("_", "-"), getattr(cfg, name)) for name in names):
+        require(value is None or value >= least, f"--{flag} {value}: at least {least}")
 
 
 class Ranks:
     """This process among the others; plain python is one rank of one. Batch sizes are global and split evenly."""
-
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, cuda = self.rank == 0, torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         self.frozen_dtype = torch.bfloat16 if cuda else torch.float32  # of weights that are never trained
+        self.no_bar = None if self.main else True  # tqdm's `disable`; None: quiet when stderr is no terminal
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -73,10 +72,8 @@ class Ranks:
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     def mine(self, batch_size):
-        """The numbers of this rank's samples in a global batch."""
-        require(batch_size >= 1 and batch_size % self.world == 0,
-                f"--batch-size {batch_size}: at least 1, and a multiple of the {self.world} ranks")
-        each = batch_size // self.world
+        each = batch_size // self.world  # the numbers of this rank's samples in a global batch
+        require(each >= 1 and each * self.world == batch_size, f"--batch-size {batch_size}: no multiple of {self.world} ranks")
         return range(self.rank * each, (self.rank + 1) * each)
 
     def mean(self, tensor):
@@ -87,53 +84,10 @@ class Ranks:
         return tensor
 
     def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def progress(self, *args, **kwargs):
-        """tqdm on rank 0, quiet when stderr is no terminal."""
-        return tqdm(*args, disable=None if self.main else True, **kwargs)
-
-
-class Optimizer:
-    """AdamW on one network's {name: parameter}; gradients are averaged over ranks and clipped."""
-
-    def __init__(self, parameters, lr, cfg, ranks):
-        self.parameters, self.clip, self.ranks = parameters, cfg.clip, ranks
-        self.adamw = torch.optim.AdamW(parameters.values(), lr, betas=(cfg.beta1, 0.999), weight_decay=0.01)  # as peers (ours)
-
-    def step(self, loss):
-        """Backward and update. Returns the gradient norm before clipping; no gradient is left behind."""
-        loss.backward()
-        for p in self.parameters.values():
-            if p.grad is not None:
-                self.ranks.mean(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        return norm
-
-    def tensors(self):
-        """Parameters and AdamW's state, flat, for a checkpoint."""
-        state = self.adamw.state_dict()["state"]
-        return {**{f"parameter/{name}": p.detach() for name, p in self.parameters.items()},
-                **{f"adamw/{i}/{slot}": v for i, slots in state.items() for slot, v in slots.items()}}
-
-    def restore(self, tensors):
-        """The inverse of `tensors`."""
-        state = {}
-        for key, value in tensors.items():
-            kind, name = key.split("/", 1)
-            if kind == "parameter":
-                self.parameters[name].data.copy_(value)
-            else:
-                state.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = value
-        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+        self.mean(torch.zeros(1, device=self.device)).item()
 
 
 # --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
-
-
 def write_json(path, value):
     Path(f"{path}.partial").write_text(json.dumps(value, indent=2) + "\n")
     os.replace(f"{path}.partial", path)
@@ -154,31 +108,23 @@ def write_tensors(path, tensors):
 
 def is_whole(path):
     try:
-        with safe_open(path, "pt") as f:
-            return len(f.keys()) > 0
+        return len(safe_open(path, "pt").keys()) > 0
     except (OSError, SafetensorError):
         return False
 
 
-def shard_name(i):
-    return f"{i:06d}.safetensors"
-
-
 def claim(folder):
     """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder} is not empty: choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        require(not any(folder.iterdir()), f"{folder} is not empty: choose another --out")
     except OSError as e:
-        raise BadInput(f"cannot create {folder}: {e.strerror}") from None
+        raise BadInput(f"cannot create the folder {folder}: {e.strerror}") from None
 
 
 def collect(folder, manifest, ranks, make):
-    """Fill `folder` with shards of rows; make(rows) returns the tensors {name: (len(rows), ...)} of these row numbers.
-
-    manifest names everything that the rows depend on, with "kind", "count" and "shard_size". Each rank makes every world-th
-    shard; whole shards of an earlier call are kept. Raises BadInput if the folder holds something else.
-    """
+    """Fill `folder` with shards: make(rows) returns the tensors {name: (len(rows), ...)} of these row numbers, which depend on
+    what `manifest` says. Each rank makes every world-th shard; whole ones of an earlier call stay. BadInput if it holds others."""
     folder, size, count = Path(folder), manifest["shard_size"], manifest["count"]
     if ranks.main and not (folder / "manifest.json").exists():
         claim(folder)
@@ -187,10 +133,10 @@ def collect(folder, manifest, ranks, make):
     found = read_json(folder / "manifest.json", manifest["kind"])
     differing = [f"{k}: {found.get(k)} there, {manifest[k]} now" for k in manifest if found.get(k) != manifest[k]]
     require(not differing, f"{folder} holds {found.get('kind')} of other settings ({'; '.join(differing)})")
-    with ranks.progress(total=count, unit="", desc=manifest["kind"]) as bar:
+    with tqdm(total=count, unit="", desc=manifest["kind"], disable=ranks.no_bar) as bar:
         for shard in range(ranks.rank, -(-count // size), ranks.world):
-            if not is_whole(folder / shard_name(shard)):
-                write_tensors(folder / shard_name(shard), make(range(shard * size, min((shard + 1) * size, count))))
+            if not is_whole(folder / SHARD.format(shard)):
+                write_tensors(folder / SHARD.format(shard), make(range(shard * size, min((shard + 1) * size, count))))
             bar.update(min(ranks.world * size, count - bar.n))
     ranks.barrier()
     if ranks.main:
@@ -200,15 +146,13 @@ def collect(folder, manifest, ranks, make):
 
 class Rows:
     """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
-
     def __init__(self, folder, kind, teacher, device="cpu"):
         self.folder, self.device, self.files = Path(folder), device, {}
         self.manifest = m = read_json(self.folder / "manifest.json", kind)
         require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
         require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with {m['model']}, not with {teacher.name}")
-        broken = [name for name in map(shard_name, range(-(-m["count"] // m["shard_size"]))) if not is_whole(self.folder / name)]
-        require(m["complete"] and not broken, f"{folder} is half-written or damaged ({', '.join(broken[:1]) or 'unfinished'}): "
-                "the command that made it will mend it")
+        broken = [n for n in map(SHARD.format, range(-(-m["count"] // m["shard_size"]))) if not is_whole(self.folder / n)]
+        require(m["complete"] and not broken, f"{folder} is half-written or damaged: the command that made it will mend it")
 
     def __len__(self):
         return self.manifest["count"]
@@ -217,7 +161,7 @@ class Rows:
         """Row numbers → {name: (len(rows), ...)}."""
         picked = []
         for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
-            f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / shard_name(shard), "pt")
+            f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / SHARD.format(shard), "pt")
             picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
         return {name: torch.cat([p[name] for p in picked]).to(self.device) for name in picked[0]}
 
@@ -226,10 +170,8 @@ def read_prompts(path):
     """Lines of a plain UTF-8 text file, blank ones left out. Raises BadInput."""
     try:
         lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path} is not UTF-8 text (byte {e.start})") from None
-    except OSError as e:
-        raise BadInput(f"cannot read prompts from {path}: {e.strerror}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot read prompts from {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
     prompts = [line.strip() for line in lines if line.strip()]
     require(prompts, f"{path} holds no prompts: one a line is expected")
     return prompts
@@ -237,7 +179,6 @@ def read_prompts(path):
 
 class Prompts(Rows):
     """Cached conditioning: prompts[numbers] is {name: (B, ...)}."""
-
     def __init__(self, folder, teacher, device="cpu"):
         super().__init__(folder, "prompts", teacher, device)
         self.none = Rows(self.folder / "unconditional", "prompts", teacher, device)[[0]]
@@ -250,37 +191,15 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
     """The Prompts of a text file `path`, encoded into `folder`; or of a folder `path` that `encode` made, used as it is."""
     if Path(path).is_dir():
         return Prompts(path, teacher, ranks.device)
-    prompts, pipe = read_prompts(path), None
-
-    def embed(texts):
-        nonlocal pipe
-        pipe = pipe or teacher.text_pipeline(ranks.device, ranks.frozen_dtype)  # only where something is left to encode
-        with torch.no_grad():
-            return teacher.encode(pipe, texts) if texts else teacher.unconditional(pipe)
-
+    prompts, pipe = read_prompts(path), cache(lambda: teacher.text_pipeline(ranks.device, ranks.frozen_dtype))  # if needed at all
     manifest = {"kind": "prompts", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
                 "dtype": str(ranks.frozen_dtype), "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
-    collect(folder, {**manifest, "count": len(prompts), "shard_size": batch_size}, ranks,
-            lambda rows: embed([prompts[i] for i in rows]))
-    collect(Path(folder) / "unconditional", {**manifest, "count": 1, "shard_size": 1}, ranks, lambda rows: embed([]))
+    with torch.no_grad():
+        collect(folder, {**manifest, "count": len(prompts), "shard_size": batch_size}, ranks,
+                lambda rows: teacher.encode(pipe(), [prompts[i] for i in rows]))
+        collect(Path(folder) / "unconditional", {**manifest, "count": 1, "shard_size": 1}, ranks,
+                lambda rows: teacher.unconditional(pipe()))
     return Prompts(folder, teacher, ranks.device)
-
-
-class Pairs(Rows):
-    """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
-
-    def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
-        super().__init__(folder, "pairs", teacher, device)
-        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
-        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
-        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution and --frames ask for {wanted}")
-        require(guidance in (None, made_with), f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs")
-        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
-
-    def batch(self, numbers):
-        """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
-        rows = self[numbers]
-        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
 
 
 def collect_pairs(cfg, teacher, prompts, ranks):
@@ -295,49 +214,43 @@ def collect_pairs(cfg, teacher, prompts, ranks):
                 "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
                 "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.folder, out),
                 "text_sha256": prompts.manifest["text_sha256"], "count": cfg.count, "shard_size": cfg.shard_size}
-    denoiser = None
+    denoiser = cache(lambda: teacher.denoiser(ranks.device, ranks.frozen_dtype).requires_grad_(False))
 
     def make(rows):
-        nonlocal denoiser
-        denoiser = denoiser or teacher.denoiser(ranks.device, ranks.frozen_dtype).requires_grad_(False)
         x_T, x_0, numbers = [], [], [i % len(prompts) for i in rows]
         for at in range(0, len(rows), cfg.batch_size):
             some = slice(at, at + cfg.batch_size)
             cond, uncond = prompts[numbers[some]], prompts.unconditional(len(rows[some]))
             x_T.append(Draw((cfg.seed,), rows[some], ranks.device).normal(shape))
             with torch.no_grad():
-                x_0.append(teacher_sample(with_guidance(denoiser, cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))
+                x_0.append(teacher_sample(with_guidance(denoiser(), cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))
         return {"x_T": torch.cat(x_T), "x_0": torch.cat(x_0), "prompt": torch.tensor(numbers)}
 
     collect(cfg.out, manifest, ranks, make)
 
 
 # --- A run's folder --------------------------------------------------------------------------------------------------
-
 MAY_CHANGE = ("resume", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints")  # when a run is resumed
 
 
 class Run:
-    """The output folder of a training run: config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/.
-
-    Raises BadInput for a folder that holds anything, unless cfg.resume; then for a config that differs from the run's.
-    """
-
+    """The output folder of a training run: config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/. Raises
+    BadInput for a folder that holds anything, unless cfg.resume; then for a config that differs from the run's."""
     def __init__(self, stage, cfg, ranks, family, schedule, steps, **more):
-        self.folder, self.cfg, self.ranks, self.family, self.log = Path(cfg.out), cfg, ranks, family, None
+        self.folder, self.cfg, self.ranks, self.family = Path(cfg.out), cfg, ranks, family
         self.schedule, self.steps, config = schedule, steps, {"stage": stage, **asdict(cfg)}
         if cfg.resume:
             saved = read_json(self.folder / "config.json", "run to resume")["config"]
-            differing = [f"{k} = {saved.get(k)!r}, not {config[k]!r}" for k in config if k not in MAY_CHANGE and saved.get(k) != config[k]]
+            differing = [k for k in config if k not in MAY_CHANGE and saved.get(k) != config[k]]
+            differing = [f"{k} = {saved.get(k)!r}, not {config[k]!r}" for k in differing]
             require(not differing, f"--resume: {self.folder} was run with {', '.join(differing)}")
-        elif ranks.main:
-            require(not (self.folder / "config.json").exists(),
-                    f"{self.folder} holds another run: continue it with --resume, or choose another --out")
-            claim(self.folder)
+        fresh = not (self.folder / "config.json").exists()
+        require(cfg.resume or fresh, f"{self.folder} holds another run: continue it with --resume, or choose another --out")
         ranks.barrier()
+        student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
+        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)} | {"python": sys.version.split()[0]}
         if ranks.main:
-            student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
-            versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)} | {"python": sys.version.split()[0]}
+            cfg.resume or claim(self.folder)
             write_json(self.folder / "config.json", {
                 "config": config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
                 "student": student, "world_size": ranks.world, "versions": versions, **more})
@@ -346,34 +259,22 @@ class Run:
         """Append a row to log.csv. Tensors are averaged over the ranks, None stays empty. To be called on every rank."""
         tensors = {name: v.detach().float() for name, v in values.items() if torch.is_tensor(v)}
         means = self.ranks.mean(torch.stack(list(tensors.values()))).tolist()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if self.ranks.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
+        cuda, unit = self.ranks.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         row = {"iteration": iteration, **values, **dict(zip(tensors, means)),
                "seconds": round(time.perf_counter() - began, 4), "peak_memory_gb": round(memory / 1e9, 3)}
-        if not self.ranks.main:
-            return
-        if self.log is None:  # a resumed run drops what came after its checkpoint
-            path, kept = self.folder / "log.csv", []
-            if path.exists():
-                with open(path, newline="") as f:
-                    kept = [r for r in csv.DictReader(f) if int(r["iteration"]) < iteration]
-            self.log = open(path, "w", newline="")
-            self.writer = csv.DictWriter(self.log, row)
-            self.writer.writeheader()
-            self.writer.writerows(kept)
-        self.writer.writerow(row)
-        self.log.flush()
+        if self.ranks.main:
+            with open(self.folder / "log.csv", "a", newline="") as f:
+                header = [dict(zip(row, row))] if iteration == 1 else []
+                csv.DictWriter(f, row, lineterminator="\n").writerows([*header, row])
 
     def due(self, every, iteration):
         """Whether what is done `every` iterations (0: never) is due after this one; after the last it always is."""
         return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == self.cfg.iterations)
 
     def picture(self, iteration, latents):
-        """samples/<iteration>.png: a row for each {label: latents (B, ...)}, for video a row of frames for each sample.
-
-        Shows rank 0's first samples. The VAE is loaded for this and dropped again.
-        """
+        """samples/<iteration>.png, of rank 0: a row for each {label: latents (B, ...)}, for video a row of frames for each sample.
+        The VAE is loaded for this and dropped again."""
         if not self.ranks.main:
             return
         vae, rows = self.family.vae(self.ranks.device), []
@@ -390,52 +291,59 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         sheet.save(self.folder / "samples" / f"{iteration:06d}.png")
 
-    def save(self, iteration, optimizers):
-        """checkpoints/<iteration>/: {name: Optimizer}, hashed. The last cfg.keep_checkpoints stay."""
+    def save(self, iteration, networks, optimizers):
+        """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}. The last cfg.keep_checkpoints stay."""
         if self.ranks.main:
-            home = self.folder / "checkpoints"
-            aside, final = home / f".{iteration:06d}", home / f"{iteration:06d}"
-            for stale in (aside, final):
-                shutil.rmtree(stale, ignore_errors=True)
+            home, aside = self.folder / "checkpoints", self.folder / "checkpoints" / f".{iteration:06d}"
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             for name, optimizer in optimizers.items():
-                write_tensors(aside / f"{name}.safetensors", optimizer.tensors())
+                tensors = {f"weight/{n}": p.data for n, p in networks[name].items()}
+                for i, slots in optimizer.state_dict()["state"].items():
+                    tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
+                write_tensors(aside / f"{name}.safetensors", tensors)
             write_json(aside / "state.json", {"iteration": iteration, "sha256": {f.stem: file_sha256(f) for f in aside.iterdir()}})
-            aside.rename(final)
+            shutil.rmtree(home / aside.name[1:], ignore_errors=True)
+            aside.rename(home / aside.name[1:])
             for old in sorted(home.glob("[0-9]*"))[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
         self.ranks.barrier()
 
-    def restore(self, optimizers):
+    def restore(self, networks, optimizers):
         """Load the newest whole checkpoint; return its iteration (0: none). A damaged one is named on stderr and passed over."""
-        for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True):
-            files = {name: folder / f"{name}.safetensors" for name in optimizers}
+        done = 0
+        for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True) if self.cfg.resume else []:
+            files = {name: folder / f"{name}.safetensors" for name in networks}
             try:
                 state = json.loads((folder / "state.json").read_text())
-                whole = all(file_sha256(file) == state["sha256"][name] for name, file in files.items())
+                require(all(file_sha256(file) == state["sha256"][name] for name, file in files.items()), "checksum")
             except (OSError, ValueError, KeyError):
-                whole = False
-            if whole:
-                for name, optimizer in optimizers.items():
-                    optimizer.restore(load_file(files[name], device=str(self.ranks.device)))
-                return state["iteration"]
-            print(f"{folder} is damaged: going back to the checkpoint before it", file=sys.stderr)
-        return 0
+                print(f"{folder} is damaged: going back to the checkpoint before it", file=sys.stderr)
+                continue
+            for name, optimizer in optimizers.items():
+                slots, tensors = {}, load_file(files[name])
+                for key in [k for k in tensors if k.startswith("adamw/")]:
+                    slots.setdefault(int(key.split("/")[1]), {})[key.split("/")[2]] = tensors.pop(key)
+                optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+                for key, value in tensors.items():
+                    networks[name][key.removeprefix("weight/")].data.copy_(value)
+            done = state["iteration"]
+            break
+        log = self.folder / "log.csv"
+        if self.ranks.main and log.exists():  # what came after the checkpoint comes again
+            log.write_text("".join(log.read_text().splitlines(True)[:done and done + 1]))
+        return done
 
     def finish(self, student):
         """Write pipeline/, the student for stock diffusers, and say so."""
         if self.ranks.main:
             export_pipeline(student, self.schedule, self.steps, self.folder / "pipeline")
             print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
-        self.ranks.barrier()
 
 
 def starting_point(init, family, lora_rank):
-    """(the student's Schedule, the pipeline folder with its first weights or None for the teacher's).
-
-    init: "teacher", or the folder of an adp.py or adm.py run. Raises BadInput for an unfinished run, one of another model, one
-    with other kinds of weights, and for a LoRA without peft.
-    """
+    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
+    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
     require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
     if init == "teacher":
         return family.schedule, None
@@ -443,14 +351,11 @@ def starting_point(init, family, lora_rank):
     require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
             f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
     require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
-    rank = saved["config"]["lora_rank"]
-    require(lora_rank in (0, rank), f"--init {init}: its student has lora_rank {rank}, not {lora_rank}")
+    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
     return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class EncodeConfig:
     model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
@@ -476,7 +381,6 @@ class PairsConfig:
 
 def encode(cfg):
     at_least(1, cfg, "batch_size")
-    read_prompts(cfg.prompts)
     encode_prompts(load_teacher(cfg.model), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
 
 
@@ -490,8 +394,8 @@ def pairs(cfg):
 
 if __name__ == "__main__":
     commands = {"encode": (encode, EncodeConfig), "pairs": (pairs, PairsConfig)}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = (sys.argv[1:] or ["--help"])[0]
     if name not in commands:
-        print(__doc__ if name in ("-h", "--help") else f"data.py: no command {name!r}, only encode and pairs", file=sys.stderr)
+        print(__doc__ if name in ("-h", "--help") else f"data.py: {name!r} is no command: there are encode and pairs", file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
     run(*commands[name], sys.argv[2:], prog=f"data.py {name}", description=__doc__)

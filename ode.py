@@ -18,8 +18,7 @@ T = 1000.0  # training time steps of every model family
 def per_sample(t, x):
     """`t` (B,) as (B, 1, ..., 1), so that it multiplies `x` (B, ...) sample by sample.
 
-    Raises ValueError for another shape (silent broadcasting would pair samples with the wrong times) and TypeError for a
-    16-bit time.
+    Raises ValueError for another shape (broadcasting would pair samples with wrong times), TypeError for a 16-bit time.
     """
     if t.shape != x.shape[:1]:
         raise ValueError(f"one time per sample: t is {tuple(t.shape)}, x is {tuple(x.shape)}")
@@ -100,8 +99,7 @@ class VPSchedule(Schedule):
     prediction            "epsilon" or "v_prediction"
     final_alpha_cumprod   ᾱ at any time below 0, where the last step of a sampler lands
 
-    log-SNR interpolation is not usable: ᾱ is exactly 0 at the end of CogVideoX's schedule (interpolating ᾱ is ours).
-    Raises ValueError where the combination has no meaning.
+    ᾱ and not log-SNR is interpolated (ours): CogVideoX's ends at exactly 0. Raises ValueError where the two do not go together.
     """
 
     t_data = -1.0
@@ -225,14 +223,9 @@ def student_sample(predict, schedule, x_T, times, randn):
     return schedule.to_x0_eps(x, predict(x, schedule.shown(t)), t)[0]
 
 
-# --- Random numbers --------------------------------------------------------------------------------------------------
-
-
 class Draw:
-    """Random numbers that depend on (key, sample number) alone: not on the number of ranks, nor on what was drawn before.
-
-    So two ranks draw what one would, and a run resumes exactly without a stored generator. key: ints ≥ 0, as (seed, iteration).
-    """
+    """Random numbers that depend on (key, sample number) alone, key being ints ≥ 0 such as (seed, iteration). So two ranks draw
+    what one would, and a run resumes exactly without a stored generator."""
 
     def __init__(self, key, samples, device="cpu"):
         seeds = [int(np.random.SeedSequence((*key, i)).generate_state(1, np.uint64)[0]) for i in samples]
