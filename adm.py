@@ -29,7 +29,7 @@ from ode import Draw, T, common, student_input, with_guidance
 
 @dataclass
 class Config:
-    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`")
     out: str = option("out/adm", "folder to write; must be empty, or a run to --resume")
     init: str = option("teacher", "where the student starts: teacher, or the folder of an adp.py (or adm.py) run")
@@ -133,21 +133,23 @@ def update(optimizer, loss, cfg, ranks):
 
 def main(cfg):
     check(cfg)
-    Path(cfg.prompts).is_dir() or read_prompts(cfg.prompts)
+    if not Path(cfg.prompts).is_dir():
+        read_prompts(cfg.prompts)  # a bad file fails before anything is loaded or written
     family, ranks = load_teacher(cfg.model), Ranks()
     shape, device, samples = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size)
-    steps, guidance = cfg.student_steps or family.student_steps, family.guidance if cfg.guidance is None else cfg.guidance
+    steps = cfg.student_steps or family.student_steps
+    guidance = family.guidance if cfg.guidance is None else cfg.guidance
     schedule = family.schedule  # of teacher, fake and discriminator, always
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)  # the same, or after ADP the straight line
     here = Run("adm", cfg, ranks, family, student_schedule, steps, guidance=guidance)
 
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
-    teacher, student, fake = make_roles(family, ("student", "fake"), cfg.lora_rank, device, ranks.frozen_dtype,
-                    cfg.gradient_checkpointing)
+    torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
+    teacher, student, fake = make_roles(
+        family, ("student", "fake"), cfg.lora_rank, device, ranks.frozen_dtype, cfg.gradient_checkpointing)
     if weights:
         student.load(weights)
     times = student_schedule.timesteps(steps)[:-1].to(device)  # (steps,)
-    torch.manual_seed(cfg.seed)  # the heads' initial weights
     discriminator = LatentDiscriminator(teacher, cfg.head_width).to(device)
 
     networks = {"student": student.own_parameters(), "fake": fake.own_parameters(),
@@ -197,7 +199,8 @@ def main(cfg):
                     weight = 1 / schedule.alpha_sigma(t)[0] if cfg.t_weight == "1/alpha" else None  # (B,)
                     loss = generator_loss(discriminator.logits(maps_fake), weight)
                 if r == 0:
-                    log |= {"loss_generator": loss, "dmd_loss": loss_dmd, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
+                    log |= {"loss_generator": loss, "dmd_loss": loss_dmd}
+                    log |= {"x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
                     log["grad_norm_student"] = update(optimizers["student"], loss, cfg, ranks)
 
             # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.

@@ -28,7 +28,7 @@ from ode import Draw, T, common, on_the_line, student_sample
 
 @dataclass
 class Config:
-    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
     pairs: str = option("out/pairs", "folder made by `data.py pairs` with the same model")
     out: str = option("out/adp", "folder to write; must be empty, or a run to --resume")
     init: str = option("teacher", "where the student starts: teacher, or the folder of another adp.py run")
@@ -160,12 +160,11 @@ def main(cfg):
     _, weights = starting_point(cfg.init, family, cfg.lora_rank)
     here = Run("adp", cfg, ranks, family, line, cfg.student_steps, pairs=pairs.manifest)
 
-    teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, ranks.frozen_dtype,
-                    cfg.gradient_checkpointing)
+    torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
+    teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, ranks.frozen_dtype, cfg.gradient_checkpointing)
     if weights:
         student.load(weights)
     times = line.timesteps(cfg.student_steps)[:-1].to(device)  # (steps,) of the exported sampler
-    torch.manual_seed(cfg.seed)  # the heads' initial weights
     discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width).to(device)], [cfg.lambda_latent]
     if use_pixel:
         vae = family.vae(device)

@@ -158,8 +158,7 @@ class Rows:
         return self.manifest["count"]
 
     def __getitem__(self, rows):
-        """Row numbers → {name: (len(rows), ...)}."""
-        picked = []
+        picked = []  # row numbers → {name: (len(rows), ...)}
         for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
             f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / SHARD.format(shard), "pt")
             picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
@@ -208,7 +207,7 @@ def collect_pairs(cfg, teacher, prompts, ranks):
     gigabytes, out = cfg.count * 2 * 4 * float(np.prod(shape)) / 1e9, Path(cfg.out).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
     if ranks.main:
-        print(f"{cfg.count} pairs of {'x'.join(map(str, shape))} take {gigabytes:.3g} GB in {cfg.out}, with {free:.3g} GB free", flush=True)
+        print(f"{cfg.count} pairs of {'x'.join(map(str, shape))}: {gigabytes:.3g} GB in {cfg.out}, {free:.3g} GB free", flush=True)
     require(gigabytes < free or (out / "manifest.json").exists(), f"{cfg.count} pairs do not fit in {cfg.out}")
     manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
                 "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 
 import subprocess
 import sys
@@ -42,11 +42,10 @@ def call(main, config_class, *args):
     data.run(main, config_class, [str(a) for a in args], prog=main.__module__ + ".py")
 
 
-def shell(*command, **env):
+def shell(*command):
     """Run `python …` or `torchrun …` as a user would; returns the finished process."""
     tool = [sys.executable] if command[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([*tool, *map(str, command[1:])], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run([*tool, *map(str, command[1:])], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def read_log(folder):

@@ -1,8 +1,6 @@
 """The scripts through their command lines: every stage on every family, phases, resuming, ranks, and what users get wrong."""
 
-import csv
 import json
-import re
 import shutil
 
 import pytest
@@ -15,8 +13,7 @@ import adm
 import adp
 import data
 import models
-from conftest import ROOT, call, read_log, shell
-from toy.tiny import build
+from conftest import call, read_log, shell
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
 ADM_COLUMNS = ["iteration", "loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
@@ -71,17 +68,14 @@ def same_log(a, b, **tolerance):
 
 # --- End to end ------------------------------------------------------------------------------------------------------
 
-def test_sd3_end_to_end_as_a_user_types_it(tmp_path, few_prompts):
-    """encode → pairs → adp → adm → stock diffusers, each a process of its own."""
+def test_sd3_end_to_end(tmp_path, few_prompts):
+    """encode → pairs → adp → adm → stock diffusers. (test_readme.py does the like on SDXL, each command a process.)"""
     p = {name: tmp_path / name for name in ("prompts", "pairs", "adp", "adm")}
-    for command in (["data.py", "encode", "--model", "tiny-sd3", "--prompts", few_prompts, "--out", p["prompts"]],
-                    ["data.py", "pairs", "--model", "tiny-sd3", "--prompts", p["prompts"], "--count", 5, "--steps", 3, "--out", p["pairs"]],
-                    ["adp.py", "--model", "tiny-sd3", "--pairs", p["pairs"], "--out", p["adp"], "--iterations", 2, "--mse-iterations", 1, *QUICK],
-                    ["adm.py", "--model", "tiny-sd3", "--prompts", p["prompts"], "--init", p["adp"], "--out", p["adm"], "--iterations", 2,
-                     "--student-steps", 1, "--sample-every", 1, "--head-width", 32]):
-        done = shell("python", *command)
-        assert done.returncode == 0, done.stderr
-    assert "GB free" in done.stdout or "pipeline/" in done.stdout
+    call(data.encode, data.EncodeConfig, "--model", "tiny-sd3", "--prompts", few_prompts, "--out", p["prompts"])
+    call(data.pairs, data.PairsConfig, "--model", "tiny-sd3", "--prompts", p["prompts"], "--count", 5, "--steps", 3, "--out", p["pairs"])
+    call(adp.main, adp.Config, "--model", "tiny-sd3", "--pairs", p["pairs"], "--out", p["adp"], "--iterations", 2, "--mse-iterations", 1, *QUICK)
+    call(adm.main, adm.Config, "--model", "tiny-sd3", "--prompts", p["prompts"], "--init", p["adp"], "--out", p["adm"], "--iterations", 2,
+         "--student-steps", 1, "--sample-every", 1, "--head-width", 32)
     assert sorted(x.name for x in p["adm"].iterdir()) == ["checkpoints", "config.json", "log.csv", "pipeline", "samples"]
     assert sorted(x.name for x in (p["adm"] / "samples").iterdir()) == ["000001.png", "000002.png"]
     assert not list(p["adm"].rglob("*.bin")) + list(p["adm"].rglob("*.pt")) + list(p["adm"].rglob("*.partial"))
@@ -298,12 +292,8 @@ def test_pairs_resume_and_do_not_depend_on_batches(sdxl_pairs, encoded, tmp_path
     args = ["--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", out, "--count", 6, "--steps", 3, "--shard-size", 4]
     shutil.copytree(sdxl_pairs, out)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["prompts"] = str(encoded["tiny-sdxl"])
-    (out / "000000.safetensors").unlink()
-    kept = (out / "000001.safetensors").stat().st_mtime_ns
-    shutil.rmtree(out), shutil.copytree(sdxl_pairs, out)
-    (out / "manifest.json").write_text(json.dumps({**json.loads((out / "manifest.json").read_text()), "complete": False,
-                                                   "prompts": data.os.path.relpath(encoded["tiny-sdxl"], out)}))
+    prompts = data.os.path.relpath(encoded["tiny-sdxl"], out)
+    (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "prompts": prompts}))
     (out / "000000.safetensors").write_bytes((out / "000000.safetensors").read_bytes()[:-100])  # killed while writing
     kept = (out / "000001.safetensors").stat().st_mtime_ns
     with pytest.raises(models.BadInput, match="half-written"):
