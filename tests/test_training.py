@@ -187,7 +187,13 @@ def test_every_ablation_runs_and_each_phase_trains_one_network(flags, encoded, s
                                    ["--lambda-latent", "1", "--lambda-pixel", "0", "--gradient-checkpointing"],
                                    ["--lora-rank", "2"], ["--student-steps", "2"]], ids=" ".join)
 def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs, tmp_path, monkeypatch):
-    owners, steps, update = {}, [], adp.update
+    owners, steps, update, heads = {}, [], adp.update, []
+    for kind in ("LatentDiscriminator", "PixelDiscriminator"):
+        def make(*args, kind=getattr(models, kind)):
+            made = kind(*args)
+            heads.extend(made.heads.parameters())
+            return made
+        monkeypatch.setattr(adp, kind, make)
 
     def spy(optimizer, *args):
         owners["student" if not owners or optimizer is owners["student"] else "heads"] = optimizer
@@ -195,7 +201,7 @@ def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs,
         before = {name: [p.clone() for p in ps] for name, ps in weights.items()}
         norm = update(optimizer, *args)
         steps.append([name for name, ps in weights.items() if any(not torch.equal(a, b) for a, b in zip(before[name], ps))])
-        assert all(p.grad is None for ps in weights.values() for p in ps)
+        assert all(p.grad is None for ps in (*weights.values(), heads) for p in ps)  # nothing leaks from one phase to the next
         return norm
     monkeypatch.setattr(adp, "update", spy)
     call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", tmp_path / "out", "--iterations", 2,
