@@ -168,6 +168,8 @@ def main(cfg):
     discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width).to(device)], [cfg.lambda_latent]
     if use_pixel:
         vae = family.vae(device)
+        if cfg.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
         discriminators.append(PixelDiscriminator(backbone, cfg.head_width).to(device))
         lambdas.append(cfg.lambda_pixel)
     heads = torch.nn.ModuleList(d.heads for d in discriminators)

@@ -57,8 +57,7 @@ class Family:
 
     def __init__(self, folder, name):
         self.folder, self.name = Path(folder), name
-        index = json.loads((self.folder / "model_index.json").read_text())
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        scheduler_class = getattr(diffusers, json.loads((self.folder / "model_index.json").read_text())["scheduler"][1])
         self.schedule = self.read_schedule(scheduler_class.from_pretrained(folder, subfolder="scheduler"))
         self.vae_config = SimpleNamespace(**self.vae_class.load_config(folder, subfolder="vae"))
         with torch.device("meta"):  # without storage: for the config's defaults, and where only a shape is asked for
@@ -71,12 +70,12 @@ class Family:
 
     def encode(self, pipe, prompts):
         """n prompts → conditioning {name: (n, ...)}, by the stock pipeline's own encode_prompt."""
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, *self.more_prompts, do_classifier_free_guidance=False)
+        where = pipe.text_encoder.device  # said explicitly: the pipeline's own guess may be the weightless denoiser's
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, *self.more_prompts, device=where, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def unconditional(self, pipe):
-        """The conditioning of no prompt, {name: (1, ...)}."""
-        return self.encode(pipe, [""])
+        return self.encode(pipe, [""])  # the conditioning of no prompt, {name: (1, ...)}
 
     def taps(self, net):
         """(blocks the discriminator sees, the block after the last of them, channels): a DiT's at 1/4, 2/4, 3/4 of its depth.
@@ -209,7 +208,8 @@ class CogVideoX(Family):
         return read_vp_schedule(scheduler, "v_prediction", zero_terminal_snr=True, family="CogVideoX")
 
     def encode(self, pipe, prompts):
-        return {"prompt_embeds": pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]}
+        where = pipe.text_encoder.device
+        return {"prompt_embeds": pipe.encode_prompt(prompts, device=where, do_classifier_free_guidance=False)[0]}
 
     def call(self, net, x_t, t, cond):
         rope = self.rotary(*x_t.shape[-4:], x_t.device) if self.config.use_rotary_positional_embeddings else None

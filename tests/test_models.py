@@ -338,6 +338,25 @@ def test_checkpointing_changes_no_gradient(teachers, conditionings, name, lora_r
         assert_close(a, b, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bf16_as_on_a_gpu(teachers, conditionings, name, lora_rank):
+    """Frozen weights and embeddings held in bf16, bf16 compute, checkpointing: masters and their gradients stay float32."""
+    family = teachers[name]
+    cond = {k: c.bfloat16() for k, c in conditionings[name].items()}
+    teacher, student, fake = models.make_roles(family, ("student", "fake"), lora_rank, "cpu", torch.bfloat16, gradient_checkpointing=True)
+    for role in (teacher, student, fake):
+        role.bf16 = True
+    disc = models.LatentDiscriminator(teacher, 32)
+    with models.frozen(fake, disc.heads):
+        x = fake(student(latents(family), TIMES, cond)[0], TIMES, cond)[0]
+        logits = disc.logits(disc.features(x, TIMES, cond))
+        logits.mean().backward()
+    assert x.dtype == logits.dtype == torch.float32 and {p.dtype for p in fake.own_parameters().values()} == {torch.float32}
+    grads = [p.grad for p in student.own_parameters().values() if p.grad is not None]
+    assert grads and all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
 def test_frozen_restores_flags_also_after_an_error():
     module = torch.nn.Linear(2, 2)
     module.bias.requires_grad_(False)
