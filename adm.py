@@ -14,6 +14,7 @@ latents' std staying put. Writes config.json, log.csv, samples/, checkpoints/ an
 
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from data import PROMPTS, Ranks, Run, at_least, encode_prompts, option, read_prompts, run, starting_point
+from data import PROMPTS, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
 from models import LatentDiscriminator, frozen, load_teacher, make_roles, require
-from ode import Draw, T, common, student_input, with_guidance
+from ode import Draw, T, common, on_the_line, student_input, with_guidance
 
 
 @dataclass
@@ -69,18 +70,20 @@ class Config:
 
 
 def discriminator_loss(real, fake):
-    """ADM's hinge (Eq. 8): E[max(0, 1 − D(x_real, t−Δt))] + E[max(0, 1 + D(x_fake, t−Δt))]. At D's optimum the game's
-    value is the total variation between the two."""
+    """ADM's hinge (arXiv 2507.18569, Eq. 8 as one reader counts): E[max(0, 1 − D(x_real, t−Δt))] + E[max(0, 1 + D(x_fake, t−Δt))].
+
+    The best D leaves 2 (1 − TV), TV the total variation between the two distributions.
+    """
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def generator_loss(fake, weight=None):
-    """ADM's generator (Eq. 8): −E[D(x_fake, t−Δt)]; `weight` (B,) in t is ours."""
+    """ADM's generator (arXiv 2507.18569, with the hinge above): −E[D(x_fake, t−Δt)]; `weight` (B,) in t is ours."""
     return -(fake if weight is None else weight * fake).mean()
 
 
 def fake_score_loss(out, target):
-    """The teacher's own diffusion loss, on student samples, in its own prediction type."""
+    """The teacher's own diffusion loss, on student samples, in its own prediction type (arXiv 2507.18569; DMD's too)."""
     return F.mse_loss(out.float(), target)
 
 
@@ -119,6 +122,20 @@ def check(cfg):
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
 
 
+def starting_point(init, family, lora_rank):
+    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
+    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
+    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
+    if init == "teacher":
+        return family.schedule, None
+    saved, pipeline = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config"), Path(init) / "pipeline"
+    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
+            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
+    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
+    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
+    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
+
+
 def update(optimizer, loss, cfg, ranks):
     """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind."""
     loss.backward()
@@ -133,9 +150,8 @@ def update(optimizer, loss, cfg, ranks):
 
 def main(cfg):
     check(cfg)
-    if not Path(cfg.prompts).is_dir():
-        read_prompts(cfg.prompts)  # a bad file fails before anything is loaded or written
     family, ranks = load_teacher(cfg.model), Ranks()
+    check_prompts(cfg.prompts, family)
     shape, device, samples = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size)
     steps = cfg.student_steps or family.student_steps
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
@@ -161,17 +177,17 @@ def main(cfg):
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
         for r in range(cfg.ttur):  # the generator trains in round 0; TTUR's further rounds draw fresh samples for the others
-            draw = Draw((cfg.seed, iteration, r), samples, device)
+            draw = Draw((cfg.seed, STAGE, iteration, r), samples, device)
             cond, uncond = prompts[draw.integers(len(prompts))], prompts.unconditional(len(samples))
-            k = int(common(cfg.seed, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
+            k = int(common(cfg.seed, STAGE, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
 
             # 1. Sample: x̂_0 = G_θ(x_t', t'). The steps before k run without gradient.
             def predict(x, t):
                 return student(x, t, cond)[0]
+            t_in = times[k].expand(len(samples))  # (B,)
             with torch.no_grad():
                 x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
             with torch.set_grad_enabled(r == 0):
-                t_in = times[k].expand(len(samples))
                 x0_hat = student_schedule.to_x0_eps(x_in, predict(x_in, student_schedule.shown(t_in)), t_in)[0]  # (B, ...)
 
             # 2. Re-diffuse to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
@@ -192,16 +208,17 @@ def main(cfg):
                     x_fake = straight_through(x_fake, x0_hat, schedule.alpha_sigma(s)[0])
 
                 # 4. Generator: the student trains. The DMD loss comes from the same passes; ADM logs it without using it.
-                x0_real, x0_fake = (schedule.to_x0_eps(x_t, out, t)[0].detach() for out in (out_real, out_fake))
-                loss = loss_dmd = dmd_loss(x0_hat, x0_real, x0_fake)
                 if cfg.loss == "adm":
                     maps_fake = discriminator.features(x_fake, s, cond)
-                    weight = 1 / schedule.alpha_sigma(t)[0] if cfg.t_weight == "1/alpha" else None  # (B,)
-                    loss = generator_loss(discriminator.logits(maps_fake), weight)
                 if r == 0:
-                    log |= {"loss_generator": loss, "dmd_loss": loss_dmd}
-                    log |= {"x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
+                    x0_real, x0_fake = (schedule.to_x0_eps(x_t, out, t)[0].detach() for out in (out_real, out_fake))
+                    log["dmd_loss"] = loss = dmd_loss(x0_hat, x0_real, x0_fake)
+                    if cfg.loss == "adm":
+                        weight = 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3) if cfg.t_weight == "1/alpha" else None  # (B,)
+                        loss = generator_loss(discriminator.logits(maps_fake), weight)
+                    log |= {"loss_generator": loss, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
                     log["grad_norm_student"] = update(optimizers["student"], loss, cfg, ranks)
+                    shown = {f"student, step {k + 1} of {steps}": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
 
             # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
             if cfg.loss == "adm":
@@ -209,29 +226,30 @@ def main(cfg):
                     maps_real = discriminator.features(x_real, s, cond)
                 logits_real = discriminator.logits(maps_real)  # (B,)
                 logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
-                loss = log["loss_discriminator"] = discriminator_loss(logits_real, logits_fake)
+                loss_d = log["loss_discriminator"] = discriminator_loss(logits_real, logits_fake)
                 log["d_accuracy"] = ((logits_real > 0).float() + (logits_fake < 0).float()).mean() / 2
                 if cfg.damping:
                     for x, logits in ((x_real, logits_real), (x_fake, logits_fake)):
                         with torch.no_grad():
                             moved = discriminator.features(x + cfg.damping_sigma * draw.normal(shape), s, cond)
-                        loss = loss + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
-                log["grad_norm_heads"] = update(optimizers["heads"], loss, cfg, ranks)
+                        loss_d = loss_d + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
+                log["grad_norm_heads"] = update(optimizers["heads"], loss_d, cfg, ranks)
 
             # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
-            x0, t, eps = x0_hat.detach(), draw.uniform(0, schedule.t_noise), draw.normal(shape)
-            out = fake(schedule.add_noise(x0, eps, t), t, cond)[0]
-            log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t))
+            x0, t_fake, eps = x0_hat.detach(), draw.uniform(0, schedule.t_noise), draw.normal(shape)
+            out = fake(schedule.add_noise(x0, eps, t_fake), t_fake, cond)[0]
+            log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t_fake))
             log["grad_norm_fake"] = update(optimizers["fake"], log["loss_fake"], cfg, ranks)
 
         here.record(iteration + 1, log, began)
-        if here.due(cfg.sample_every, iteration):  # of the last round: no network runs for it, only the VAE
-            here.picture(iteration + 1, {"student x0_hat": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake})
+        if here.due(cfg.sample_every, iteration):
+            here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
         if here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
-    here.finish(student)
+    here.finish(student, shape)
 
 
+STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
 COLUMNS = ("loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
            "grad_norm_fake", "grad_norm_heads", "x0_mean", "x0_std")
 

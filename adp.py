@@ -13,6 +13,8 @@ teacher predicts, the student predicts a flow from here on: config.json says so 
 
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,8 +23,8 @@ import transformers
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from data import Prompts, Ranks, Rows, Run, at_least, option, run, starting_point
-from models import (BadInput, LatentDiscriminator, PixelDiscriminator, frozen, load_teacher, make_roles, require)
+from data import Prompts, Ranks, Rows, Run, at_least, option, read_json, run
+from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, on_the_line, student_sample
 
 
@@ -66,22 +68,22 @@ class Config:
 
 
 def line_times(u, schedule):
-    """u ~ U[0, T], (B,), to the student's times: cubic t = [1 − (u/T)³]·T, biased to noise, or uniform t = u."""
+    """u ~ U[0, T], (B,), to the student's times (arXiv 2507.18569, ADP's schedule): cubic t = [1 − (u/T)³]·T, biased to noise, or uniform t = u."""
     return (1 - (u / T) ** 3) * T if schedule == "cubic" else u
 
 
 def velocity_loss(v, x_0, x_T):
-    """Regression on the pairs' straight line (rectified flow): E|v − (x_T − x_0)|²."""
+    """ADP's pre-training loss (arXiv 2507.18569), regression on the pairs' straight line as in rectified flow: E|v − (x_T − x_0)|²."""
     return F.mse_loss(v.float(), x_T.float() - x_0.float())
 
 
 def discriminator_loss(real, fake, lambdas):
-    """ADP's weighted hinge: Σ_i λ_i (E[max(0, 1 − D_i(real))] + E[max(0, 1 + D_i(fake))])."""
+    """ADP's hinge (arXiv 2507.18569, the two discriminators weighted by λ_1, λ_2): Σ_i λ_i (E[max(0, 1 − D_i(real))] + E[max(0, 1 + D_i(fake))])."""
     return sum(w * (F.relu(1 - r).mean() + F.relu(1 + f).mean()) for w, r, f in zip(lambdas, real, fake, strict=True))
 
 
 def generator_loss(fake, lambdas):
-    """ADP's generator: −Σ_i λ_i E[D_i(fake)]."""
+    """ADP's generator (arXiv 2507.18569, with the hinge above): −Σ_i λ_i E[D_i(fake)]."""
     return -sum(w * f.mean() for w, f in zip(lambdas, fake, strict=True))
 
 
@@ -112,12 +114,14 @@ def load_pixel_backbone(name):
         folder = build(name)
     try:
         kind = transformers.AutoConfig.from_pretrained(folder).model_type
-        loader = transformers.SamVisionModel if kind.startswith("sam") else transformers.AutoModel
+        loader = transformers.SamVisionModel if kind in ("sam", "sam_vision_model") else transformers.AutoModel
         backbone = loader.from_pretrained(folder)
     except Exception as e:  # of hub, file and class alike
         raise BadInput(f"--pixel-backbone {name}: cannot load it ({type(e).__name__}); tiny-sam runs offline") from None
     require(all(isinstance(getattr(backbone.config, part, None), int) for part in ("image_size", "patch_size", "hidden_size")),
             f"--pixel-backbone {name}: a {kind} is no plain vision transformer")
+    side = backbone.config.image_size // backbone.config.patch_size
+    require(side >= Head2d.smallest, f"--pixel-backbone {name}: its {side}x{side} feature maps are too small for the heads")
     return backbone.eval().requires_grad_(False)
 
 
@@ -132,6 +136,20 @@ def check(cfg):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
     require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
+
+
+def starting_point(init, family, lora_rank):
+    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
+    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
+    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
+    if init == "teacher":
+        return family.schedule, None
+    saved, pipeline = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config"), Path(init) / "pipeline"
+    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
+            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
+    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
+    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
+    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
 def update(optimizer, loss, cfg, ranks):
@@ -181,7 +199,7 @@ def main(cfg):
 
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
         began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
-        draw = Draw((cfg.seed, iteration), samples, device)
+        draw = Draw((cfg.seed, STAGE, iteration), samples, device)
         x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
 
         # 1. The student's input on the pair's line, its velocity, its sample x̃_0.
@@ -197,15 +215,15 @@ def main(cfg):
             log["grad_norm_student"] = update(optimizers["student"], log["loss_mse"], cfg, ranks)
         else:
             # 3. What the discriminators see: both samples noised to the same t' with independent noise; both decoded, clean.
-            t = draw.uniform(0, schedule.t_noise)  # (B,)
-            x_fake = schedule.add_noise(x0_hat, draw.normal(pairs.shape), t)
-            x_real = schedule.add_noise(x_0, draw.normal(pairs.shape), t)
-            u = common(cfg.seed, iteration).random(3)  # which video frames the pixel discriminator sees
+            t_d = draw.uniform(0, schedule.t_noise)  # (B,)
+            x_fake = schedule.add_noise(x0_hat, draw.normal(pairs.shape), t_d)
+            x_real = schedule.add_noise(x_0, draw.normal(pairs.shape), t_d)
+            u = common(cfg.seed, STAGE, iteration).random(3)  # which video frames the pixel discriminator sees
 
             # 4. Generator: the student trains, heads are frozen; the gradient runs through the frozen teacher, the frozen SAM
             #    and the VAE's decoder.
             with frozen(heads):
-                maps_fake = [discriminators[0].features(x_fake, t, cond)]
+                maps_fake = [discriminators[0].features(x_fake, t_d, cond)]
                 if use_pixel:
                     maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
                 log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
@@ -213,7 +231,7 @@ def main(cfg):
 
             # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
             with torch.no_grad():
-                maps_real = [discriminators[0].features(x_real, t, cond)]
+                maps_real = [discriminators[0].features(x_real, t_d, cond)]
                 if use_pixel:
                     maps_real.append(discriminators[1].features(family.views(vae, x_0, u)))
             real = [d.logits(m) for d, m in zip(discriminators, maps_real)]
@@ -230,9 +248,10 @@ def main(cfg):
             here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
         if here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
-    here.finish(student)
+    here.finish(student, pairs.shape)
 
 
+STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
 COLUMNS = ("loss_generator", "loss_discriminator", "loss_mse", "d_accuracy", "d_accuracy_pixel", "grad_norm_student",
            "grad_norm_heads", "x0_mean", "x0_std")
 

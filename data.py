@@ -7,10 +7,9 @@ Training reads these files only, so text encoders never sit in memory beside the
 written aside and renamed: a file is whole or absent. A second call of either command continues the first.
 """
 
-import csv, hashlib, json, os, resource, shutil, sys, time
+import argparse, csv, datetime, hashlib, json, os, resource, shutil, sys, time
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers, numpy as np, torch, torch.distributed as dist, transformers
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from models import BadInput, export_pipeline, file_sha256, load_teacher, require
-from ode import Draw, on_the_line, teacher_sample, with_guidance
+from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 SHARD = "{:06d}.safetensors"
@@ -36,7 +35,8 @@ def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
-    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, **about)
+    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, formatter_class=type(
+        "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}), **about)
     parser.error = lambda message: require(False, message)
     try:
         main(config_class(**vars(parser.parse_args(argv))))
@@ -66,8 +66,8 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same machine: bitwise the same run
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))  # a shard, a big checkpoint
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same run: on CPUs bitwise; fused attention may differ
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -93,11 +93,12 @@ def write_json(path, value):
     os.replace(f"{path}.partial", path)
 
 
-def read_json(path, what):
-    """Raises BadInput, naming `what` should have been there."""
+def read_json(path, what, *keys):
+    """A json object that has these keys. Raises BadInput, naming `what` should have been there."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+        content = json.loads(Path(path).read_text())
+        return content | {key: content[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"{Path(path).parent} holds no {what}: {Path(path).name} is missing or damaged") from None
 
 
@@ -126,8 +127,10 @@ def collect(folder, manifest, ranks, make):
     """Fill `folder` with shards: make(rows) returns the tensors {name: (len(rows), ...)} of these row numbers, which depend on
     what `manifest` says. Each rank makes every world-th shard; whole ones of an earlier call stay. BadInput if it holds others."""
     folder, size, count = Path(folder), manifest["shard_size"], manifest["count"]
-    if ranks.main and not (folder / "manifest.json").exists():
+    if fresh := not (folder / "manifest.json").exists():
         claim(folder)
+    ranks.barrier()  # every rank has looked before one writes
+    if fresh and ranks.main:
         write_json(folder / "manifest.json", {**manifest, "complete": False})
     ranks.barrier()
     found = read_json(folder / "manifest.json", manifest["kind"])
@@ -148,7 +151,8 @@ class Rows:
     """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
     def __init__(self, folder, kind, teacher, device="cpu"):
         self.folder, self.device, self.files = Path(folder), device, {}
-        self.manifest = m = read_json(self.folder / "manifest.json", kind)
+        m = read_json(self.folder / "manifest.json", kind, "count", "shard_size", "complete", "weights_sha256", "model")
+        self.manifest = m
         require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
         require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with {m['model']}, not with {teacher.name}")
         broken = [n for n in map(SHARD.format, range(-(-m["count"] // m["shard_size"]))) if not is_whole(self.folder / n)]
@@ -162,7 +166,8 @@ class Rows:
         for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
             f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / SHARD.format(shard), "pt")
             picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
-        return {name: torch.cat([p[name] for p in picked]).to(self.device) for name in picked[0]}
+        joined = {name: torch.cat([p[name] for p in picked]).to(self.device) for name in picked[0]}
+        return {name: x.float() if x.is_floating_point() else x for name, x in joined.items()}  # the cache may be bf16
 
 
 def read_prompts(path):
@@ -186,6 +191,11 @@ class Prompts(Rows):
         return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
 
 
+def check_prompts(path, teacher):
+    """Raises BadInput for a file or folder of prompts that cannot be used, before anything is written."""
+    Prompts(path, teacher) if Path(path).is_dir() else read_prompts(path)
+
+
 def encode_prompts(teacher, path, folder, ranks, batch_size=32):
     """The Prompts of a text file `path`, encoded into `folder`; or of a folder `path` that `encode` made, used as it is."""
     if Path(path).is_dir():
@@ -201,7 +211,7 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
     return Prompts(folder, teacher, ranks.device)
 
 
-def collect_pairs(cfg, teacher, prompts, ranks):
+def collect_pairs(cfg, teacher, ranks):
     """Teacher samples with the noise they came from: x_T ~ N(0, I), x_0 by the PF-ODE with CFG. Pair i has prompt i mod n."""
     shape, guidance = teacher.latent_shape(cfg.resolution, cfg.frames), teacher.guidance if cfg.guidance is None else cfg.guidance
     gigabytes, out = cfg.count * 2 * 4 * float(np.prod(shape)) / 1e9, Path(cfg.out).absolute()
@@ -209,6 +219,9 @@ def collect_pairs(cfg, teacher, prompts, ranks):
     if ranks.main:
         print(f"{cfg.count} pairs of {'x'.join(map(str, shape))}: {gigabytes:.3g} GB in {cfg.out}, {free:.3g} GB free", flush=True)
     require(gigabytes < free or (out / "manifest.json").exists(), f"{cfg.count} pairs do not fit in {cfg.out}")
+    check_prompts(cfg.prompts, teacher)
+    (out / "manifest.json").exists() or claim(out)  # before prompts are encoded
+    prompts = encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks)
     manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
                 "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
                 "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.folder, out),
@@ -220,7 +233,7 @@ def collect_pairs(cfg, teacher, prompts, ranks):
         for at in range(0, len(rows), cfg.batch_size):
             some = slice(at, at + cfg.batch_size)
             cond, uncond = prompts[numbers[some]], prompts.unconditional(len(rows[some]))
-            x_T.append(Draw((cfg.seed,), rows[some], ranks.device).normal(shape))
+            x_T.append(Draw((cfg.seed, 0), rows[some], ranks.device).normal(shape))
             with torch.no_grad():
                 x_0.append(teacher_sample(with_guidance(denoiser(), cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))
         return {"x_T": torch.cat(x_T), "x_0": torch.cat(x_0), "prompt": torch.tensor(numbers)}
@@ -229,7 +242,7 @@ def collect_pairs(cfg, teacher, prompts, ranks):
 
 
 # --- A run's folder --------------------------------------------------------------------------------------------------
-MAY_CHANGE = ("resume", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints")  # when a run is resumed
+MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints")  # when a run is resumed
 
 
 class Run:
@@ -239,17 +252,17 @@ class Run:
         self.folder, self.cfg, self.ranks, self.family = Path(cfg.out), cfg, ranks, family
         self.schedule, self.steps, config = schedule, steps, {"stage": stage, **asdict(cfg)}
         if cfg.resume:
-            saved = read_json(self.folder / "config.json", "run to resume")["config"]
+            saved = read_json(self.folder / "config.json", "run to resume", "config")["config"]
             differing = [k for k in config if k not in MAY_CHANGE and saved.get(k) != config[k]]
             differing = [f"{k} = {saved.get(k)!r}, not {config[k]!r}" for k in differing]
             require(not differing, f"--resume: {self.folder} was run with {', '.join(differing)}")
         fresh = not (self.folder / "config.json").exists()
         require(cfg.resume or fresh, f"{self.folder} holds another run: continue it with --resume, or choose another --out")
+        cfg.resume or claim(self.folder)
         ranks.barrier()
         student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
         versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)} | {"python": sys.version.split()[0]}
         if ranks.main:
-            cfg.resume or claim(self.folder)
             write_json(self.folder / "config.json", {
                 "config": config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
                 "student": student, "world_size": ranks.world, "versions": versions, **more})
@@ -279,7 +292,8 @@ class Run:
         vae, rows = self.family.vae(self.ranks.device), []
         for label, z in latents.items():
             with torch.no_grad():
-                x = self.family.decode(vae, z[:8 if z.ndim == 4 else 2]).float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
+                x = torch.cat([self.family.decode(vae, one) for one in z[:8 if z.ndim == 4 else 2].split(1)])
+            x = x.float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
             rows += [(label, x)] if x.ndim == 4 else [(label, video[:8]) for video in x.transpose(1, 2)]
         height, width = (n * max(1, 96 // x.shape[-2]) for n in x.shape[-2:])  # small pictures are enlarged
         sheet = Image.new("RGB", (120 + len(rows[0][1]) * width, len(rows) * height), "white")
@@ -333,25 +347,11 @@ class Run:
             log.write_text("".join(log.read_text().splitlines(True)[:done and done + 1]))
         return done
 
-    def finish(self, student):
+    def finish(self, student, shape):
         """Write pipeline/, the student for stock diffusers, and say so."""
         if self.ranks.main:
-            export_pipeline(student, self.schedule, self.steps, self.folder / "pipeline")
+            export_pipeline(student, self.schedule, self.steps, shape, self.folder / "pipeline")
             print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
-
-
-def starting_point(init, family, lora_rank):
-    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
-    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
-    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
-    if init == "teacher":
-        return family.schedule, None
-    saved, pipeline = read_json(Path(init) / "config.json", "run of adp.py or adm.py"), Path(init) / "pipeline"
-    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
-            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
-    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
-    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
-    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -387,8 +387,7 @@ def pairs(cfg):
     at_least(1, cfg, "count", "steps", "batch_size", "shard_size")
     at_least(0, cfg, "seed", "guidance")
     teacher, ranks = load_teacher(cfg.model), Ranks()
-    teacher.latent_shape(cfg.resolution, cfg.frames)  # a bad size fails before anything is written
-    collect_pairs(cfg, teacher, encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks), ranks)
+    collect_pairs(cfg, teacher, ranks)
 
 
 if __name__ == "__main__":

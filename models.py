@@ -6,7 +6,7 @@ tensors; t is (B,) float32 or int64 and never cast; predictions come back float3
 
 import hashlib, json, shutil
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from ode import FlowSchedule, T, VPSchedule
 
 HUB = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-       "sd3.5-large": "stabilityai/stable-diffusion-3.5-large", "cogvideox-2b": "THUDM/CogVideoX-2b",
-       "cogvideox-5b": "THUDM/CogVideoX-5b"}
+       "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+       "cogvideox-2b": "THUDM/CogVideoX-2b", "cogvideox-5b": "THUDM/CogVideoX-5b"}
 TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b")
 
 
@@ -60,9 +60,11 @@ class Family:
         scheduler_class = getattr(diffusers, json.loads((self.folder / "model_index.json").read_text())["scheduler"][1])
         self.schedule = self.read_schedule(scheduler_class.from_pretrained(folder, subfolder="scheduler"))
         self.vae_config = SimpleNamespace(**self.vae_class.load_config(folder, subfolder="vae"))
+        require(any((self.folder / self.net_name).glob("*.safetensors")), f"{name} has no weights in {self.net_name}/")
         with torch.device("meta"):  # without storage: for the config's defaults, and where only a shape is asked for
             self.meta_net = self.net_class.from_config(self.net_class.load_config(folder, subfolder=self.net_name))
         self.config = self.meta_net.config
+        require(not self.config.get("patch_size_t"), f"{name}: time patches (CogVideoX 1.5) are not supported")
         self.vae_scale = 2 ** (len(self.vae_config.block_out_channels) - 1)  # pixels per latent, along a side
         self.default_size = [self.config.get(side, self.config.get("sample_size")) for side in ("sample_height", "sample_width")]
         # Latents along a side of one position of the coarsest tapped map: a DiT's patch, the bottom of a UNet.
@@ -86,9 +88,8 @@ class Family:
 
     def to_map(self, output, x_t):
         """A tapped block's output → feature map (B, C, H, W), or (B, C, F, H, W)."""
-        height, width = (n // self.config.patch_size for n in x_t.shape[-2:])
-        grid = (height, width) if x_t.ndim == 4 else (x_t.shape[1], height, width)
-        return output[self.tokens_at].transpose(1, 2).unflatten(2, grid)
+        grid = [n // self.config.patch_size for n in x_t.shape[-2:]]
+        return output[self.tokens_at].transpose(1, 2).unflatten(2, [*x_t.shape[1:-3], *grid])  # video: frames first
 
     def latent_shape(self, resolution=None, frames=None):
         """Shape of one latent. resolution: "1024" or "480x720" (height x width, pixels); default: the model's own.
@@ -126,13 +127,16 @@ class Family:
 
     def denoiser(self, device="cpu", dtype=torch.float32, folder=None):
         """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16."""
-        net = self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
+        try:
+            net = self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
         return Denoiser(self, net.to(device).eval(), bf16=torch.device(device).type == "cuda")
 
-    @property
+    @cached_property
     def weights_sha256(self):
         """Hash of the denoiser's files: what caches and runs name to say which teacher they belong to."""
-        files = [f for f in sorted((self.folder / self.net_name).iterdir()) if f.suffix in (".safetensors", ".bin", ".json")]
+        files = [f for f in sorted((self.folder / self.net_name).iterdir()) if f.suffix in (".safetensors", ".json")]
         return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
 
 
@@ -208,8 +212,8 @@ class CogVideoX(Family):
         return read_vp_schedule(scheduler, "v_prediction", zero_terminal_snr=True, family="CogVideoX")
 
     def encode(self, pipe, prompts):
-        where = pipe.text_encoder.device
-        return {"prompt_embeds": pipe.encode_prompt(prompts, device=where, do_classifier_free_guidance=False)[0]}
+        embeds, _ = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds}
 
     def call(self, net, x_t, t, cond):
         rope = self.rotary(*x_t.shape[-4:], x_t.device) if self.config.use_rotary_positional_embeddings else None
@@ -244,7 +248,7 @@ def load_teacher(name_or_folder):
     BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a scheduler that contradicts it."""
     name = str(name_or_folder)
     if name in TINY:
-        from toy.tiny import build  # the one import that reaches up: tiny teachers are made here, not fetched
+        from toy.tiny import build  # reaches up: tiny models are made here, not fetched
         folder = build(name)
     elif name in HUB:
         try:
@@ -260,8 +264,9 @@ def load_teacher(name_or_folder):
         pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
         require(pipeline in families, f"{name} is a {pipeline}; the families here are {', '.join(families)}")
         return families[pipeline](folder, name)
-    except (OSError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise BadInput(f"{name} is no complete diffusers pipeline folder: {' '.join(str(e).split())}") from None
+    except Exception as e:  # whatever json, diffusers or torch make of a damaged file
+        said = f"{name} is no complete diffusers pipeline folder: {type(e).__name__} {' '.join(str(e).split())[:300]}"
+        raise e if isinstance(e, BadInput) else BadInput(said) from None
 
 
 # --- The denoiser and its roles --------------------------------------------------------------------------------------
@@ -309,9 +314,8 @@ class Denoiser(nn.Module):
         """Take the weights of this exported pipeline folder."""
         if self.adapter:
             from peft import set_peft_model_state_dict
-            weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
-            own = {name.removeprefix(f"{self.family.net_name}."): w for name, w in weights.items()}
-            set_peft_model_state_dict(self.net, own, self.adapter)
+            weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors").items()
+            set_peft_model_state_dict(self.net, {k.removeprefix(f"{self.family.net_name}."): w for k, w in weights}, self.adapter)
         else:
             self.net.load_state_dict(self.family.denoiser(folder=pipeline).net.state_dict())
 
@@ -347,8 +351,7 @@ def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.floa
         teacher.lora = True
         for role in roles:
             teacher.net.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets), role)
-    trained = [Denoiser(family, teacher.net, teacher.bf16, lora=True, adapter=role) if lora_rank else family.denoiser(device)
-               for role in roles]
+    trained = [Denoiser(family, teacher.net, teacher.bf16, True, role) if lora_rank else family.denoiser(device) for role in roles]
     teacher.net.requires_grad_(False)
     for p in [p for denoiser in trained for p in denoiser.own_parameters().values()]:
         p.data = p.data.float()  # masters, whatever the base is held in
@@ -360,10 +363,10 @@ def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.floa
 
 @contextmanager
 def frozen(*modules):
-    """Inside, these modules' parameters take no gradient, while activations stay differentiable. Must span forward *and*
-    backward: with activation checkpointing the forward is run again in backward."""
-    flags = [(p, p.requires_grad) for m in modules
-             for p in (m.own_parameters().values() if isinstance(m, Denoiser) else m.parameters())]
+    """Inside, these modules' parameters take no gradient, activations stay differentiable. Must span forward *and* backward:
+    with activation checkpointing the forward is run again in backward."""
+    owned = [m.own_parameters().values() if isinstance(m, Denoiser) else m.parameters() for m in modules]
+    flags = [(p, p.requires_grad) for parameters in owned for p in parameters]
     try:
         for p, _ in flags:
             p.requires_grad_(False)
@@ -423,10 +426,8 @@ class PixelDiscriminator(Discriminator):
     """D_τ2 of ADP: a frozen vision transformer on clean images, heads on its four quarters (SAM-B: layers 3, 6, 9, 12).
     backbone: a SamVisionModel, or a transformers ViT with class token(s) first (DINOv2: the paper's ablation A2)."""
     def __init__(self, backbone, width=256):
-        config = backbone.config
-        self.side = config.image_size // config.patch_size  # of its square maps
-        require(self.side >= Head2d.smallest, f"--pixel-backbone: its {self.side}x{self.side} maps are too small for the heads")
-        super().__init__(backbone, [Head2d(config.hidden_size, width) for _ in range(4)])
+        super().__init__(backbone, [Head2d(backbone.config.hidden_size, width) for _ in range(4)])
+        self.side = backbone.config.image_size // backbone.config.patch_size  # of its square maps
 
     def features(self, images):
         """Images (N, 3, H, W) in [−1, 1], resized to the backbone's own square and ImageNet-normalised → four maps."""
@@ -442,11 +443,9 @@ class PixelDiscriminator(Discriminator):
 # --- Export ----------------------------------------------------------------------------------------------------------
 
 def student_scheduler(schedule, steps):
-    """The stock diffusers scheduler that walks the student's `schedule` in `steps` steps as ode.student_sample does.
-
-    SD3's, given a number of steps only, warps σ = linspace(1, σ_min) by its `shift` k and stretches it to `shift_terminal`. All
-    are Möbius maps that fix 1, so some k gives the student's K u / (1 + (K − 1) u), u = 1 − i/n, exactly.
-    """
+    """The stock diffusers scheduler that walks the student's `schedule` in `steps` steps as ode.student_sample does. SD3's warps
+    σ = linspace(1, σ_min) by its `shift` k, then stretches it to `shift_terminal`: Möbius maps that fix 1, as is the student's
+    K u / (1 + (K − 1) u), u = 1 − i/n, so that some k gives it exactly."""
     if isinstance(schedule, VPSchedule):  # predict x_0, re-noise: LCM's sampler with its skip connection off
         a_bar = schedule.alphas_cumprod
         betas = 1 - a_bar / torch.cat([a_bar.new_ones(1), a_bar[:-1]])
@@ -467,17 +466,17 @@ def student_scheduler(schedule, steps):
 USAGE = """# A {steps}-step student of {base}
 
     pipe = diffusers.DiffusionPipeline.from_pretrained("path/to/this/folder")
-    result = pipe("a red fox", num_inference_steps={steps}, guidance_scale=1.0)
+    result = pipe("a red fox", num_inference_steps={steps}, guidance_scale=1.0, {size})
 
-Pass both: the scheduler visits the student's own times at `num_inference_steps={steps}` only, and guidance is in the weights. Use
-the resolution it was trained at. Stable Diffusion 3's pipeline draws the noise between steps from torch's global generator: seed
-that (`torch.manual_seed`) for a repeatable picture.
+Pass all of these: the scheduler visits the student's own times at this number of steps only, guidance is in the weights, and the
+size is what it was trained at. Stable Diffusion 3's pipeline draws the noise between steps from torch's global generator: seed that
+(`torch.manual_seed`) for a repeatable picture.
 """
 
 
-def export_pipeline(student, schedule, steps, folder):
+def export_pipeline(student, schedule, steps, shape, folder):
     """Write `folder`: a diffusers pipeline with the student's weights (float32) and the scheduler of its steps; the rest is the
-    teacher's. A LoRA student is merged; its adapter alone goes into folder/lora, for `pipe.load_lora_weights`."""
+    teacher's. A LoRA student is merged; its adapter alone goes into folder/lora, for `pipe.load_lora_weights`. shape: of a latent."""
     family, net, aside = student.family, student.net, Path(f"{folder}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     index = json.loads((family.folder / "model_index.json").read_text())
@@ -489,12 +488,13 @@ def export_pipeline(student, schedule, steps, folder):
         family.pipeline_class.save_lora_weights(aside / "lora", **{f"{family.net_name}_lora_layers": layers})
         net = family.denoiser().net
         net.load_lora_adapter(aside / "lora", prefix=family.net_name, weight_name="pytorch_lora_weights.safetensors")
-        net.fuse_lora()
-        net.unload_lora()
+        net.fuse_lora(), net.unload_lora()
     net.save_pretrained(aside / family.net_name)
     scheduler = student_scheduler(schedule, steps)
     scheduler.save_pretrained(aside / "scheduler")
     (aside / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", type(scheduler).__name__]}, indent=2))
-    (aside / "README.md").write_text(USAGE.format(steps=steps, base=family.name))
+    size = f"height={shape[-2] * family.vae_scale}, width={shape[-1] * family.vae_scale}"
+    size += f", num_frames={(shape[0] - 1) * family.config.temporal_compression_ratio + 1}" if len(shape) == 4 else ""
+    (aside / "README.md").write_text(USAGE.format(steps=steps, base=family.name, size=size))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

@@ -224,8 +224,8 @@ def student_sample(predict, schedule, x_T, times, randn):
 
 
 class Draw:
-    """Random numbers that depend on (key, sample number) alone, key being ints ≥ 0 such as (seed, iteration). So two ranks draw
-    what one would, and a run resumes exactly without a stored generator."""
+    """Random numbers that depend on (key, sample number) alone: two ranks draw what one would, and a run resumes exactly without a
+    stored generator. key: ints ≥ 0. Trailing zeros of a key do not count, so keys in use together begin differently."""
 
     def __init__(self, key, samples, device="cpu"):
         seeds = [int(np.random.SeedSequence((*key, i)).generate_state(1, np.uint64)[0]) for i in samples]

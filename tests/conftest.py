@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same everywhere
 
 import subprocess
 import sys

@@ -63,12 +63,28 @@ def test_tiny_teachers_are_the_same_every_time_and_differ(teachers):
     ("tiny-cogvideox-5b", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": False}, "terminal SNR"),
     ("tiny-sd3", "model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
     ("tiny-sd3", "model_index.json", {"_class_name": "gone"}, "no complete diffusers pipeline folder"),
+    ("tiny-sdxl", "scheduler/scheduler_config.json", {"beta_schedule": "odd"}, "no complete diffusers pipeline folder"),
+    ("tiny-cogvideox-2b", "transformer/config.json", {"patch_size_t": 2, "patch_bias": False}, "pipeline folder|not supported"),
     ("tiny-sd3", "model_index.json", {"scheduler": "gone"}, "no complete diffusers pipeline folder"),
     ("tiny-sd3", "model_index.json", {"scheduler": ["diffusers", "NoSuchScheduler"]}, "no complete diffusers pipeline folder"),
 ])
 def test_contradicting_folders_are_refused(tmp_path, name, file, changes, says):
     with pytest.raises(BadInput, match=says):
         load_teacher(edited(tmp_path, name, file, **changes))
+
+
+def test_missing_and_damaged_weights_are_refused(tmp_path):
+    folder = shutil.copytree(build("tiny-sd3"), tmp_path / "sd3")
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="cannot load its transformer"):
+        load_teacher(folder).denoiser()
+    weights.unlink()
+    with pytest.raises(BadInput, match="no weights"):
+        load_teacher(folder)
+    (folder / "model_index.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="no complete"):
+        load_teacher(folder)
 
 
 def test_scheduler_settings_are_read_not_guessed(tmp_path):
@@ -247,7 +263,9 @@ def test_pixel_discriminator(name):
 
 def test_bad_pixel_backbones(tmp_path):
     from adp import load_pixel_backbone
-    for name in ("facebook/sam-vit-base", str(tmp_path), str(build("tiny-sd3") / "text_encoder")):
+    from transformers import Dinov2Config, Dinov2Model
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56)).save_pretrained(tmp_path / "small")
+    for name in ("facebook/sam-vit-base", str(tmp_path), str(build("tiny-sd3") / "text_encoder"), str(tmp_path / "small")):
         with pytest.raises(BadInput, match="--pixel-backbone"):
             load_pixel_backbone(name)
 
@@ -403,7 +421,7 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
         for p in denoiser.parameters():
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))  # a student, not the teacher
     schedule = ode.on_the_line(family.schedule) if after_adp else family.schedule
-    models.export_pipeline(denoiser, schedule, steps, tmp_path / "pipeline")
+    models.export_pipeline(denoiser, schedule, steps, family.latent_shape(), tmp_path / "pipeline")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(11)
@@ -411,7 +429,8 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
                   generator=torch.Generator().manual_seed(7))[0]
     ours = our_sample(family, denoiser, schedule, steps, conditionings[name], torch.Generator().manual_seed(7))
     assert_close(theirs, ours, atol=1e-4 * float(ours.abs().max()), rtol=0)
-    assert f"num_inference_steps={steps}" in (tmp_path / "pipeline" / "README.md").read_text()
+    says = (tmp_path / "pipeline" / "README.md").read_text()
+    assert f"num_inference_steps={steps}" in says and ("num_frames=9" in says) == ("cogvideox" in name) and "height=" in says
 
 
 def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path):
@@ -422,7 +441,7 @@ def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path)
             for p in student.own_parameters().values():
                 p += 0.05
             ours = student(x, TIMES, cond)[0]
-            models.export_pipeline(student, family.schedule, 4, tmp_path / name)
+            models.export_pipeline(student, family.schedule, 4, family.latent_shape(), tmp_path / name)
             assert_close(family.denoiser(folder=tmp_path / name)(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
             pipe = DiffusionPipeline.from_pretrained(family.folder)
             pipe.load_lora_weights(tmp_path / name / "lora")

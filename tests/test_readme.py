@@ -95,5 +95,5 @@ def test_prompts_are_a_few_hundred_different_ones():
 def test_every_flag_has_a_help_text():
     for config, _ in SCRIPTS.values():
         assert all(f.metadata.get("help") for f in config.__dataclass_fields__.values())
-    done = shell("python", "data.py", "pairs", "--help")
-    assert done.returncode == 0 and "--shard-size" in done.stdout
+    done = shell("python", "adm.py", "--help")
+    assert done.returncode == 0 and "--fake-gradient" in done.stdout and "\n    python adm.py   " in done.stdout  # as typed
