@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 import adm
 import adp
 from data import at_least, option, run
-from models import Discriminator, frozen, require
+from models import BadInput, Discriminator, frozen, require
 from ode import Draw, T, student_sample, teacher_sample
-from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered
+from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
 
 METHODS = ("mse", "adp", "dmd", "adm", "adp+dmd", "adp+adm", "dmd2")
+SAMPLES = 100_000  # of each student, for its metrics
+TEACHER = 3000  # iterations of the teacher MLP's fit, batch 512
 POOL = 20_000  # ODE pairs of each seed
 HISTORY = 40  # points of a training curve
 DAMPING_SIGMA = 0.01  # length of the gradient penalty's finite difference, as adm.py's default
@@ -52,22 +54,20 @@ class Config:
     teacher: Literal["exact", "mlp"] = option("exact", "the closed-form velocity, or an MLP fitted to it")
     seeds: int = option(2, "students of each method")
     first_seed: int = option(0, "their numbers start here")
-    iterations: int = option(2000, "student updates of each method, ADP's included")
-    adp_share: float = option(0.5, "of them, how many adp+dmd and adp+adm spend on ADP")
-    mse_share: float = option(0.5, "of ADP's iterations, how many are regression")
-    batch_size: int = option(512, "of each seed")
+    iterations: int = option(3000, "student updates of each method, ADP's included")
+    adp_share: float = option(0.75, "of them, how many adp+dmd and adp+adm spend on ADP")
+    mse_share: float = option(0.9, "of ADP's iterations, how many are regression")
+    batch_size: int = option(256, "of each seed")
     width: int = option(128, "of every hidden layer")
-    head_width: int = option(64, "of the discriminator's heads")
+    head_width: int = option(32, "of the discriminator's heads")
     out: str = option("out/toy", "folder to write")
     schedule: Literal["cubic", "uniform"] = option("cubic", "where on the line ADP's student trains (paper: cubic)")
     ttur: int = option(1, "discriminator and fake-score updates for each student update (paper: 1; dmd2: always 5)")
     dt: float = option(1 / 64, "length of the PF-ODE step, as a fraction of T (paper: 1/64)")
     fake_gradient: Literal["exact", "straight-through"] = option("exact", "through the frozen fake network, or around it")
     t_weight: Literal["none", "1/alpha"] = option("none", "weight of ADM's generator loss in t (paper: none)")
-    damping: float = option(0.01, "weight of the zero-centred gradient penalty on D (paper: none)")
-    lr_student: float = option(3e-4, "learning rate of the student in stage 2")
-    lr_mse: float = option(1e-3, "learning rate of teacher MLP and student in regression")
-    lr_adp: float = option(1e-4, "learning rate of the student against ADP's discriminator")
+    damping: float = option(0.1, "weight of the zero-centred gradient penalty on D (paper: none)")
+    lr_student: float | None = option(None, "learning rate of the student; default: the method's own, from the search")
     lr_fake: float = option(1e-3, "learning rate of the fake score")
     lr_heads: float = option(1e-3, "learning rate of the discriminator's heads")
 
@@ -140,10 +140,10 @@ class NoisyDiscriminator(Discriminator):
 class Optimizer:
     """Adam, elementwise, so each seed's slice is stepped as if alone."""
 
-    def __init__(self, module, lr, seeds):
+    def __init__(self, module, rate, seeds):
         self.parameters, self.seeds = [p for p in module.parameters() if p.requires_grad], seeds
-        self.lr = lr
-        self.adam = torch.optim.Adam(self.parameters, lr, fused=True)
+        self.rate = rate
+        self.adam = torch.optim.Adam(self.parameters, rate, fused=True)
 
     def step(self, loss, progress=None):
         """One update. `loss` is a mean over S·B samples: S times it is the sum of the seeds' own means.
@@ -151,7 +151,7 @@ class Optimizer:
         progress  in [0, 1): the rate rises over the first tenth and falls by a cosine (ours; None: it stays)
         """
         if progress is not None:
-            self.adam.param_groups[0]["lr"] = self.lr * min(1, 10 * progress) * (1 + math.cos(math.pi * progress)) / 2
+            self.adam.param_groups[0]["lr"] = self.rate * min(1, 10 * progress) * (1 + math.cos(math.pi * progress)) / 2
         self.adam.zero_grad()
         (self.seeds * loss).backward()
         self.adam.step()
@@ -188,16 +188,21 @@ def one_step(student, x_T):
 
 
 class Curves:
-    """Training curves, a list of points for each seed; `add` is called every HISTORY-th part of the run."""
+    """Training curves, a list of points for each seed, and the progress bar.
 
-    def __init__(self, mixture, seeds, total):
-        self.mixture, self.seeds, self.points = mixture, seeds, [[] for _ in seeds]
-        self.done, self.every = 0, max(1, total // HISTORY)
-        self.x_T = Noise((9,), seeds, 4096).normal()  # (S·4096, 2)
+    total       iterations of the whole run, of which there will be HISTORY points
+    here        how many of them this object counts
+    """
+
+    def __init__(self, world, name, total, here):
+        self.mixture, self.seeds, self.points = world.mixture, world.seeds, [[] for _ in world.seeds]
+        self.done, self.every, self.bar = 0, max(1, total // HISTORY), tqdm(total=here, desc=name, leave=False, disable=None)
+        self.x_T = Noise((9,), self.seeds, 4096).normal()  # (S·4096, 2)
 
     def due(self):
         """Counts one iteration; True where a point is wanted."""
         self.done += 1
+        self.bar.update()
         return self.done % self.every == 0
 
     @torch.no_grad()
@@ -205,8 +210,8 @@ class Curves:
         """more: {name: [S numbers]}."""
         more["grad_norm"] = grad_norm
         for i, x in enumerate(one_step(student, self.x_T).chunk(len(self.seeds))):
-            self.points[i].append({"iteration": self.done, "tv": mode_tv(self.mixture, x),
-                                   "modes_covered": modes_covered(self.mixture, x), **{k: float(v[i]) for k, v in more.items()}})
+            self.points[i].append({"iteration": self.done, "tv": round(mode_tv(self.mixture, x), 4),
+                                   "modes_covered": modes_covered(self.mixture, x), **{k: float(f"{v[i]:.4g}") for k, v in more.items()}})
 
 
 # --- The teacher -------------------------------------------------------------------------------------------------------
@@ -222,37 +227,56 @@ class World:
 
     def __init__(self, cfg):
         self.mixture = load_mixture(cfg.mixture, cfg.separation)
-        require(self.mixture.means.shape[1] == 2, f"--mixture {cfg.mixture}: two-dimensional means")
         self.seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
-        data = [self.mixture.sample((POOL,), torch.Generator().manual_seed(seed)) for seed in self.seeds]
-        self.mlp = self.fit(cfg, torch.stack(data))
+        self.mlp = self.fit(cfg)
+        for p in self.mlp.parameters():
+            p.data = p.data.repeat(cfg.seeds, 1, 1)
         self.teacher = self.mixture.velocity if cfg.teacher == "exact" else lambda x, t: self.mlp(x, t)[0]
         with torch.no_grad():
             x_T = Noise((2,), self.seeds, POOL).normal()
             x_0 = teacher_sample(self.teacher, LINE, x_T, 64)
         self.x_T, self.x_0 = (x.unflatten(0, (cfg.seeds, POOL)) for x in (x_T, x_0))
+        self.adp = {}  # see after_adp
 
-    def fit(self, cfg, data):
-        mlp = MLP(Draw((0,), self.seeds), cfg.width, self.mixture.spread)
-        optimizer = Optimizer(mlp, cfg.lr_mse, cfg.seeds)
-        for iteration in tqdm(range(cfg.iterations), "teacher", leave=False, disable=None):
-            noise = Noise((1, iteration), self.seeds, cfg.batch_size)
+    def fresh(self, seed):
+        """(4000, 2) draws that nothing was trained on."""
+        return self.mixture.sample((4000,), torch.Generator().manual_seed(10 ** 6 + seed))
+
+    def after_adp(self, cfg):
+        """(student, its curves' points, iterations, seconds) after ADP as the first part of adp+…: made once, then copied."""
+        key = tuple(getattr(cfg, name) for name in STAGE_1)
+        if key not in self.adp:
+            student, began = deepcopy(self.mlp).requires_grad_(True), time.perf_counter()
+            iterations = round(cfg.adp_share * cfg.iterations)
+            curves = Curves(self, "adp first", cfg.iterations, iterations)
+            pretrain(cfg, self, student, iterations, round(cfg.mse_share * iterations), RATES["mse"], RATES["adp"], curves)
+            self.adp[key] = student, curves.points, iterations, time.perf_counter() - began
+        return deepcopy(self.adp[key])
+
+    def fit(self, cfg):
+        """The MLP, S = 1."""
+        data = self.mixture.sample((1, POOL), torch.Generator().manual_seed(0))  # (1, POOL, 2)
+        mlp = MLP(Draw((0,), [0]), cfg.width, self.mixture.spread)
+        optimizer = Optimizer(mlp, 0.02, 1)
+        for iteration in tqdm(range(TEACHER), "teacher", leave=False, disable=None):
+            noise, progress = Noise((1, iteration), [0], 512), iteration / TEACHER
             t = noise.uniform(0, T)
             x_t = LINE.add_noise(*noise.pick(data), noise.normal(), t)
-            optimizer.step(adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)), iteration / cfg.iterations)
+            optimizer.step(adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)), progress)
+        mlp.zero_grad()
         return mlp.requires_grad_(False)
 
 
 # --- The two stages ----------------------------------------------------------------------------------------------------
 
 
-def pretrain(cfg, world, student, iterations, mse_iterations, curves):
+def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, curves):
     """Stage 1, as adp.py: velocity regression on ODE pairs, then the adversary at diffused samples.
 
     One discriminator, D_τ1: two dimensions have no pixels for D_τ2 (so λ is 1).
     """
     discriminator = NoisyDiscriminator(Draw((3,), world.seeds), world.mlp, cfg.head_width)
-    optimizer_mse, optimizer = (Optimizer(student, lr, cfg.seeds) for lr in (cfg.lr_mse, cfg.lr_adp))
+    optimizer_mse, optimizer = (Optimizer(student, lr, cfg.seeds) for lr in (rate_mse, rate))
     optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads, cfg.seeds)
     for iteration in range(iterations):
         noise = Noise((4, iteration), world.seeds, cfg.batch_size)
@@ -283,13 +307,13 @@ def pretrain(cfg, world, student, iterations, mse_iterations, curves):
             curves.add(student, optimizer.grad_norms())
 
 
-def distil(cfg, loss, world, student, iterations, curves):
+def distil(cfg, loss, world, student, iterations, rate, curves):
     """Stage 2, as adm.py, from x_T in one step. loss: "adm", "dmd", or "dmd2": DMD plus a GAN on the teacher's samples at
     diffused samples, five updates of fake score and discriminator a student's (Yin et al., arXiv 2405.14867)."""
     discriminator = NoisyDiscriminator(Draw((5,), world.seeds), world.mlp, cfg.head_width)
     fake = deepcopy(world.mlp).requires_grad_(True)
     optimizers = (Optimizer(net, lr, cfg.seeds) for net, lr in
-                  ((student, cfg.lr_student), (fake, cfg.lr_fake), (discriminator.heads, cfg.lr_heads)))
+                  ((student, rate), (fake, cfg.lr_fake), (discriminator.heads, cfg.lr_heads)))
     optimizer, optimizer_fake, optimizer_heads = optimizers
     for iteration in range(iterations):
         for r in range(5 if loss == "dmd2" else cfg.ttur):  # the student trains in round 0
@@ -354,3 +378,105 @@ def damping(cfg, discriminator, noise, t, *points):
             maps = discriminator.features(x + DAMPING_SIGMA * noise.normal(), t)
         total = total + adm.damping_loss(logits, discriminator.logits(maps), DAMPING_SIGMA)
     return cfg.damping * total
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+RATES = {  # of the student, by method (in adp+…: of the second stage): `python toy/claims.py search` chose them
+    "mse": 4e-2, "adp": 3e-5, "dmd": 1e-3, "adm": 3e-4, "adp+dmd": 3e-4, "adp+adm": 1e-4, "dmd2": 1e-3}
+STAGE_1 = ("iterations", "adp_share", "mse_share", "batch_size", "head_width", "schedule", "damping", "lr_heads")
+
+
+def train(cfg, method, world):
+    """One method, all seeds: ([a result for each seed], samples (S, 100,000, 2)). Stage 1 is shared where it is the same."""
+    began, iterations = time.perf_counter(), cfg.iterations
+    first, _, last = method.rpartition("+")
+    if first:
+        student, points, done, seconds = world.after_adp(cfg)
+        began, iterations = time.perf_counter() - seconds, cfg.iterations - done
+    else:
+        student, points, done = deepcopy(world.mlp).requires_grad_(True), [[] for _ in world.seeds], 0
+    curves = Curves(world, method, cfg.iterations, iterations)
+    curves.points, curves.done = points, done
+    rate = RATES[method] if cfg.lr_student is None else cfg.lr_student
+    if last == "mse":
+        pretrain(cfg, world, student, iterations, iterations, rate, 0.0, curves)
+    elif last == "adp":
+        pretrain(cfg, world, student, iterations, round(cfg.mse_share * iterations), RATES["mse"], rate, curves)
+    else:
+        distil(cfg, last, world, student, iterations, rate, curves)
+    curves.bar.close()
+    seconds, x = time.perf_counter() - began, sample(world, student)  # (S, SAMPLES, 2)
+    return [{"method": method, "mixture": cfg.mixture, "separation": world.mixture.separation, "seed": seed,
+             **metrics(world.mixture, x[i], world.fresh(seed)), "iterations": cfg.iterations, "seconds": seconds,
+             "shares": [round(float(share), 4) for share in shares(world.mixture, x[i])],
+             "history": curves.points[i], "points": rounded(x[i, :1000]) if i == 0 else []}
+            for i, seed in enumerate(world.seeds)], x
+
+
+def rounded(x):
+    """Points (n, 2) for a picture, as short JSON."""
+    return [[round(c, 2) for c in point] for point in x.tolist()]
+
+
+@torch.no_grad()
+def sample(world, student):
+    """(S, SAMPLES, 2), in chunks."""
+    chunks = [one_step(student, Noise((10, i), world.seeds, SAMPLES // 10).normal()) for i in range(10)]
+    return torch.cat([x.unflatten(0, (len(world.seeds), -1)) for x in chunks], 1)
+
+
+def table(runs):
+    """Text: one line a method (and mixture and separation), mean ± sd over its seeds."""
+    lines = [f"{'':24}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
+    groups = {}
+    for r in runs:
+        groups.setdefault((r["method"], r["mixture"], f"{r['separation']:.1f}"), []).append(r)
+    for (method, mixture, separation), group in groups.items():
+        cells = [[r[name] for r in group] for name in COLUMNS]
+        lines.append(f"{method:8} {mixture:>10} {separation:>4}{len(group):>6}"
+                     + "".join(f"{np.mean(c):>9.3f} ± {np.std(c, ddof=len(c) > 1):<6.3f}" for c in cells))
+    return "\n".join(lines)
+
+
+COLUMNS = ("modes_covered", "in_mode", "tv", "density_tv", "energy", "seconds")
+
+
+def check(cfg):
+    """Raises BadInput for settings without meaning, before anything is computed or written."""
+    unknown = [m for m in cfg.methods.split(",") if m not in METHODS]
+    require(not unknown, f"--methods: unknown {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}")
+    at_least(1, cfg, "seeds", "iterations", "batch_size", "ttur")
+    at_least(0, cfg, "first_seed", "damping")
+    at_least(8, cfg, "width", "head_width")
+    for name in ("adp_share", "mse_share"):
+        require(0 <= getattr(cfg, name) <= 1, f"--{name.replace('_', '-')} {getattr(cfg, name)}: in [0, 1]")
+    require(0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
+    for name in ("lr_student", "lr_fake", "lr_heads"):
+        rate = getattr(cfg, name)
+        require(rate is None or 0 < rate < float("inf"), f"--{name.replace('_', '-')} {rate}: a positive number")
+    mixture = load_mixture(cfg.mixture, cfg.separation)
+    require(mixture.means.shape[1] == 2, f"--mixture {cfg.mixture}: two-dimensional means")
+
+
+def main(cfg):
+    check(cfg)
+    folder = Path(cfg.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
+    world, runs, samples = World(cfg), [], {}
+    target = rounded(world.fresh(cfg.first_seed)[:1000])
+    for method in cfg.methods.split(","):
+        results, x = train(cfg, method, world)
+        runs += results
+        samples[method] = x.numpy()
+        (folder / "results.json").write_text(json.dumps({"runs": runs, "config": asdict(cfg), "target": target}) + "\n")
+        np.savez_compressed(folder / "samples.npz", target=world.mixture.sample((SAMPLES,)).numpy(), **samples)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    run(main, Config, description=__doc__)
