@@ -189,3 +189,14 @@ def metrics(mixture, x, fresh):
     """All of them for samples x (n, 2), by name; `fresh` (m, 2) are draws from the mixture, for `energy`."""
     return {"modes": len(mixture.means), "modes_covered": modes_covered(mixture, x), "in_mode": in_mode(mixture, x),
             "tv": mode_tv(mixture, x), "density_tv": density_tv(mixture, x), "energy": energy(x[:len(fresh)], fresh)}
+
+
+def divergences(p, q, x):
+    """(KL(q ‖ p), TV(p, q)) of one-dimensional mixtures by quadrature over the even grid x (n, 1), which must span both.
+
+    With p the target and q a student, the first is the reverse KL that DMD descends, the second what the hinge game does.
+    """
+    t, dx = torch.zeros(len(x), dtype=torch.float64), float(x[1] - x[0])
+    log_p, log_q = p.log_density(x.double(), t), q.log_density(x.double(), t)
+    kl = (log_q.exp() * (log_q - log_p)).sum() * dx
+    return float(kl), float(0.5 * (log_p.exp() - log_q.exp()).abs().sum() * dx)
