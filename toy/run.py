@@ -384,7 +384,7 @@ def damping(cfg, discriminator, noise, t, *points):
 
 
 RATES = {  # of the student, by method (in adp+…: of the second stage): `python toy/claims.py search` chose them
-    "mse": 4e-2, "adp": 3e-5, "dmd": 1e-3, "adm": 3e-4, "adp+dmd": 3e-4, "adp+adm": 1e-4, "dmd2": 1e-3}
+    "mse": 0.04, "adp": 1e-05, "dmd": 0.001, "adm": 0.0003, "adp+dmd": 0.0003, "adp+adm": 3e-05, "dmd2": 0.003}
 STAGE_1 = ("iterations", "adp_share", "mse_share", "batch_size", "head_width", "schedule", "damping", "lr_heads")
 
 
