@@ -240,14 +240,13 @@ def test_the_command_writes_results_and_samples(tmp_path, capsys):
 # --- Claims ------------------------------------------------------------------------------------------------------------
 
 def test_dmdx_covers_every_mode_of_a_small_mixture():
-    """Weights 1:2:1:4 at radius 4; three seeds. DMDX must also beat where it started, the teacher in one step."""
-    cfg = Config(mixture="ring4-rare", seeds=3, iterations=400, width=64)
+    """Weights 1:2:1:4 at radius 4, three seeds, at a student rate at which a wrong gradient would have undone ADP's work."""
+    cfg = Config(mixture="ring4-rare", seeds=3, iterations=500, width=64, adp_share=0.5, lr_student=3e-4)
     world = world_of(cfg, 1000)
+    assert gmm.modes_covered(world.mixture, toy.sample(world, world.mlp)[0]) < 4  # the teacher in one step: where DMD starts
     runs, _ = train(cfg, "adp+adm", world)
     assert [r["modes_covered"] for r in runs] == [4, 4, 4]
-    assert max(r["tv"] for r in runs) < 0.35
-    start = toy.sample(world, world.mlp)[0]
-    assert gmm.modes_covered(world.mixture, start) < 4
+    assert max(r["tv"] for r in runs) < 0.3
 
 
 def test_dmd_gradient_is_the_score_difference(tiny):
