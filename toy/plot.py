@@ -38,9 +38,14 @@ def by(runs, *fields):
     return groups
 
 
+def first_world(results):
+    """The runs of the file's first separation."""
+    return next(iter(by(results["runs"], "mixture", "separation").values()))
+
+
 def headline(results):
     """Target and each method's samples of the first seed; the numbers are means over seeds."""
-    groups = by(results["runs"], "method")
+    groups = by(first_world(results), "method")
     columns = 4
     rows = -(-(1 + len(groups)) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.45 * rows), squeeze=False)
@@ -75,7 +80,7 @@ def bands(ax, groups, field, of=lambda r: True):
 def curves(results):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     for ax, field, label in zip(axes, ("tv", "modes_covered"), ("TV", "modes covered")):
-        bands(ax, by(results["runs"], "method"), field)
+        bands(ax, by(first_world(results), "method"), field)
         ax.set_ylabel(label)
     axes[0].set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
@@ -86,7 +91,7 @@ def dmd_loss(results):
     """The loss that ADM logs and never optimises."""
     figure, ax = plt.subplots(figsize=(6.5, 4))
     ax.set_yscale("log")
-    bands(ax, {k: v for k, v in by(results["runs"], "method").items() if k in ("adm", "adp+adm", "dmd", "adp+dmd")}, "dmd_loss")
+    bands(ax, {k: v for k, v in by(first_world(results), "method").items() if k in ("adm", "adp+adm", "dmd", "adp+dmd")}, "dmd_loss")
     ax.set(ylabel="DMD loss (range over seeds)", title="DMD loss: logged under ADM, optimised under DMD")
     ax.legend(fontsize=8)
     return figure
@@ -95,7 +100,7 @@ def dmd_loss(results):
 def gradient(results):
     """The student's gradient norm in stage 2, with and without ADP. DMD's and ADM's losses have different units: compare shapes."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-    groups = by(results["runs"], "method")
+    groups = by(first_world(results), "method")
     for ax, pair in zip(axes, (("dmd", "adp+dmd"), ("adm", "adp+adm"))):
         ax.set_yscale("log")
         bands(ax, {k: groups[k] for k in pair if k in groups}, "grad_norm", of=lambda p: "dmd_loss" in p)
@@ -111,7 +116,8 @@ def phase(runs):
         for name, group in by(runs, "method").items():
             cells = sorted(by(group, "separation").items())
             x, y = [s for s, _ in cells], [[r[field] for r in at] for _, at in cells]
-            ax.errorbar(x, [np.mean(v) for v in y], [np.std(v) for v in y], marker="o", ms=4, capsize=2, color=COLOUR[name], label=TITLE[name])
+            mean, sd = ([f(v) for v in y] for f in (np.mean, np.std))
+            ax.errorbar(x, mean, sd, marker="o", ms=4, capsize=2, color=COLOUR[name], label=TITLE[name])
         ax.set(xlabel="separation: radius / σ", ylabel=label)
     axes[0].legend(fontsize=8)
     return figure

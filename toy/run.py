@@ -49,7 +49,7 @@ GAN_WEIGHT = 0.1  # of dmd2's adversary beside DMD
 @dataclass
 class Config:
     mixture: str = option("ring8-rare", "ring8, ring8-rare, ring4-rare, grid25, two-far, or a JSON file: means, weights, std")
-    separation: float | None = option(None, "distance of the farthest mode over sigma; default: the mixture's own")
+    separation: str | None = option(None, "distance of the farthest mode over sigma, or several, comma-separated; default: as is")
     methods: str = option("mse,adp,dmd,adm,adp+dmd,adp+adm,dmd2", "comma-separated")
     teacher: Literal["exact", "mlp"] = option("exact", "the closed-form velocity, or an MLP fitted to it")
     seeds: int = option(2, "students of each method")
@@ -140,9 +140,9 @@ class NoisyDiscriminator(Discriminator):
 class Optimizer:
     """Adam, elementwise, so each seed's slice is stepped as if alone."""
 
-    def __init__(self, module, rate, seeds):
+    def __init__(self, module, rate, seeds, clip=None):
         self.parameters, self.seeds = [p for p in module.parameters() if p.requires_grad], seeds
-        self.rate = rate
+        self.rate, self.clip = rate, clip
         self.adam = torch.optim.Adam(self.parameters, rate, fused=True)
 
     def step(self, loss, progress=None):
@@ -154,11 +154,15 @@ class Optimizer:
             self.adam.param_groups[0]["lr"] = self.rate * min(1, 10 * progress) * (1 + math.cos(math.pi * progress)) / 2
         self.adam.zero_grad()
         (self.seeds * loss).backward()
+        if self.clip:
+            scale = (self.clip / self.grad_norms()).clamp(max=1).view(-1, 1, 1)
+            for p in self.parameters:
+                p.grad.mul_(scale)
         self.adam.step()
 
     def grad_norms(self):
-        """Of the last update, [S]."""
-        return sum(p.grad.flatten(1).square().sum(1) for p in self.parameters).sqrt().tolist()
+        """Of the last update, (S,)."""
+        return sum(p.grad.flatten(1).square().sum(1) for p in self.parameters).sqrt()
 
 
 class Noise:
@@ -225,8 +229,8 @@ class World:
     x_T, x_0  (S, POOL, 2): the ends of the teacher's PF-ODE, in 64 steps
     """
 
-    def __init__(self, cfg):
-        self.mixture = load_mixture(cfg.mixture, cfg.separation)
+    def __init__(self, cfg, separation=None):
+        self.mixture = load_mixture(cfg.mixture, separation)
         self.seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
         self.mlp = self.fit(cfg)
         for p in self.mlp.parameters():
@@ -276,7 +280,8 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
     One discriminator, D_τ1: two dimensions have no pixels for D_τ2 (so λ is 1).
     """
     discriminator = NoisyDiscriminator(Draw((3,), world.seeds), world.mlp, cfg.head_width)
-    optimizer_mse, optimizer = (Optimizer(student, lr, cfg.seeds) for lr in (rate_mse, rate))
+    # Clipped as in adp.py: at regression's high rate a rare spike would undo a seed's run (2 of 5, at 0.04 without).
+    optimizer_mse, optimizer = Optimizer(student, rate_mse, cfg.seeds, clip=1), Optimizer(student, rate, cfg.seeds)
     optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads, cfg.seeds)
     for iteration in range(iterations):
         noise = Noise((4, iteration), world.seeds, cfg.batch_size)
@@ -312,9 +317,8 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
     diffused samples, five updates of fake score and discriminator a student's (Yin et al., arXiv 2405.14867)."""
     discriminator = NoisyDiscriminator(Draw((5,), world.seeds), world.mlp, cfg.head_width)
     fake = deepcopy(world.mlp).requires_grad_(True)
-    optimizers = (Optimizer(net, lr, cfg.seeds) for net, lr in
-                  ((student, rate), (fake, cfg.lr_fake), (discriminator.heads, cfg.lr_heads)))
-    optimizer, optimizer_fake, optimizer_heads = optimizers
+    optimizer, optimizer_fake = Optimizer(student, rate, cfg.seeds), Optimizer(fake, cfg.lr_fake, cfg.seeds)
+    optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads, cfg.seeds)
     for iteration in range(iterations):
         for r in range(5 if loss == "dmd2" else cfg.ttur):  # the student trains in round 0
             noise = Noise((6, iteration, r), world.seeds, cfg.batch_size)
@@ -338,6 +342,8 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
                         x_fake = adm.straight_through(x_fake, x0_hat, LINE.alpha_sigma(s)[0])
                     # 4. Generator: the student trains. ADM logs the DMD loss without using it.
                     x0_real, x0_fake = (LINE.to_x0_eps(x_t, out, t)[0].detach() for out in (out_real, out_fake))
+                    if r == 0:
+                        logged = [x.detach().chunk(cfg.seeds) for x in (x0_hat, x0_real, x0_fake)]
                     if loss == "adm":
                         maps_fake = discriminator.features(x_fake, s)
                         weight = 1 / LINE.alpha_sigma(t)[0] if cfg.t_weight == "1/alpha" else None  # (S·B,)
@@ -364,8 +370,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
             x0, t, eps = x0_hat.detach(), noise.uniform(0, T), noise.normal()
             optimizer_fake.step(adm.fake_score_loss(fake(LINE.add_noise(x0, eps, t), t)[0], LINE.to_out(x0, eps, t)))
         if curves.due():
-            dmd = [adm.dmd_loss(*x) for x in zip(*(x.detach().chunk(cfg.seeds) for x in (x0_hat, x0_real, x0_fake)))]
-            curves.add(student, optimizer.grad_norms(), dmd_loss=dmd)
+            curves.add(student, optimizer.grad_norms(), dmd_loss=[adm.dmd_loss(*seed) for seed in zip(*logged)])
 
 
 def damping(cfg, discriminator, noise, t, *points):
@@ -381,7 +386,6 @@ def damping(cfg, discriminator, noise, t, *points):
 
 
 # --- Running ---------------------------------------------------------------------------------------------------------
-
 
 RATES = {  # of the student, by method (in adp+…: of the second stage): `python toy/claims.py search` chose them
     "mse": 0.04, "adp": 1e-05, "dmd": 0.001, "adm": 0.0003, "adp+dmd": 0.0003, "adp+adm": 3e-05, "dmd2": 0.003}
@@ -456,8 +460,17 @@ def check(cfg):
     for name in ("lr_student", "lr_fake", "lr_heads"):
         rate = getattr(cfg, name)
         require(rate is None or 0 < rate < float("inf"), f"--{name.replace('_', '-')} {rate}: a positive number")
-    mixture = load_mixture(cfg.mixture, cfg.separation)
+    for separation in separations(cfg):
+        mixture = load_mixture(cfg.mixture, separation)
     require(mixture.means.shape[1] == 2, f"--mixture {cfg.mixture}: two-dimensional means")
+
+
+def separations(cfg):
+    """--separation as numbers, [None] for the mixture's own. Raises BadInput."""
+    try:
+        return [float(x) for x in cfg.separation.split(",")] if cfg.separation else [None]
+    except ValueError:
+        raise BadInput(f"--separation {cfg.separation}: numbers, comma-separated") from None
 
 
 def main(cfg):
@@ -467,14 +480,16 @@ def main(cfg):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
-    world, runs, samples = World(cfg), [], {}
-    target = rounded(world.fresh(cfg.first_seed)[:1000])
-    for method in cfg.methods.split(","):
-        results, x = train(cfg, method, world)
-        runs += results
-        samples[method] = x.numpy()
-        (folder / "results.json").write_text(json.dumps({"runs": runs, "config": asdict(cfg), "target": target}) + "\n")
-        np.savez_compressed(folder / "samples.npz", target=world.mixture.sample((SAMPLES,)).numpy(), **samples)
+    runs, samples, target = [], {}, None
+    for separation in separations(cfg):
+        world = World(cfg, separation)
+        target = target or rounded(world.fresh(cfg.first_seed)[:1000])  # of the first separation, which the headline draws
+        for method in cfg.methods.split(","):
+            results, x = train(cfg, method, world)
+            runs += results
+            samples[f"{method}@{world.mixture.separation:.1f}"] = x.numpy()
+            (folder / "results.json").write_text(json.dumps({"runs": runs, "config": asdict(cfg), "target": target}) + "\n")
+            np.savez_compressed(folder / "samples.npz", **samples)
     print(table(runs))
 
 
