@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -17,7 +18,7 @@ import toy.run as toy
 from data import run
 from models import BadInput
 from ode import Draw, T
-from toy import gmm
+from toy import claims, gmm, plot
 from toy.gmm import LINE, Mixture
 from toy.run import Config, World, one_step, train
 
@@ -83,7 +84,7 @@ def test_score_velocity_and_x0_agree(mixture, points):
 
 
 def test_posterior_velocity_and_x0_against_monte_carlo(mixture, points):
-    """Means over 400,000 draws of x_0, weighted by how well they explain x_t (noisy half of the line, where weights are even)."""
+    """Means over 400,000 draws of x_0, weighted by how well they explain x_t; where it is noisy, so that many do."""
     g = torch.Generator().manual_seed(2)
     k = torch.multinomial(mixture.weights, 400_000, replacement=True, generator=g)
     x0 = mixture.means[k] + mixture.std[k, None] * torch.randn(len(k), mixture.means.shape[1], generator=g)
@@ -198,7 +199,8 @@ def test_gradients_of_a_seed_are_those_of_its_own_mean(tiny):
 @pytest.mark.parametrize("fields, word", [
     ("not json", "JSON"), ({"means": [[0, 0], [1, 1]], "weights": [1, -1], "std": 0.3}, "positive"),
     ({"means": [[0, 0], [1, 1]], "weights": [1], "std": 0.3}, "weights"), ({"means": [[0, 0]], "weights": [1]}, "expected"),
-    ({"means": [[0, 0, 0]], "weights": [1], "std": 1}, "two-dimensional"), ({"means": "x", "weights": [1], "std": 1}, "numbers"),
+    ({"means": [[0, 0, 0]], "weights": [1], "std": 1}, "two-dimensional"),
+    ({"means": "x", "weights": [1], "std": 1}, "numbers"),
     ({"means": [[0, 0], [1, 1]], "weights": [1, 1], "std": [1, 1, 1]}, "std")])
 def test_bad_mixture_files(tmp_path, capsys, fields, word):
     path = tmp_path / "mixture.json"
@@ -209,7 +211,8 @@ def test_bad_mixture_files(tmp_path, capsys, fields, word):
 
 @pytest.mark.parametrize("argv, word", [
     (("--methods", "adm,gan"), "gan"), (("--seeds", "0"), "seeds"), (("--mixture", "nowhere.json"), "nowhere"),
-    (("--separation", "-1"), "separation"), (("--dt", "0"), "dt"), (("--teacher", "best"), "best")])
+    (("--separation", "-1"), "separation"), (("--separation", "5,far"), "far"),
+    (("--dt", "0"), "dt"), (("--teacher", "best"), "best")])
 def test_bad_flags(tmp_path, capsys, argv, word):
     refused(capsys, word, *argv, "--out", str(tmp_path / "out"))
 
@@ -227,14 +230,25 @@ def test_the_command_itself_refuses_with_one_line(tmp_path):
     assert result.returncode == 2 and "--seeds 0" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
-def test_the_command_writes_results_and_samples(tmp_path, capsys):
+def test_the_command_writes_results_and_samples_and_they_can_be_drawn(tmp_path, capsys):
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
     with mock.patch.object(toy, "TEACHER", 5):
-        run(toy.main, Config, [*argv, "--methods", "mse,dmd", "--out", str(tmp_path)])
+        run(toy.main, Config, [*argv, "--methods=mse,dmd", "--separation=5,9", "--teacher=mlp", f"--out={tmp_path}"])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(r["method"], r["seed"]) for r in results["runs"]] == [("mse", 0), ("mse", 1), ("dmd", 0), ("dmd", 1)]
-    assert {"modes", "modes_covered", "in_mode", "tv", "density_tv", "energy", "iterations", "seconds"} <= results["runs"][0].keys()
-    assert (tmp_path / "samples.npz").exists() and "±" in capsys.readouterr().out
+    assert [(r["method"], r["seed"]) for r in results["runs"][:4]] == [("mse", 0), ("mse", 1), ("dmd", 0), ("dmd", 1)]
+    named = {"modes", "modes_covered", "in_mode", "tv", "density_tv", "energy", "iterations", "seconds", "history"}
+    assert named <= results["runs"][0].keys()
+    assert results["runs"][0]["separation"] == pytest.approx(5) and len(results["runs"]) == 8
+    plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
+    assert {f"results{part}.png" for part in ("", "-curves", "-dmd-loss", "-gradient")} <= {f.name for f in tmp_path.iterdir()}
+    assert (tmp_path / "phase.png").exists() and (tmp_path / "samples.npz").exists() and "±" in capsys.readouterr().out
+
+
+def test_plot_refuses_what_is_no_results_file(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SystemExit) as e:
+        plot.main([str(tmp_path / "x.json")])
+    assert e.value.code == 2 and "x.json" in capsys.readouterr().err
 
 
 # --- Claims ------------------------------------------------------------------------------------------------------------
@@ -270,3 +284,19 @@ def test_dmd_moves_the_student():
     runs, x = train(cfg, "dmd", world)
     assert min(p["grad_norm"] for p in runs[0]["history"]) > 0
     assert runs[0]["in_mode"] > gmm.in_mode(world.mixture, toy.sample(world, world.mlp)[0]) + 0.2
+
+
+def test_verdicts_are_paired_and_a_tie_is_a_tie():
+    base, noise = np.arange(5.0), np.array([1, -1, 1, -1, 0.5])
+    assert claims.paired(base, base + 1 + 0.1 * noise) == "holds"
+    assert claims.paired(base + 1 + 0.1 * noise, base) == "does not hold"
+    assert claims.paired(base, base + noise) == "tie" and claims.paired(base, base) == "tie"
+
+
+def test_total_variation_is_bounded_where_reverse_kl_is_not():
+    """Two unit Gaussians m apart: KL = m²/2, TV = 2 Φ(m/2) − 1."""
+    x = torch.linspace(-12, 18, 6001)[:, None]
+    for m in (1.0, 6.0):
+        kl, tv = gmm.divergences(Mixture([[0.0]], [1], 1.0), Mixture([[m]], [1], 1.0), x)
+        assert kl == pytest.approx(m * m / 2, rel=1e-3)
+        assert tv == pytest.approx(2 * float(torch.special.ndtr(torch.tensor(m / 2))) - 1, rel=1e-3)

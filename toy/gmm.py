@@ -1,7 +1,7 @@
 """Gaussian mixtures under the straight line x_t = (1 − t/T) x_0 + (t/T) ε: everything about them in closed form.
 
-If x_0 ~ Σ_k w_k N(μ_k, s_k² I), then x_t ~ Σ_k w_k N(α μ_k, v_k I) with v_k = α² s_k² + σ², and given x_t and the mode k, x_0 and
-ε are jointly Gaussian. So an exact teacher costs no network, and how far a student is from it is known, not estimated.
+If x_0 ~ Σ_k w_k N(μ_k, s_k² I), then x_t ~ Σ_k w_k N(α μ_k, v_k I) with v_k = α² s_k² + σ², and given x_t and the mode k,
+x_0 and ε are jointly Gaussian. So an exact teacher costs no network, and how far a student is from it is known, not estimated.
 
 Shapes: x (B, d) float32; t (B,) in [0, T], as everywhere in this project.
 """
@@ -123,7 +123,8 @@ def load_mixture(name, separation=None):
             with open(name, encoding="utf-8") as f:
                 fields = json.load(f)
         except (OSError, ValueError) as e:
-            raise BadInput(f"--mixture {name}: neither one of {', '.join(NAMED)} nor a JSON file ({e})".replace("\n", " ")) from None
+            reason = " ".join(str(e).split())
+            raise BadInput(f"--mixture {name}: neither one of {', '.join(NAMED)} nor a JSON file ({reason})") from None
         require(isinstance(fields, dict) and fields.keys() == {"means", "weights", "std"},
                 f'--mixture {name}: expected {{"means": [[x, y], …], "weights": […], "std": 0.3}}')
         try:
@@ -172,7 +173,7 @@ def density_tv(mixture, x):
     margin, cell = 5 * mixture.std.max(), mixture.std.min()
     low, high = mixture.means.amin(0) - margin, mixture.means.amax(0) + margin
     edges = [torch.arange(float(a), float(b + cell), float(cell)) for a, b in zip(low, high)]
-    cdf = [torch.special.ndtr((e - mixture.means[:, [i]]) / mixture.std[:, None]) for i, e in enumerate(edges)]  # (K, cells + 1)
+    cdf = [torch.special.ndtr((e - mixture.means[:, [i]]) / mixture.std[:, None]) for i, e in enumerate(edges)]  # (K, edges)
     mass = torch.einsum("k,ki,kj->ij", mixture.weights, cdf[0].diff(), cdf[1].diff())
     share = torch.histogramdd(x, edges).hist / len(x)
     return float(0.5 * ((share - mass).abs().sum() + (share.sum() - mass.sum()).abs()))

@@ -1,7 +1,7 @@
 """Pictures of toy/run.py's and toy/claims.py's results, from their .json files alone.
 
     python toy/plot.py out/toy/results.json --out out/toy
-    python toy/plot.py toy/results/headline.json toy/results/grid25.json toy/results/phase.json toy/results/ablations.json --out toy/results
+    python toy/plot.py toy/results/{headline,grid25,phase,ablations}.json --out toy/results
 
 Each file gives what it can: <file>.png (target and every method's samples), <file>-curves.png (TV and modes covered),
 <file>-dmd-loss.png and <file>-gradient.png; all files together phase.png if they hold several separations, and ablations.png if
@@ -91,21 +91,23 @@ def dmd_loss(results):
     """The loss that ADM logs and never optimises."""
     figure, ax = plt.subplots(figsize=(6.5, 4))
     ax.set_yscale("log")
-    bands(ax, {k: v for k, v in by(first_world(results), "method").items() if k in ("adm", "adp+adm", "dmd", "adp+dmd")}, "dmd_loss")
+    groups = by(first_world(results), "method")
+    bands(ax, {k: groups[k] for k in ("dmd", "adp+dmd", "adm", "adp+adm") if k in groups}, "dmd_loss")
     ax.set(ylabel="DMD loss (range over seeds)", title="DMD loss: logged under ADM, optimised under DMD")
     ax.legend(fontsize=8)
     return figure
 
 
 def gradient(results):
-    """The student's gradient norm in stage 2, with and without ADP. DMD's and ADM's losses have different units: compare shapes."""
+    """The student's gradient norm in stage 2, with and without ADP. The two losses have different units: compare shapes."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     groups = by(first_world(results), "method")
     for ax, pair in zip(axes, (("dmd", "adp+dmd"), ("adm", "adp+adm"))):
         ax.set_yscale("log")
         bands(ax, {k: groups[k] for k in pair if k in groups}, "grad_norm", of=lambda p: "dmd_loss" in p)
         ax.set_ylabel("gradient norm of the student (range over seeds)")
-        ax.legend(fontsize=8)
+        if ax.lines:
+            ax.legend(fontsize=8)
     return figure
 
 
@@ -131,8 +133,8 @@ def ablations(runs):
     ax.barh(list(groups), [np.mean(v) for v in tv], xerr=[np.std(v, ddof=1) for v in tv], capsize=2,
             color=[COLOUR[group[0]["method"]] for group in groups.values()])
     for i, (v, group) in enumerate(zip(tv, groups.values())):
-        ax.text(np.mean(v) + np.std(v, ddof=1) + 0.005, i, f"{np.mean(v):.3f}, {np.mean([r['modes_covered'] for r in group]):g} modes",
-                va="center", fontsize=8)
+        modes = np.mean([r["modes_covered"] for r in group])
+        ax.text(np.mean(v) + np.std(v, ddof=1) + 0.005, i, f"{np.mean(v):.3f}, {modes:g} modes", va="center", fontsize=8)
     ax.invert_yaxis()
     ax.set(xlabel="TV", xlim=(0, 1.25 * max(map(np.mean, tv)) + 0.05))
     return figure
@@ -146,7 +148,8 @@ def divergence():
               ("student's σ (its mean is 0: dashed; on a mode: solid)", np.linspace(0.2, 5, 49), None))
     for ax, (label, values, student) in zip(axes, sweeps):
         other = ax.twinx()
-        students = [(student, "-")] if student else [(lambda c: Mixture([[0.0]], [1], c), "--"), (lambda c: Mixture([[2.0]], [1], c), "-")]
+        widening = [(lambda c: Mixture([[0.0]], [1], c), "--"), (lambda c: Mixture([[2.0]], [1], c), "-")]
+        students = [(student, "-")] if student else widening
         for make, style in students:
             kl, tv = np.array([divergences(target, make(float(c)), x) for c in values]).T
             ax.plot(values, kl, style, color="tab:red")
@@ -173,7 +176,7 @@ def main(argv=None):
         try:
             results = json.loads(path.read_text())
             runs += results["runs"]
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             parser.exit(2, f"plot.py: {path} is no results file of toy/run.py ({type(e).__name__})\n")
         if "target" in results and results["runs"]:
             pictures |= {path.stem: headline(results), f"{path.stem}-curves": curves(results)}

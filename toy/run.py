@@ -49,7 +49,7 @@ GAN_WEIGHT = 0.1  # of dmd2's adversary beside DMD
 @dataclass
 class Config:
     mixture: str = option("ring8-rare", "ring8, ring8-rare, ring4-rare, grid25, two-far, or a JSON file: means, weights, std")
-    separation: str | None = option(None, "distance of the farthest mode over sigma, or several, comma-separated; default: as is")
+    separation: str | None = option(None, "radius of the farthest mode over sigma; one, or several as 5,10; default: as is")
     methods: str = option("mse,adp,dmd,adm,adp+dmd,adp+adm,dmd2", "comma-separated")
     teacher: Literal["exact", "mlp"] = option("exact", "the closed-form velocity, or an MLP fitted to it")
     seeds: int = option(2, "students of each method")
@@ -210,12 +210,12 @@ class Curves:
         return self.done % self.every == 0
 
     @torch.no_grad()
-    def add(self, student, grad_norm, **more):
-        """more: {name: [S numbers]}."""
-        more["grad_norm"] = grad_norm
+    def add(self, student, **more):
+        """One point: how the student does, and more={name: S numbers}."""
         for i, x in enumerate(one_step(student, self.x_T).chunk(len(self.seeds))):
-            self.points[i].append({"iteration": self.done, "tv": round(mode_tv(self.mixture, x), 4),
-                                   "modes_covered": modes_covered(self.mixture, x), **{k: float(f"{v[i]:.4g}") for k, v in more.items()}})
+            point = {"iteration": self.done, "tv": round(mode_tv(self.mixture, x), 4)}
+            point["modes_covered"] = modes_covered(self.mixture, x)
+            self.points[i].append(point | {name: float(f"{values[i]:.4g}") for name, values in more.items()})
 
 
 # --- The teacher -------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
             loss = adp.discriminator_loss([real], [fake], [1])
             optimizer_heads.step(loss + damping(cfg, discriminator, noise, t, (x_real, real), (x_fake, fake)))
         if curves.due():
-            curves.add(student, optimizer.grad_norms())
+            curves.add(student, grad_norm=optimizer.grad_norms())
 
 
 def distil(cfg, loss, world, student, iterations, rate, curves):
@@ -370,7 +370,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
             x0, t, eps = x0_hat.detach(), noise.uniform(0, T), noise.normal()
             optimizer_fake.step(adm.fake_score_loss(fake(LINE.add_noise(x0, eps, t), t)[0], LINE.to_out(x0, eps, t)))
         if curves.due():
-            curves.add(student, optimizer.grad_norms(), dmd_loss=[adm.dmd_loss(*seed) for seed in zip(*logged)])
+            curves.add(student, grad_norm=optimizer.grad_norms(), dmd_loss=[adm.dmd_loss(*seed) for seed in zip(*logged)])
 
 
 def damping(cfg, discriminator, noise, t, *points):
