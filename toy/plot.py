@@ -179,9 +179,10 @@ def main(argv=None):
         except (OSError, ValueError, KeyError, TypeError) as e:
             parser.exit(2, f"plot.py: {path} is no results file of toy/run.py ({type(e).__name__})\n")
         if "target" in results and results["runs"]:
-            pictures |= {path.stem: headline(results), f"{path.stem}-curves": curves(results)}
+            new = {path.stem: headline(results), f"{path.stem}-curves": curves(results)}
             if any("dmd_loss" in p for r in results["runs"] for p in r["history"]):
-                pictures |= {f"{path.stem}-dmd-loss": dmd_loss(results), f"{path.stem}-gradient": gradient(results)}
+                new |= {f"{path.stem}-dmd-loss": dmd_loss(results), f"{path.stem}-gradient": gradient(results)}
+            pictures = new | pictures  # of two files of one name, the first is drawn
     plain = [r for r in runs if "name" not in r]
     for mixture, group in by(plain, "mixture").items():
         if len(by(group, "separation")) > 1:
