@@ -6,7 +6,7 @@ Letters are rows of the paper's ablation table (Lu et al., ICCV 2025, arXiv 2507
 noise process and the PF-ODE step from ode.py, and the two stages are their loops without files, prompts and ranks. Networks are
 MLPs; every seed is one slice of a batched network, trained beside the others and independent of them.
 
-    python toy/run.py --iterations 600                                            # a quick look, 2 seeds: about 2 minutes
+    python toy/run.py --iterations 600                                            # a quick look, 2 seeds: 2 minutes
     python toy/run.py --mixture ring8-rare --methods dmd,adm,adp+dmd,adp+adm --seeds 5 --out out/toy
 
 Prints a table, mean ± sd over seeds; writes results.json (read by toy/plot.py) and samples.npz. All numbers are ours unless a
