@@ -376,7 +376,7 @@ def verdicts(ablation):
     return result
 
 
-ABLATION_NOTE = """As in the headline, but 1,500 iterations (no ADP: 375, all of them stage 2, as many as the others have of it).
+ABLATION_NOTE = """As in the headline, but 1,500 iterations (no ADP: 375, all of them stage 2, as many as others have of it).
 A verdict compares TV with the baseline's: DMDX, ADP alone, or ADM without ADP at TTUR 1. Without ADP, 375 iterations leave
 ADM collapsed at every TTUR (a TV of 0.75 is one heavy mode), so those rows, and the claim that rests on them, say little."""
 INTRODUCTION = """# What of the paper's claims holds in two dimensions
