@@ -97,7 +97,7 @@ def grid25():
 
 def phase():
     """Fewer seeds and a fifth of the iterations: where each method begins to lose modes, not how well it ends."""
-    cfg, runs = Config(seeds=2, iterations=600, methods="mse,dmd,adm,adp+dmd,adp+adm"), []
+    cfg, runs = Config(seeds=2, iterations=600, methods="mse,adp,dmd,adm,adp+dmd,adp+adm,dmd2"), []
     for separation in (*SEPARATIONS, None):
         world = World(cfg, separation)
         runs += [r for method in cfg.methods.split(",") for r in train(cfg, method, world)[0]]

@@ -133,6 +133,9 @@ class NoisyDiscriminator(Discriminator):
     def features(self, x_t, t):
         return self.backbone(x_t, t, want="features")[1]
 
+    def forward(self, x_t, t):
+        return self.logits(self.features(x_t, t))
+
 
 # --- One optimizer step, random numbers, and what is written down ------------------------------------------------------
 
