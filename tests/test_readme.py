@@ -97,3 +97,8 @@ def test_every_flag_has_a_help_text():
         assert all(f.metadata.get("help") for f in config.__dataclass_fields__.values())
     done = shell("python", "adm.py", "--help")
     assert done.returncode == 0 and "--fake-gradient" in done.stdout and "\n    python adm.py   " in done.stdout  # as typed
+
+
+def test_the_toys_table_is_what_its_script_prints():
+    done = shell("python", "toy/claims.py", "readme")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 6 and done.stdout.strip() in TEXT, done.stderr
