@@ -65,6 +65,11 @@ class Config:
     resume: bool = option(False, "continue the run in --out")
 
 
+STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
+COLUMNS = ("loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
+           "grad_norm_fake", "grad_norm_heads", "x0_mean", "x0_std")
+
+
 # --- Losses ----------------------------------------------------------------------------------------------------------
 # Logits, weights: (B,) float32. Latents: (B, ...) float32. Each returns a scalar.
 
@@ -128,7 +133,8 @@ def starting_point(init, family, lora_rank):
     require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
     if init == "teacher":
         return family.schedule, None
-    saved, pipeline = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config"), Path(init) / "pipeline"
+    pipeline = Path(init) / "pipeline"
+    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config")
     require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
             f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
     require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
@@ -248,10 +254,6 @@ def main(cfg):
             here.save(iteration + 1, networks, optimizers)
     here.finish(student, shape)
 
-
-STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
-COLUMNS = ("loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
-           "grad_norm_fake", "grad_norm_heads", "x0_mean", "x0_std")
 
 if __name__ == "__main__":
     run(main, Config, description=__doc__)

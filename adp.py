@@ -63,6 +63,11 @@ class Config:
     resume: bool = option(False, "continue the run in --out")
 
 
+STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
+COLUMNS = ("loss_generator", "loss_discriminator", "loss_mse", "d_accuracy", "d_accuracy_pixel", "grad_norm_student",
+           "grad_norm_heads", "x0_mean", "x0_std")
+
+
 # --- Losses ----------------------------------------------------------------------------------------------------------
 # Logits are lists of (B,) or (N,) float32, one a discriminator, with one weight λ each. Every loss is a scalar.
 
@@ -87,44 +92,6 @@ def generator_loss(fake, lambdas):
     return -sum(w * f.mean() for w, f in zip(lambdas, fake, strict=True))
 
 
-# --- What training reads ---------------------------------------------------------------------------------------------
-
-
-class Pairs(Rows):
-    """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
-    def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
-        super().__init__(folder, "pairs", teacher, device)
-        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
-        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
-        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution and --frames ask for {wanted}")
-        require(guidance in (None, made_with), f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs")
-        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
-
-    def batch(self, numbers):
-        """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
-        rows = self[numbers]
-        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
-
-
-def load_pixel_backbone(name):
-    """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder. Raises BadInput."""
-    folder = name
-    if name in ("tiny-sam", "tiny-dinov2"):
-        from toy.tiny import build
-        folder = build(name)
-    try:
-        kind = transformers.AutoConfig.from_pretrained(folder).model_type
-        loader = transformers.SamVisionModel if kind in ("sam", "sam_vision_model") else transformers.AutoModel
-        backbone = loader.from_pretrained(folder)
-    except Exception as e:  # of hub, file and class alike
-        raise BadInput(f"--pixel-backbone {name}: cannot load it ({type(e).__name__}); tiny-sam runs offline") from None
-    require(all(isinstance(getattr(backbone.config, part, None), int) for part in ("image_size", "patch_size", "hidden_size")),
-            f"--pixel-backbone {name}: a {kind} is no plain vision transformer")
-    side = backbone.config.image_size // backbone.config.patch_size
-    require(side >= Head2d.smallest, f"--pixel-backbone {name}: its {side}x{side} feature maps are too small for the heads")
-    return backbone.eval().requires_grad_(False)
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +111,8 @@ def starting_point(init, family, lora_rank):
     require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
     if init == "teacher":
         return family.schedule, None
-    saved, pipeline = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config"), Path(init) / "pipeline"
+    pipeline = Path(init) / "pipeline"
+    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config")
     require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
             f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
     require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
@@ -251,9 +219,43 @@ def main(cfg):
     here.finish(student, pairs.shape)
 
 
-STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
-COLUMNS = ("loss_generator", "loss_discriminator", "loss_mse", "d_accuracy", "d_accuracy_pixel", "grad_norm_student",
-           "grad_norm_heads", "x0_mean", "x0_std")
+# --- What training reads ---------------------------------------------------------------------------------------------
+
+
+class Pairs(Rows):
+    """ODE pairs and their prompts. Raises BadInput if they are of another model, or differ from what the user asked for."""
+    def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
+        super().__init__(folder, "pairs", teacher, device)
+        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
+        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
+        require(wanted == self.shape, f"{folder} holds latents of shape {self.shape}, but --resolution and --frames ask for {wanted}")
+        require(guidance in (None, made_with), f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs")
+        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
+
+    def batch(self, numbers):
+        """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
+        rows = self[numbers]
+        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
+
+
+def load_pixel_backbone(name):
+    """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder. Raises BadInput."""
+    folder = name
+    if name in ("tiny-sam", "tiny-dinov2"):
+        from toy.tiny import build
+        folder = build(name)
+    try:
+        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        loader = transformers.SamVisionModel if kind in ("sam", "sam_vision_model") else transformers.AutoModel
+        backbone = loader.from_pretrained(folder)
+    except Exception as e:  # of hub, file and class alike
+        raise BadInput(f"--pixel-backbone {name}: cannot load it ({type(e).__name__}); tiny-sam runs offline") from None
+    require(all(isinstance(getattr(backbone.config, part, None), int) for part in ("image_size", "patch_size", "hidden_size")),
+            f"--pixel-backbone {name}: a {kind} is no plain vision transformer")
+    side = backbone.config.image_size // backbone.config.patch_size
+    require(side >= Head2d.smallest, f"--pixel-backbone {name}: its {side}x{side} feature maps are too small for the heads")
+    return backbone.eval().requires_grad_(False)
+
 
 if __name__ == "__main__":
     run(main, Config, description=__doc__)
