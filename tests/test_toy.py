@@ -16,7 +16,6 @@ from torch.testing import assert_close
 import adm
 import toy.run as toy
 from data import run
-from models import BadInput
 from ode import Draw, T
 from toy import claims, gmm, plot
 from toy.gmm import LINE, Mixture
@@ -212,7 +211,7 @@ def test_bad_mixture_files(tmp_path, capsys, fields, word):
 @pytest.mark.parametrize("argv, word", [
     (("--methods", "adm,gan"), "gan"), (("--seeds", "0"), "seeds"), (("--mixture", "nowhere.json"), "nowhere"),
     (("--separation", "-1"), "separation"), (("--separation", "5,far"), "far"),
-    (("--dt", "0"), "dt"), (("--teacher", "best"), "best")])
+    (("--dt", "0"), "dt"), (("--teacher", "best"), "best"), (("--no-such", "1"), "--no-such")])
 def test_bad_flags(tmp_path, capsys, argv, word):
     refused(capsys, word, *argv, "--out", str(tmp_path / "out"))
 
