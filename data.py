@@ -15,10 +15,12 @@ from pathlib import Path
 import diffusers, numpy as np, torch, torch.distributed as dist, transformers
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models import BadInput, export_pipeline, file_sha256, load_teacher, require
+from models import BadInput, assign, export_pipeline, file_sha256, gather, like, load_teacher, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
@@ -67,14 +69,18 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))  # a shard, a big checkpoint
+        self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None  # what networks are sharded over
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same run: on CPUs bitwise; fused attention may differ
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
-    def mine(self, batch_size):
-        each = batch_size // self.world  # the numbers of this rank's samples in a global batch
-        require(each >= 1 and each * self.world == batch_size, f"--batch-size {batch_size}: no multiple of {self.world} ranks")
-        return range(self.rank * each, (self.rank + 1) * each)
+    def mine(self, batch_size, accumulate=1):
+        """The numbers of this rank's samples in a global batch: a range for each of the micro-batches that it is split into."""
+        parts = self.world * accumulate
+        each, first = batch_size // parts, self.rank * (batch_size // self.world)
+        require(each >= 1 and each * parts == batch_size, f"--batch-size {batch_size}: no multiple of {self.world} ranks"
+                                                          + f" x --accumulate {accumulate}" * (accumulate > 1))
+        return [range(first + i * each, first + (i + 1) * each) for i in range(accumulate)]
 
     def mean(self, tensor):
         """A tensor's mean over ranks, in place."""
@@ -85,6 +91,35 @@ class Ranks:
 
     def barrier(self):
         self.mean(torch.zeros(1, device=self.device)).item()
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW whose moments are in main memory except while it steps: a network's are not beside another's, nor beside activations."""
+    def place(self, on_device):
+        for p, slots in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if on_device and not isinstance(p, DTensor):
+                    slots[name] = slots[name].to(p.device)
+                elif on_device and not isinstance(slots[name], DTensor):  # a shard, which goes to the mesh's device
+                    slots[name] = DTensor.from_local(slots[name], p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                elif not on_device:
+                    slots[name] = (slots[name].to_local() if isinstance(p, DTensor) else slots[name]).cpu()
+
+    def step(self, closure=None):
+        self.place(on_device=True)
+        super().step(closure)
+        self.place(on_device=False)
+
+    def state_dict(self):
+        self.place(on_device=True)
+        state = super().state_dict()
+        state["state"] = {i: dict(slots) for i, slots in state["state"].items()}  # these stay on the device, while they are in use
+        self.place(on_device=False)
+        return state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.place(on_device=False)
 
 
 # --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
@@ -242,7 +277,9 @@ def collect_pairs(cfg, teacher, ranks):
 
 
 # --- A run's folder --------------------------------------------------------------------------------------------------
-MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints")  # when a run is resumed
+# When a run is resumed; the last three change where and how numbers are made, not which.
+MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
+              "accumulate", "gradient_checkpointing", "offload")
 
 
 class Run:
@@ -267,9 +304,12 @@ class Run:
                 "config": config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
                 "student": student, "world_size": ranks.world, "versions": versions, **more})
 
-    def record(self, iteration, values, began):
-        """Append a row to log.csv. Tensors are averaged over the ranks, None stays empty. To be called on every rank."""
-        tensors = {name: v.detach().float() for name, v in values.items() if torch.is_tensor(v)}
+    def record(self, iteration, logs, began):
+        """Append a row to log.csv: means over `logs`, one {name: tensor or None} a micro-batch, and over the ranks; what is always
+        None stays empty. To be called on every rank."""
+        values = {name: [log[name].detach().float() for log in logs if log[name] is not None] for name in logs[0]}
+        values = {name: torch.stack(v).mean() if v else None for name, v in values.items()}
+        tensors = {name: v for name, v in values.items() if v is not None}
         means = self.ranks.mean(torch.stack(list(tensors.values()))).tolist()
         cuda, unit = self.ranks.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -305,16 +345,21 @@ class Run:
         sheet.save(self.folder / "samples" / f"{iteration:06d}.png")
 
     def save(self, iteration, networks, optimizers):
-        """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}. The last cfg.keep_checkpoints stay."""
+        """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}, whole tensors whatever the number of ranks. The
+        last cfg.keep_checkpoints stay."""
+        home, aside = self.folder / "checkpoints", self.folder / "checkpoints" / f".{iteration:06d}"
         if self.ranks.main:
-            home, aside = self.folder / "checkpoints", self.folder / "checkpoints" / f".{iteration:06d}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            for name, optimizer in optimizers.items():
-                tensors = {f"weight/{n}": p.data for n, p in networks[name].items()}
-                for i, slots in optimizer.state_dict()["state"].items():
+        for name, parameters in networks.items():
+            tensors = {f"weight/{n}": p for n, p in parameters.items()}
+            if name in optimizers:
+                for i, slots in optimizers[name].state_dict()["state"].items():
                     tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
+            tensors = gather(tensors, keep=self.ranks.main)  # one network at a time: in main memory it is whole
+            if self.ranks.main:
                 write_tensors(aside / f"{name}.safetensors", tensors)
+        if self.ranks.main:
             write_json(aside / "state.json", {"iteration": iteration, "sha256": {f.stem: file_sha256(f) for f in aside.iterdir()}})
             shutil.rmtree(home / aside.name[1:], ignore_errors=True)
             aside.rename(home / aside.name[1:])
@@ -333,13 +378,16 @@ class Run:
             except (OSError, ValueError, KeyError):
                 print(f"{folder} is damaged: going back to the checkpoint before it", file=sys.stderr)
                 continue
-            for name, optimizer in optimizers.items():
-                slots, tensors = {}, load_file(files[name])
-                for key in [k for k in tensors if k.startswith("adamw/")]:
-                    slots.setdefault(int(key.split("/")[1]), {})[key.split("/")[2]] = tensors.pop(key)
-                optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-                for key, value in tensors.items():
-                    networks[name][key.removeprefix("weight/")].data.copy_(value)
+            for name, parameters in networks.items():
+                slots, masters = {}, list(parameters.values())
+                with safe_open(files[name], "pt") as f:  # tensor by tensor: each rank keeps its part
+                    for n, p in parameters.items():
+                        assign(p, f.get_tensor(f"weight/{n}"))
+                    for _, i, slot in [key.split("/") for key in sorted(f.keys()) if key.startswith("adamw/")]:
+                        value = f.get_tensor(f"adamw/{i}/{slot}")
+                        slots.setdefault(int(i), {})[slot] = like(masters[int(i)], value) if value.ndim else value
+                if name in optimizers:
+                    optimizers[name].load_state_dict({"state": slots, "param_groups": optimizers[name].state_dict()["param_groups"]})
             done = state["iteration"]
             break
         log = self.folder / "log.csv"
@@ -347,10 +395,12 @@ class Run:
             log.write_text("".join(log.read_text().splitlines(True)[:done and done + 1]))
         return done
 
-    def finish(self, student, shape):
-        """Write pipeline/, the student for stock diffusers, and say so."""
+    def finish(self, student, networks, shape):
+        """Write pipeline/, the student (its average, if there is one) for stock diffusers, and say so."""
+        for name, average in networks.get("ema", {}).items():
+            networks["student"][name].data.copy_(average)
+        export_pipeline(student, self.schedule, self.steps, shape, self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
-            export_pipeline(student, self.schedule, self.steps, shape, self.folder / "pipeline")
             print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
 
 
