@@ -67,7 +67,7 @@ class Ranks:
         self.no_bar = None if self.main else True  # tqdm's `disable`; None: quiet when stderr is no terminal
         if cuda:
             torch.cuda.set_device(self.device)
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))  # a shard, a big checkpoint
         self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None  # what networks are sharded over
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same run: on CPUs bitwise; fused attention may differ
