@@ -8,7 +8,7 @@ written aside and renamed: a file is whole or absent. A second call of either co
 """
 
 import argparse, csv, datetime, hashlib, json, os, resource, shutil, sys, time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,18 +20,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models import BadInput, assign, export_pipeline, file_sha256, gather, like, load_teacher, require
+from models import BadInput, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 SHARD = "{:06d}.safetensors"
 
 # --- Running a script ------------------------------------------------------------------------------------------------
-
-def option(default, help):
-    """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
-    return field(default=default, metadata={"help": help})
-
 
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2."""
@@ -408,6 +403,7 @@ class Run:
 @dataclass
 class EncodeConfig:
     model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
     out: str = option("out/prompts", "folder to write")
     batch_size: int = option(32, "prompts encoded together, and stored in one shard")
@@ -416,6 +412,7 @@ class EncodeConfig:
 @dataclass
 class PairsConfig:
     model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
     count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is more than theirs")
@@ -430,13 +427,13 @@ class PairsConfig:
 
 def encode(cfg):
     at_least(1, cfg, "batch_size")
-    encode_prompts(load_teacher(cfg.model), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
+    encode_prompts(load_teacher(cfg.model, cfg.random_init), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
 
 
 def pairs(cfg):
     at_least(1, cfg, "count", "steps", "batch_size", "shard_size")
     at_least(0, cfg, "seed", "guidance")
-    teacher, ranks = load_teacher(cfg.model), Ranks()
+    teacher, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
     collect_pairs(cfg, teacher, ranks)
 
 
