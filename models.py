@@ -410,7 +410,7 @@ def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.floa
         from peft import LoraConfig
         for role in roles:
             teacher.net.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets), role)
-        teacher.net.role = "nobody's yet"
+        teacher.net.to(next(teacher.net.parameters()).device).role = "nobody's yet"
     teacher.net.requires_grad_(False)
     for role in roles:
         trained.append(Denoiser(family, teacher.net, base=teacher, adapter=role) if lora_rank else family.denoiser(device, mesh=mesh))

@@ -11,7 +11,7 @@ import transformers
 import adm
 import adp
 import data
-from conftest import ROOT, shell
+from conftest import ROOT, call, shell
 from toy import plan
 
 TEXT = (ROOT / "README.md").read_text()
@@ -103,3 +103,18 @@ def test_every_flag_has_a_help_text():
 def test_the_toys_table_is_what_its_script_prints():
     done = shell("python", "toy/claims.py", "readme")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 6 and done.stdout.strip() in TEXT, done.stderr
+
+
+def test_plans_are_what_models_py_prints(capsys):
+    """The whole output that the README shows, and of its table one column of each kind."""
+    table = TEXT.split("### Sizing a run")[1]
+
+    def planned(*flags):
+        call(plan.plan, plan.Config, "--gradient-checkpointing", *flags)
+        return capsys.readouterr().out
+    assert planned("--model", "sd3.5-large") in TEXT
+    for flags in (["sd3"], ["cogvideox-2b", "--world-size", 1, "--lora-rank", 64]):
+        out = planned("--model", *flags)
+        sums = re.search(r"sum +\S+ +(\S+) +(\S+) +(\S+)", out).groups()
+        (activations,), (peak,) = re.findall(r"activations +(\S+)", out), re.findall(r"peak +(\S+)", out)
+        assert ", ".join(sums) in table and f"{activations} → {peak}" in table, out

@@ -18,11 +18,11 @@ import models
 from conftest import call, same_log, shell
 from toy import full, plan
 
-SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0, checkpoint_every=1)
+SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0)
 LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
-RUNS = {"adp": ("adp", dict(model="tiny-sdxl", mse_iterations=1, ema=0.5)),  # first: SAM loads before there are ranks
+RUNS = {"adp": ("adp", dict(model="tiny-sdxl", mse_iterations=1, ema=0.5, checkpoint_every=1)),  # first: SAM loads before there are ranks
         **{name: ("adm", dict(model=name)) for name in models.TINY if name != "tiny-sd3"},
-        "ema": ("adm", dict(model="tiny-sd3", ema=0.5, offload=True, sample_every=1, gradient_checkpointing=True)),
+        "ema": ("adm", dict(model="tiny-sd3", ema=0.5, offload=True, sample_every=1, checkpoint_every=1, gradient_checkpointing=True)),
         "lora": ("adm", dict(model="tiny-sd3", **LORA))}
 
 

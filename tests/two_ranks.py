@@ -26,8 +26,9 @@ diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disab
 
 
 def nbytes(tensors):
-    """Of this rank's parts, as stored: FSDP pads each to the largest rank's."""
-    return sum(t.to_local().untyped_storage().nbytes() if hasattr(t, "to_local") else t.nbytes for t in tensors)
+    """Of this rank's parts, as stored (FSDP pads each to the largest rank's), each storage once."""
+    storages = [(t.to_local() if hasattr(t, "to_local") else t).untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def observe(held):
