@@ -167,11 +167,12 @@ class Family:
             with torch.device("meta"):
                 return Denoiser(self, self.net_class.from_config(self.config).to(dtype).eval())
         try:
-            net = self.made(self.net_class, self.config).to(dtype) if self.random_init and not folder else \
+            net = self.made(self.net_class, self.config) if self.random_init and not folder else \
                 self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
-        return Denoiser(self, net.to("cpu" if mesh else device).eval(), bf16=torch.device(device).type == "cuda")
+        # To dtype once more: from_pretrained leaves CogVideoX's table of positions, a buffer that is not saved, in float64.
+        return Denoiser(self, net.to("cpu" if mesh else device, dtype).eval(), bf16=torch.device(device).type == "cuda")
 
     @cached_property
     def weights_sha256(self):
