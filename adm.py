@@ -143,12 +143,15 @@ def starting_point(init, family, lora_rank):
 
 
 def update(optimizer, loss, cfg, ranks):
-    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind."""
-    loss.backward()
+    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind. Where loss or
+    gradient is not finite on some rank, the mean tells all ranks, and none takes the step; the host is not asked."""
+    loss.backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite, and then its gradient is NaN too
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for p in parameters:
         ranks.mean(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves weights and moments as they are
+    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -177,7 +180,8 @@ def main(cfg):
     networks = {"student": student.own_parameters(), "fake": fake.own_parameters(),
                 "heads": dict(discriminator.heads.named_parameters())}  # what trains, each with its own rate; β2, decay as peers
     rates = {"student": cfg.lr_student, "fake": cfg.lr_fake, "heads": cfg.lr_heads}
-    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01) for name in networks}
+    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
+                  for name in networks}
     first = here.restore(networks, optimizers)
 
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
@@ -250,7 +254,7 @@ def main(cfg):
         here.record(iteration + 1, log, began)
         if here.due(cfg.sample_every, iteration):
             here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
-        if here.due(cfg.checkpoint_every, iteration):
+        if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
     here.finish(student, shape)
 

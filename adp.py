@@ -121,12 +121,15 @@ def starting_point(init, family, lora_rank):
 
 
 def update(optimizer, loss, cfg, ranks):
-    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind."""
-    loss.backward()
+    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind. Where loss or
+    gradient is not finite on some rank, the mean tells all ranks, and none takes the step; the host is not asked."""
+    loss.backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite, and then its gradient is NaN too
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for p in parameters:
         ranks.mean(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves weights and moments as they are
+    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -162,7 +165,8 @@ def main(cfg):
 
     networks = {"student": student.own_parameters(), "heads": dict(heads.named_parameters())}  # what trains; β2, decay as peers
     rates = {"student": cfg.lr_student, "heads": cfg.lr_heads}
-    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01) for name in networks}
+    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
+                  for name in networks}
     first = here.restore(networks, optimizers)
 
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
@@ -214,7 +218,7 @@ def main(cfg):
             with torch.no_grad():
                 x0 = student_sample(lambda x, t: student(x, t, cond)[0], line, x_T, times, lambda: draw.normal(pairs.shape))
             here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
-        if here.due(cfg.checkpoint_every, iteration):
+        if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
     here.finish(student, pairs.shape)
 
