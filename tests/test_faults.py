@@ -1,0 +1,281 @@
+"""What clusters do to a run: processes killed at every step, signals, damaged and hostile checkpoints, full disks, NaNs, dying ranks."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adm
+import adp
+import data
+from conftest import ROOT, call, read_log
+
+TINY = ["--head-width", 8, "--sample-every", 0, "--student-steps", 1, "--guidance", 1]  # as quick as it gets
+FORK = multiprocessing.get_context("forkserver")  # children of a process that has imported everything and computed nothing
+FORK.set_forkserver_preload(["adm", "adp", "toy.tiny", "peft"])
+
+
+@pytest.fixture(scope="session")
+def here(tmp_path_factory, teachers, few_prompts):
+    """The flags that every run here has: a teacher's folder and its encoded prompts."""
+    model, prompts = teachers["tiny-sd3"].folder, tmp_path_factory.mktemp("faults") / "prompts"
+    call(data.encode, data.EncodeConfig, "--model", model, "--prompts", few_prompts, "--out", prompts)
+    return ["--model", model, "--prompts", prompts, *TINY]
+
+
+def child(rank, world, port, errors, args, hook):
+    """A rank, as torchrun would start it."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if hook:
+        hook[0](rank, *hook[1:])
+    call(adm.main, adm.Config, *args)
+
+
+def start(tmp_path, args, world=1, hook=None):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    errors = [tmp_path / f"stderr-{rank}" for rank in range(world)]
+    ranks = [FORK.Process(target=child, args=(rank, world, port, errors[rank], args, hook)) for rank in range(world)]
+    for p in ranks:
+        p.start()
+    return ranks, errors
+
+
+def ended(ranks, errors, timeout=60):
+    """([exit code], [what each rank said]); a rank that outlives the timeout is an error."""
+    for p in ranks:
+        p.join(timeout)
+        assert p.exitcode is not None or p.kill(), "a rank hangs"
+    return [p.exitcode for p in ranks], [e.read_text() for e in errors]
+
+
+def ranks(*args, **kwargs):
+    return ended(*start(*args, **kwargs))
+
+
+def rows(folder):
+    """log.csv without what depends on the clock."""
+    lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    return [[x for x, name in zip(line, lines[0]) if name not in ("seconds", "peak_memory_gb")] for line in lines]
+
+
+def files(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def same_run(a, b):
+    """The same log, checkpoints and student, to the last bit, and no other files."""
+    assert rows(a) == rows(b)
+    a, b = ({k: v for k, v in files(f).items() if not k.endswith(("config.json", "log.csv"))} for f in (a, b))
+    assert a.keys() == b.keys() and [k for k in a if a[k] != b[k]] == []
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+def die_at(rank, step, who):
+    """SIGKILL at the step-th thing that is done to the run's folder, just before it is done; of safetensors' writing, in its middle."""
+    done, save = [0], data.save_file
+
+    def count():
+        done[0] += 1
+        if done[0] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, args):
+        if event == "open" and isinstance(args[0], str) and "/out/" in args[0] and args[2] & (os.O_WRONLY | os.O_RDWR):
+            count()
+        elif event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") and "/out" in str(args[0]):
+            count()
+
+    def half(tensors, path):
+        if done[0] + 1 == step:
+            save(tensors, path)
+            os.truncate(path, path.stat().st_size // 2)
+        count()
+        save(tensors, path)
+    if rank == who:
+        sys.addaudithook(audit)
+        data.save_file = half
+
+
+@pytest.mark.parametrize("world, stride", [(1, 2), (2, 5)])
+def test_kill_9_at_any_step(world, stride, here, tmp_path):
+    """A run that is killed again and again, each time a little later in what it does to its folder, is one that never was."""
+    args, out = [*here, "--iterations", 3, "--batch-size", 2, "--checkpoint-every", 1, "--keep-checkpoints", 1], tmp_path / "out"
+    codes, said = ranks(tmp_path, [*args, "--out", tmp_path / "whole"], world)
+    assert codes == [0] * world, said
+    step, codes = 1, [None]
+    while codes != [0] * world:
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        codes, said = ranks(tmp_path, [*args, "--out", out, *resume], world, (die_at, step, 0))
+        assert codes[0] in (0, -signal.SIGKILL) and "damaged" not in said[0], said
+        step += stride
+    assert step > 30
+    same_run(tmp_path / "whole", out)
+
+
+# --- Signals ---------------------------------------------------------------------------------------------------------
+
+def signalled(rank, who, at, *signals):
+    """These signals come to rank `who` in the middle of an iteration, before its update number `at`."""
+    update, done = adm.update, [0]
+
+    def spy(*args):
+        done[0] += 1
+        for s in signals if (rank, done[0]) == (who, at) else ():
+            os.kill(os.getpid(), s)
+        return update(*args)
+    adm.update = spy
+
+
+@pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_one_rank_ends_all_after_the_iteration(world, number, here, tmp_path):
+    args = [*here, "--iterations", 4, "--batch-size", 2, "--out"]
+    assert ranks(tmp_path, [*args, tmp_path / "whole"], world)[0] == [0] * world
+    codes, said = ranks(tmp_path, [*args, tmp_path / "out"], world, (signalled, world - 1, 5, number, *[signal.SIGTERM] * 2))
+    assert codes == [0] * world and said[1:] == [""] * (world - 1), said
+    assert said[0].count("\n") == 1 and "stopped after iteration 2, as asked: the same command with --resume goes on" in said[0]
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["000002"]
+    assert ranks(tmp_path, [*args, tmp_path / "out", "--resume"], world)[0] == [0] * world
+    assert rows(tmp_path / "whole") == rows(tmp_path / "out")
+
+
+def test_a_second_ctrl_c_ends_at_once(here, tmp_path):
+    codes, _ = ranks(tmp_path, [*here, "--out", tmp_path / "out"], 1, (signalled, 0, 5, signal.SIGINT, signal.SIGINT))
+    assert codes != [0] and len(rows(tmp_path / "out")) == 2  # the header and iteration 1
+
+
+# --- Numbers that are none -------------------------------------------------------------------------------------------
+
+def poisoned(rank, who, always=False):
+    """Rank `who` meets a NaN in the student's loss in iteration 2, an infinite loss with finite gradient of the fake score in 3, an
+    infinite gradient of a finite loss of the heads in 4. always: the fake score's loss is never a number. Each rank says what it skips."""
+    update, iteration = adm.update, [0]
+    generator_loss, fake_score_loss, discriminator_loss = adm.generator_loss, adm.fake_score_loss, adm.discriminator_loss
+
+    def generator(*args):
+        iteration[0] += 1
+        return generator_loss(*args) * (float("nan") if iteration[0] == 2 and rank == who and not always else 1)
+
+    def fake_score(*args):
+        return fake_score_loss(*args) + (float("inf") if (always or iteration[0] == 3) and rank == who else 0)
+
+    def heads(*args):
+        loss = discriminator_loss(*args)
+        return loss + (loss - loss.detach()).sqrt() if iteration[0] == 4 and rank == who and not always else loss
+
+    def spy(optimizer, *args):
+        norm = update(optimizer, *args)
+        print(f"skip {iteration[0]} {bool(optimizer.found_inf)}", file=sys.stderr)
+        return norm
+    adm.generator_loss, adm.fake_score_loss, adm.discriminator_loss, adm.update = generator, fake_score, heads, spy
+
+
+def test_all_ranks_skip_an_update_that_is_not_finite_on_one(here, tmp_path):
+    out = tmp_path / "out"
+    codes, said = ranks(tmp_path, [*here, "--iterations", 5, "--batch-size", 2, "--checkpoint-every", 1, "--keep-checkpoints", 9,
+                                   "--out", out], 2, (poisoned, 1))
+    assert codes == [0, 0], said
+    skips = [[line for line in one.splitlines() if line.startswith("skip")] for one in said]
+    assert skips[0] == skips[1] and len(skips[0]) == 15 and sum("True" in line for line in skips[0]) == 3
+    log = read_log(out)
+    assert log["skipped"] == [0, 1, 1, 1, 0]
+    # In each of iterations 2, 3, 4 one network stays as it was, weights and AdamW's state, and the others move, to finite weights.
+    for iteration, who in ((2, "student"), (3, "fake"), (4, "heads"), (5, None)):
+        for name in ("student", "fake", "heads"):
+            before, after = (load_file(out / "checkpoints" / f"{i:06d}" / f"{name}.safetensors") for i in (iteration - 1, iteration))
+            assert all(torch.equal(before[k], after[k]) for k in before) == (name == who), (iteration, name)
+            assert all(x.isfinite().all() for x in after.values())
+
+
+def test_twenty_skipped_in_a_row_stop_the_run(here, tmp_path):
+    args = [*here, "--iterations", 13, "--ttur", 2, "--batch-size", 1, "--out", tmp_path / "out"]
+    codes, said = ranks(tmp_path, args, 1, (poisoned, 0, True))
+    assert codes == [1] and read_log(tmp_path / "out")["skipped"] == [2] * 10
+    assert "stopped after iteration 10: 20 updates of fake in a row were skipped" in said[0].splitlines()[-1]
+    assert "Traceback" not in said[0] and (tmp_path / "out" / "checkpoints" / "000010").is_dir()
+    codes, said = ranks(tmp_path, [*args, "--resume"])
+    assert codes == [0] and read_log(tmp_path / "out")["skipped"] == [2] * 10 + [0] * 3, said
+
+
+# --- Checkpoints: damaged, full disks, hostile, other world sizes ----------------------------------------------------
+
+@pytest.fixture(scope="session")
+def run4(here, tmp_path_factory):
+    """A run of 4 iterations on two ranks, checkpoints after 2 and 4."""
+    out = tmp_path_factory.mktemp("run4") / "out"
+    codes, said = ranks(out.parent, [*here, "--iterations", 4, "--batch-size", 2, "--checkpoint-every", 2, "--out", out], 2)
+    assert codes == [0, 0], said
+    return out
+
+
+def resumed(run4, here, tmp_path, change, world=2, hook=None):
+    """run4, changed by change(newest checkpoint), resumed: (folder, exit codes, what was said)."""
+    out = tmp_path / "out"
+    shutil.copytree(run4, out)
+    change(out / "checkpoints" / "000004")
+    args = [*here, "--iterations", 4, "--batch-size", 2, "--checkpoint-every", 2, "--out", out, "--resume"]
+    return out, *ranks(tmp_path, args, world, hook)
+
+
+def flip(file, at=-1):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {"flipped": lambda c: flip(c / "fake.safetensors"), "truncated": lambda c: os.truncate(c / "heads.safetensors", 999),
+           "empty": lambda c: (c / "student.safetensors").write_bytes(b""), "state": lambda c: flip(c / "state.json", 20),
+           "missing": lambda c: (c / "student.safetensors").unlink()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_taken_by_all(damage, run4, here, tmp_path):
+    out, codes, said = resumed(run4, here, tmp_path, DAMAGES[damage], 2 if damage == "flipped" else 1)
+    assert set(codes) == {0} and said[1:] in ([], [""]), said
+    named = [line for line in said[0].splitlines() if "000004 is damaged" in line]
+    assert len(named) == 1 and "going back to the checkpoint before it" in named[0], said
+    if len(codes) == 2:
+        same_run(run4, out)
+
+
+def networks_of(checkpoint):
+    """The networks that this checkpoint is of, as Run knows them."""
+    tensors = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}
+    return {name: {k.removeprefix("weight/"): v for k, v in t.items() if k.startswith("weight/")} for name, t in tensors.items()}
+
+
+def test_no_byte_of_a_checkpoint_may_change(run4, tmp_path):
+    networks, good = networks_of(run4 / "checkpoints" / "000004"), tmp_path / "000004"
+    networks = {name: dict(sorted(network.items())) for name, network in networks.items()}
+    shutil.copytree(run4 / "checkpoints" / "000004", good)
+    order = [k for k in load_file(good / "student.safetensors") if k.startswith("weight/")]
+    assert order
+    size = (good / "state.json").stat().st_size
+    for at in range(size):
+        flip(good / "state.json", at)
+        with pytest.raises((ValueError, OSError)):
+            data.check_checkpoint(good, networks)
+        flip(good / "state.json", at)
+    for name in networks:
+        for at in (0, 9, 200, -1):
+            flip(good / f"{name}.safetensors", at)
+            with pytest.raises((ValueError, OSError), match="checksums"):
+                data.check_checkpoint(good, networks)
+            flip(good / f"{name}.safetensors", at)
