@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -15,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 import adm
-import adp
 import data
+import models
 from conftest import ROOT, call, read_log
 
-TINY = ["--head-width", 8, "--sample-every", 0, "--student-steps", 1, "--guidance", 1]  # as quick as it gets
+TINY = ["--head-width", 8, "--sample-every", 0, "--student-steps", 1, "--guidance", 1, "--lr-heads", 1e-5]  # as quick as it gets
 FORK = multiprocessing.get_context("forkserver")  # children of a process that has imported everything and computed nothing
 FORK.set_forkserver_preload(["adm", "adp", "toy.tiny", "peft"])
 
@@ -32,6 +34,14 @@ def here(tmp_path_factory, teachers, few_prompts):
     model, prompts = teachers["tiny-sd3"].folder, tmp_path_factory.mktemp("faults") / "prompts"
     call(data.encode, data.EncodeConfig, "--model", model, "--prompts", few_prompts, "--out", prompts)
     return ["--model", model, "--prompts", prompts, *TINY]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def long_run(here, tmp_path_factory):
+    """A run of 500 iterations that goes on beside the tests: (its process and errors, where it writes what it holds)."""
+    folder = tmp_path_factory.mktemp("long")
+    args = [*here, "--iterations", 500, "--batch-size", 1, "--checkpoint-every", 50, "--out", folder / "out"]
+    return start(folder, args, 1, (watched, folder / "seen")), folder / "seen"
 
 
 def child(rank, world, port, errors, args, hook):
@@ -114,7 +124,7 @@ def die_at(rank, step, who):
         data.save_file = half
 
 
-@pytest.mark.parametrize("world, stride", [(1, 2), (2, 5)])
+@pytest.mark.parametrize("world, stride", [(1, 3), (2, 7)])
 def test_kill_9_at_any_step(world, stride, here, tmp_path):
     """A run that is killed again and again, each time a little later in what it does to its folder, is one that never was."""
     args, out = [*here, "--iterations", 3, "--batch-size", 2, "--checkpoint-every", 1, "--keep-checkpoints", 1], tmp_path / "out"
@@ -255,27 +265,192 @@ def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_taken_by_all(d
         same_run(run4, out)
 
 
-def networks_of(checkpoint):
-    """The networks that this checkpoint is of, as Run knows them."""
-    tensors = {f.stem: load_file(f) for f in checkpoint.glob("*.safetensors")}
-    return {name: {k.removeprefix("weight/"): v for k, v in t.items() if k.startswith("weight/")} for name, t in tensors.items()}
+@pytest.fixture(scope="session")
+def networks(teachers):
+    """The networks of run4, as Run knows them."""
+    teacher, student, fake = models.make_roles(teachers["tiny-sd3"], ("student", "fake"))
+    heads = models.LatentDiscriminator(teacher, 8).heads
+    return {"student": student.own_parameters(), "fake": fake.own_parameters(), "heads": dict(heads.named_parameters())}
 
 
-def test_no_byte_of_a_checkpoint_may_change(run4, tmp_path):
-    networks, good = networks_of(run4 / "checkpoints" / "000004"), tmp_path / "000004"
-    networks = {name: dict(sorted(network.items())) for name, network in networks.items()}
-    shutil.copytree(run4 / "checkpoints" / "000004", good)
-    order = [k for k in load_file(good / "student.safetensors") if k.startswith("weight/")]
-    assert order
-    size = (good / "state.json").stat().st_size
-    for at in range(size):
-        flip(good / "state.json", at)
-        with pytest.raises((ValueError, OSError)):
-            data.check_checkpoint(good, networks)
-        flip(good / "state.json", at)
-    for name in networks:
-        for at in (0, 9, 200, -1):
-            flip(good / f"{name}.safetensors", at)
-            with pytest.raises((ValueError, OSError), match="checksums"):
-                data.check_checkpoint(good, networks)
-            flip(good / f"{name}.safetensors", at)
+@pytest.fixture
+def checkpoint(run4, tmp_path):
+    return shutil.copytree(run4 / "checkpoints" / "000004", tmp_path / "000004")
+
+
+def test_no_byte_of_a_checkpoint_may_change(checkpoint, networks):
+    data.check_checkpoint(checkpoint, networks)
+    state = checkpoint / "state.json"
+    for file, places in ((state, range(state.stat().st_size)), *((checkpoint / f"{name}.safetensors", (0, 9, 200, -1)) for name in networks)):
+        for at in places:
+            flip(file, at)
+            with pytest.raises((ValueError, OSError), match="checksums|state.json"):
+                data.check_checkpoint(checkpoint, networks)
+            flip(file, at)
+    data.check_checkpoint(checkpoint, networks)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def tensors_changed(checkpoint, name, change):
+    tensors = load_file(checkpoint / f"{name}.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / f"{name}.safetensors")
+
+
+def linked(file, target):
+    target.write_bytes(file.read_bytes()) if target.suffix else target.mkdir()
+    file.unlink()
+    file.symlink_to(target)
+
+
+HOSTILE = {  # what is wrong with it, and what is said; afterwards all checksums are right
+    "parent": ("state.json", lambda c: {"iteration": 4, "sha256": {"../../student": "0"}}),
+    "absolute": ("state.json", lambda c: {"iteration": "/tmp/4", "sha256": {}}),
+    "list": ("state.json", lambda c: [1, 2]),
+    "iteration": ("state.json", lambda c: {**json.loads((c / "state.json").read_text()), "iteration": 10 ** 30}),
+    "link": ("other files", lambda c: linked(c / "fake.safetensors", c.parent / "elsewhere.safetensors")),
+    "pipe": ("other files", lambda c: ((c / "fake.safetensors").unlink(), os.mkfifo(c / "fake.safetensors")) and None),
+    "pickle": ("heads.safetensors: ", lambda c: (c / "heads.safetensors").write_bytes(pickle.dumps(Evil())) and None),
+    "beside": ("other files", lambda c: (c / "optimizer.pt").write_bytes(pickle.dumps(Evil())) and None),
+    "shape": ("other tensors", lambda c: tensors_changed(c, "heads", lambda t: t.update({"weight/0.to_logit.bias": torch.zeros(2)}))),
+    "dtype": ("other tensors", lambda c: tensors_changed(c, "heads", lambda t: t.update({"weight/0.to_logit.bias": torch.zeros(1, dtype=torch.int64)}))),
+    "key gone": ("other tensors", lambda c: tensors_changed(c, "heads", lambda t: t.pop("weight/0.to_logit.bias") and None)),
+    "AdamW": ("other tensors", lambda c: tensors_changed(c, "heads", lambda t: t.pop("adamw/0/step") and None)),
+    "key more": ("other tensors", lambda c: tensors_changed(c, "heads", lambda t: t.update({"../../x": torch.zeros(1)}))),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_checkpoint_from_elsewhere_is_data(kind, checkpoint, networks, monkeypatch):
+    """What is no plain checkpoint of these networks is refused before anything of it is loaded, even where its checksums are right."""
+    monkeypatch.chdir(checkpoint.parent)
+    says, change = HOSTILE[kind]
+    state = change(checkpoint)
+    if says != "other files":
+        data.write_json(checkpoint / "state.json", state or data.checkpoint_state(4, checkpoint, networks))
+    with pytest.raises(ValueError) as e:
+        data.check_checkpoint(checkpoint, networks)
+    assert (says in str(e.value) or "checksums" in str(e.value) and state) and not Path("evil").exists(), e.value
+
+
+def test_a_run_without_one_whole_checkpoint_is_refused_and_left_as_it_is(run4, here, tmp_path):
+    """Two ranks: one line, exit code 2, nothing loaded and nothing lost."""
+    def change(newest):
+        shutil.rmtree(newest.with_name("000002"))
+        tensors_changed(newest, "heads", lambda t: t.pop("weight/0.to_logit.bias"))
+        names = ("student", "fake", "heads")
+        data.write_json(newest / "state.json", data.checkpoint_state(4, newest, names))
+    out, codes, said = resumed(run4, here, tmp_path, change)
+    assert codes[0] == 2 and codes[1] in (1, 2) and said[1] == "" and said[0].count("\n") == 1 and "to_logit.bias" in said[0], said
+    assert rows(out) == rows(run4) and (out / "checkpoints" / "000004").is_dir()
+
+
+def full(rank, *_):
+    """From the second checkpoint on the operating system refuses rank 0 files of more than 100 kB."""
+    save, saved = data.Run.save, [0]
+
+    def spy(self, *args):
+        saved[0] += 1
+        if saved[0] == 2 and rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        save(self, *args)
+    data.Run.save = spy
+
+
+@pytest.mark.parametrize("kind", ["File too large", "No space left on device"])
+def test_a_full_disk_costs_nothing_that_was_there(kind, run4, here, tmp_path):
+    """Real errors of the operating system: a limit on file sizes (two ranks), and a file system of 3 MB (one rank)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    world = 2 if kind == "File too large" else 1
+    size = sum(len(content) for content in files(run4 / "checkpoints").values()) * 3 // 4
+    if world == 1 and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        args = [*here, "--iterations", 4, "--batch-size", 2, "--checkpoint-every", 2, "--out", disk / "out"]
+        codes, said = ranks(tmp_path, args, world, (full,) if world == 2 else None)
+        assert set(codes) == {1} and said[0].count("\n") == 1 and kind in said[0] and "--resume" in said[0] and said[1:] in ([], [""]), said
+        found = files(disk / "out")
+        assert {k.split("/")[0] for k in found} == {"config.json", "log.csv", "checkpoints"} and not [k for k in found if "partial" in k]
+        assert [p.name for p in (disk / "out" / "checkpoints").iterdir()] == ["000002"]
+        for k in (k for k in found if "000002" in k):
+            assert world == 1 or found[k] == (run4 / k).read_bytes()
+        if world == 1:
+            subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
+        codes, said = ranks(tmp_path, [*args, "--resume"], world)  # with room again
+        assert codes == [0] * world and len(rows(disk / "out")) == 5, said
+    finally:
+        world == 1 and subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_resume_on_another_world_size(worlds, run4, here, tmp_path):
+    """The same global batch: what each iteration draws does not know how many ranks there are."""
+    args = [*here, "--batch-size", 2, "--checkpoint-every", 2, "--out", tmp_path / "out", "--iterations"]
+    assert set(ranks(tmp_path, [*args, 2], worlds[0])[0]) == {0}
+    codes, said = ranks(tmp_path, [*args, 4, "--resume"], worlds[1])
+    assert set(codes) == {0}, said
+    whole, parts = read_log(run4), read_log(tmp_path / "out")
+    for name in whole.keys() - {"seconds", "peak_memory_gb"}:
+        assert_close(parts[name], whole[name], atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for name in ("999999", "1000000", "000002", "1000001.partial", ".000003", "12x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    run = data.Run.__new__(data.Run)
+    run.folder = tmp_path
+    assert [p.name for p in run.checkpoints()] == ["000002", "999999", "1000000"]
+
+
+# --- A rank that dies ------------------------------------------------------------------------------------------------
+
+def test_a_rank_that_dies_ends_the_others(here, tmp_path):
+    """SIGKILL of one of torchrun's ranks: the other ends with an error, and torchrun too."""
+    out, args = tmp_path / "out", [*map(str, here), "--iterations", "5000", "--batch-size", "2", "--checkpoint-every", "5000"]
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "adm.py", *args,
+                                 "--out", out], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        wait(lambda: (out / "log.csv").exists() and len(rows(out)) > 3 or launcher.poll() is not None)
+        workers = [int(p) for p in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+        assert len(workers) == 2 and launcher.poll() is None, launcher.communicate()[1]
+        os.kill(workers[1], signal.SIGKILL)
+        said = launcher.communicate(timeout=60)[1]
+    finally:
+        launcher.kill()
+    wait(lambda: not any(Path(f"/proc/{p}").exists() for p in workers))
+    assert launcher.returncode != 0 and "SIGKILL" in said.upper() and "as asked" not in said, said
+
+
+def wait(until, seconds=60):
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+# --- Long runs -------------------------------------------------------------------------------------------------------
+
+def watched(rank, seen):
+    """Writes resident bytes and open files after each iteration."""
+    record = data.Run.record
+
+    def spy(self, *args):
+        record(self, *args)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open(seen, "a") as f:
+            f.write(f"{pages * resource.getpagesize()} {len(os.listdir('/proc/self/fd'))}\n")
+    data.Run.record = spy
+
+
+def test_500_iterations_keep_memory_and_file_handles(long_run):
+    process, seen = long_run
+    codes, said = ended(*process, timeout=200)
+    assert codes == [0], said
+    memory, handles = zip(*(map(int, line.split()) for line in seen.read_text().splitlines()))
+    print(memory[0], memory[50], memory[100], memory[-1], max(memory[101:])/memory[100])
+    assert len(memory) == 500 and max(memory[100:]) <= 1.02 * memory[100] and max(handles[100:]) == handles[100]
