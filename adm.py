@@ -15,16 +15,18 @@ latents' std staying put. Writes config.json, log.csv, samples/, checkpoints/ an
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from data import PROMPTS, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
-from models import LatentDiscriminator, frozen, load_teacher, make_roles, require
+from data import PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
+from models import LatentDiscriminator, follow, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, on_the_line, student_input, with_guidance
 
 
@@ -57,8 +59,11 @@ class Config:
     lr_fake: float = option(2e-6, "learning rate of the fake score (ours)")
     lr_heads: float = option(1e-4, "learning rate of the discriminator's heads (ours)")
     beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9, and heads learnt too little at 0)")
+    ema: float = option(0.0, "decay of an average of the student's weights, which is what is exported; 0: none (ours; paper: none)")
     clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
+    accumulate: int = option(1, "micro-batches that the batch is split into: less memory, the same updates")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    offload: bool = option(False, "keep AdamW's moments in main memory between steps: less GPU memory, more time")
     checkpoint_every: int = option(25, "iterations between checkpoints")
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
     sample_every: int = option(25, "iterations between picture grids; 0: none")
@@ -117,13 +122,14 @@ def straight_through(x_fake, x0_hat, alpha_s):
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "ttur", "student_steps", "checkpoint_every", "keep_checkpoints")
+    at_least(1, cfg, "iterations", "ttur", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "lora_rank", "guidance", "damping", "sample_every")
     for name in ("lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma"):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"--t-min {cfg.t_min} --t-max {cfg.t_max}: 0 <= t_min < t_max <= 1")
     require(0 < cfg.dt < cfg.t_max - cfg.t_min, f"--dt {cfg.dt}: between 0 and t_max - t_min = {cfg.t_max - cfg.t_min:g}")
-    require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
+    for name in ("beta1", "ema"):
+        require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
 
 
@@ -142,14 +148,16 @@ def starting_point(init, family, lora_rank):
     return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
-def update(optimizer, loss, cfg, ranks):
-    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind. Where loss or
-    gradient is not finite on some rank, the mean tells all ranks, and none takes the step; the host is not asked."""
-    loss.backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite, and then its gradient is NaN too
+def update(optimizer, loss, cfg, last=True):
+    """Backward, which averages over ranks; after the last micro-batch clip and step. Returns the norm before clipping, or None
+    before the last; the step leaves no gradient behind. Where a loss or gradient is not finite on some rank, the average tells all
+    ranks, and none takes the step; the host is not asked."""
+    (loss / cfg.accumulate).backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite: then its gradient is NaN too
+    if not last:
+        return None
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    for p in parameters:
-        ranks.mean(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves weights and moments as they are
     optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
@@ -161,7 +169,7 @@ def main(cfg):
     check(cfg)
     family, ranks = load_teacher(cfg.model), Ranks()
     check_prompts(cfg.prompts, family)
-    shape, device, samples = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size)
+    shape, device, parts = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
     steps = cfg.student_steps or family.student_steps
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
     schedule = family.schedule  # of teacher, fake and discriminator, always
@@ -171,22 +179,29 @@ def main(cfg):
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
     teacher, student, fake = make_roles(
-        family, ("student", "fake"), cfg.lora_rank, device, ranks.frozen_dtype, cfg.gradient_checkpointing)
+        family, ("student", "fake"), cfg.lora_rank, device, ranks.frozen_dtype, cfg.gradient_checkpointing, ranks.mesh)
     if weights:
         student.load(weights)
     times = student_schedule.timesteps(steps)[:-1].to(device)  # (steps,)
-    discriminator = LatentDiscriminator(teacher, cfg.head_width).to(device)
+    discriminator = LatentDiscriminator(teacher, cfg.head_width, ranks.mesh).to(device)
 
     networks = {"student": student.own_parameters(), "fake": fake.own_parameters(),
                 "heads": dict(discriminator.heads.named_parameters())}  # what trains, each with its own rate; β2, decay as peers
     rates = {"student": cfg.lr_student, "fake": cfg.lr_fake, "heads": cfg.lr_heads}
-    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
+    adamw = OffloadedAdamW if cfg.offload else AdamW
+    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
                   for name in networks}
+    if cfg.ema:
+        networks["ema"] = {name: p.detach().clone() for name, p in networks["student"].items()}
     first = here.restore(networks, optimizers)
 
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
-        began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
-        for r in range(cfg.ttur):  # the generator trains in round 0; TTUR's further rounds draw fresh samples for the others
+        began, logs = time.perf_counter(), []
+        # The generator trains in round 0; TTUR's further rounds draw fresh samples for the others. In each round gradients add up
+        # over the micro-batches `parts`, and the last one steps: no step changes what a later phase of its round is trained on.
+        for r, samples in product(range(cfg.ttur), parts):
+            logs.append(log := dict.fromkeys(COLUMNS))
+            last = samples is parts[-1]
             draw = Draw((cfg.seed, STAGE, iteration, r), samples, device)
             cond, uncond = prompts[draw.integers(len(prompts))], prompts.unconditional(len(samples))
             k = int(common(cfg.seed, STAGE, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
@@ -227,7 +242,7 @@ def main(cfg):
                         weight = 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3) if cfg.t_weight == "1/alpha" else None  # (B,)
                         loss = generator_loss(discriminator.logits(maps_fake), weight)
                     log |= {"loss_generator": loss, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
-                    log["grad_norm_student"] = update(optimizers["student"], loss, cfg, ranks)
+                    log["grad_norm_student"] = update(optimizers["student"], loss, cfg, last)
                     shown = {f"student, step {k + 1} of {steps}": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
 
             # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
@@ -243,20 +258,22 @@ def main(cfg):
                         with torch.no_grad():
                             moved = discriminator.features(x + cfg.damping_sigma * draw.normal(shape), s, cond)
                         loss_d = loss_d + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
-                log["grad_norm_heads"] = update(optimizers["heads"], loss_d, cfg, ranks)
+                log["grad_norm_heads"] = update(optimizers["heads"], loss_d, cfg, last)
 
             # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
             x0, t_fake, eps = x0_hat.detach(), draw.uniform(0, schedule.t_noise), draw.normal(shape)
             out = fake(schedule.add_noise(x0, eps, t_fake), t_fake, cond)[0]
             log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t_fake))
-            log["grad_norm_fake"] = update(optimizers["fake"], log["loss_fake"], cfg, ranks)
+            log["grad_norm_fake"] = update(optimizers["fake"], log["loss_fake"], cfg, last)
 
-        here.record(iteration + 1, log, began)
+        if cfg.ema:
+            follow(networks["ema"], networks["student"], cfg.ema)
+        here.record(iteration + 1, logs, began)
         if here.due(cfg.sample_every, iteration):
             here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
-    here.finish(student, shape)
+    here.finish(student, networks, shape)
 
 
 if __name__ == "__main__":

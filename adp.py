@@ -20,11 +20,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from data import Prompts, Ranks, Rows, Run, at_least, option, read_json, run
-from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator, frozen, load_teacher, make_roles, require
+from data import OffloadedAdamW, Prompts, Ranks, Rows, Run, at_least, option, read_json, run
+from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator, follow, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, on_the_line, student_sample
 
 
@@ -55,8 +56,11 @@ class Config:
     lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)")
     lr_fake: float = option(2e-6, "unused, there is no fake score in this stage; taken so that both stages share a launcher")
     beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)")
+    ema: float = option(0.0, "decay of an average of the student's weights, which is what is exported; 0: none (ours; paper: none)")
     clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
+    accumulate: int = option(1, "micro-batches that the batch is split into: less memory, the same updates")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    offload: bool = option(False, "keep AdamW's moments in main memory between steps: less GPU memory, more time")
     checkpoint_every: int = option(25, "iterations between checkpoints")
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
     sample_every: int = option(25, "iterations between picture grids; 0: none")
@@ -97,11 +101,12 @@ def generator_loss(fake, lambdas):
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "student_steps", "checkpoint_every", "keep_checkpoints")
+    at_least(1, cfg, "iterations", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "mse_iterations", "lora_rank", "guidance", "lambda_latent", "lambda_pixel", "sample_every")
     for name in ("lr_student", "lr_heads", "clip"):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
-    require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
+    for name in ("beta1", "ema"):
+        require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
 
 
@@ -120,14 +125,16 @@ def starting_point(init, family, lora_rank):
     return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
-def update(optimizer, loss, cfg, ranks):
-    """Backward, gradients' mean over ranks, clip, step. Returns the norm before clipping; leaves no gradient behind. Where loss or
-    gradient is not finite on some rank, the mean tells all ranks, and none takes the step; the host is not asked."""
-    loss.backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite, and then its gradient is NaN too
+def update(optimizer, loss, cfg, last=True):
+    """Backward, which averages over ranks; after the last micro-batch clip and step. Returns the norm before clipping, or None
+    before the last; the step leaves no gradient behind. Where a loss or gradient is not finite on some rank, the average tells all
+    ranks, and none takes the step; the host is not asked."""
+    (loss / cfg.accumulate).backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite: then its gradient is NaN too
+    if not last:
+        return None
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    for p in parameters:
-        ranks.mean(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves weights and moments as they are
     optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
@@ -142,7 +149,7 @@ def main(cfg):
         tiny = cfg.model.startswith("tiny-")
         backbone = load_pixel_backbone(cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base"))
     ranks = Ranks()
-    device, samples = ranks.device, ranks.mine(cfg.batch_size)
+    device, parts = ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
     pairs = Pairs(cfg.pairs, family, device, cfg.resolution, cfg.frames, cfg.guidance)
     line = on_the_line(family.schedule)  # the student's process
     schedule = family.schedule  # the teacher's, on which the latent discriminator lives
@@ -150,77 +157,86 @@ def main(cfg):
     here = Run("adp", cfg, ranks, family, line, cfg.student_steps, pairs=pairs.manifest)
 
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
-    teacher, student = make_roles(family, ("student",), cfg.lora_rank, device, ranks.frozen_dtype, cfg.gradient_checkpointing)
+    teacher, student = make_roles(
+        family, ("student",), cfg.lora_rank, device, ranks.frozen_dtype, cfg.gradient_checkpointing, ranks.mesh)
     if weights:
         student.load(weights)
     times = line.timesteps(cfg.student_steps)[:-1].to(device)  # (steps,) of the exported sampler
-    discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width).to(device)], [cfg.lambda_latent]
+    discriminators, lambdas = [LatentDiscriminator(teacher, cfg.head_width, ranks.mesh).to(device)], [cfg.lambda_latent]
     if use_pixel:
         vae = family.vae(device)
         if cfg.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        discriminators.append(PixelDiscriminator(backbone, cfg.head_width).to(device))
+        discriminators.append(PixelDiscriminator(backbone, cfg.head_width, ranks.mesh).to(device))
         lambdas.append(cfg.lambda_pixel)
     heads = torch.nn.ModuleList(d.heads for d in discriminators)
 
     networks = {"student": student.own_parameters(), "heads": dict(heads.named_parameters())}  # what trains; β2, decay as peers
     rates = {"student": cfg.lr_student, "heads": cfg.lr_heads}
-    optimizers = {name: AdamW(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
+    adamw = OffloadedAdamW if cfg.offload else AdamW
+    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
                   for name in networks}
+    if cfg.ema:
+        networks["ema"] = {name: p.detach().clone() for name, p in networks["student"].items()}
     first = here.restore(networks, optimizers)
 
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
-        began, log = time.perf_counter(), dict.fromkeys(COLUMNS)
-        draw = Draw((cfg.seed, STAGE, iteration), samples, device)
-        x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
+        began, logs = time.perf_counter(), []
+        for samples in parts:  # micro-batches: gradients add up, the last one steps
+            logs.append(log := dict.fromkeys(COLUMNS))
+            last = samples is parts[-1]
+            draw = Draw((cfg.seed, STAGE, iteration), samples, device)
+            x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
 
-        # 1. The student's input on the pair's line, its velocity, its sample x̃_0.
-        t = line_times(draw.uniform(0, T), cfg.schedule)  # (B,)
-        x_t = line.add_noise(x_0, x_T, t)
-        v = student(x_t, line.shown(t), cond)[0]
-        x0_hat = line.to_x0_eps(x_t, v, t)[0]
-        log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
+            # 1. The student's input on the pair's line, its velocity, its sample x̃_0.
+            t = line_times(draw.uniform(0, T), cfg.schedule)  # (B,)
+            x_t = line.add_noise(x_0, x_T, t)
+            v = student(x_t, line.shown(t), cond)[0]
+            x0_hat = line.to_x0_eps(x_t, v, t)[0]
+            log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
 
-        if cfg.loss == "mse" or iteration < cfg.mse_iterations:
-            # 2. Regression: the student trains.
-            log["loss_generator"] = log["loss_mse"]
-            log["grad_norm_student"] = update(optimizers["student"], log["loss_mse"], cfg, ranks)
-        else:
-            # 3. What the discriminators see: both samples noised to the same t' with independent noise; both decoded, clean.
-            t_d = draw.uniform(0, schedule.t_noise)  # (B,)
-            x_fake = schedule.add_noise(x0_hat, draw.normal(pairs.shape), t_d)
-            x_real = schedule.add_noise(x_0, draw.normal(pairs.shape), t_d)
-            u = common(cfg.seed, STAGE, iteration).random(3)  # which video frames the pixel discriminator sees
+            if cfg.loss == "mse" or iteration < cfg.mse_iterations:
+                # 2. Regression: the student trains.
+                log["loss_generator"] = log["loss_mse"]
+                log["grad_norm_student"] = update(optimizers["student"], log["loss_mse"], cfg, last)
+            else:
+                # 3. What the discriminators see: both samples noised to the same t' with independent noise; both decoded, clean.
+                t_d = draw.uniform(0, schedule.t_noise)  # (B,)
+                x_fake = schedule.add_noise(x0_hat, draw.normal(pairs.shape), t_d)
+                x_real = schedule.add_noise(x_0, draw.normal(pairs.shape), t_d)
+                u = common(cfg.seed, STAGE, iteration).random(3)  # which video frames the pixel discriminator sees
 
-            # 4. Generator: the student trains, heads are frozen; the gradient runs through the frozen teacher, the frozen SAM
-            #    and the VAE's decoder.
-            with frozen(heads):
-                maps_fake = [discriminators[0].features(x_fake, t_d, cond)]
-                if use_pixel:
-                    maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
-                log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
-                log["grad_norm_student"] = update(optimizers["student"], log["loss_generator"], cfg, ranks)
+                # 4. Generator: the student trains, heads are frozen; the gradient runs through the frozen teacher, the frozen SAM
+                #    and the VAE's decoder.
+                with frozen(heads):
+                    maps_fake = [discriminators[0].features(x_fake, t_d, cond)]
+                    if use_pixel:
+                        maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
+                    log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
+                    log["grad_norm_student"] = update(optimizers["student"], log["loss_generator"], cfg, last)
 
-            # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
-            with torch.no_grad():
-                maps_real = [discriminators[0].features(x_real, t_d, cond)]
-                if use_pixel:
-                    maps_real.append(discriminators[1].features(family.views(vae, x_0, u)))
-            real = [d.logits(m) for d, m in zip(discriminators, maps_real)]
-            fake = [d.logits([h.detach() for h in m]) for d, m in zip(discriminators, maps_fake)]
-            log["loss_discriminator"] = discriminator_loss(real, fake, lambdas)
-            for name, r, f in zip(("d_accuracy", "d_accuracy_pixel"), real, fake):
-                log[name] = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
-            log["grad_norm_heads"] = update(optimizers["heads"], log["loss_discriminator"], cfg, ranks)
+                # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
+                with torch.no_grad():
+                    maps_real = [discriminators[0].features(x_real, t_d, cond)]
+                    if use_pixel:
+                        maps_real.append(discriminators[1].features(family.views(vae, x_0, u)))
+                real = [d.logits(m) for d, m in zip(discriminators, maps_real)]
+                fake = [d.logits([h.detach() for h in m]) for d, m in zip(discriminators, maps_fake)]
+                log["loss_discriminator"] = discriminator_loss(real, fake, lambdas)
+                for name, r, f in zip(("d_accuracy", "d_accuracy_pixel"), real, fake):
+                    log[name] = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
+                log["grad_norm_heads"] = update(optimizers["heads"], log["loss_discriminator"], cfg, last)
 
-        here.record(iteration + 1, log, began)
+        if cfg.ema:
+            follow(networks["ema"], networks["student"], cfg.ema)
+        here.record(iteration + 1, logs, began)
         if here.due(cfg.sample_every, iteration):
             with torch.no_grad():
                 x0 = student_sample(lambda x, t: student(x, t, cond)[0], line, x_T, times, lambda: draw.normal(pairs.shape))
             here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
-    here.finish(student, pairs.shape)
+    here.finish(student, networks, pairs.shape)
 
 
 # --- What training reads ---------------------------------------------------------------------------------------------

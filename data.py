@@ -8,6 +8,7 @@ written aside and renamed: a file is whole or absent. A second call of either co
 """
 
 import argparse, csv, datetime, errno, hashlib, json, os, resource, shutil, signal, sys, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,10 +16,12 @@ from pathlib import Path
 import diffusers, numpy as np, torch, torch.distributed as dist, transformers
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models import BadInput, aside, export_pipeline, file_sha256, load_teacher, remove, require
+from models import BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, remove, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
@@ -44,7 +47,6 @@ def run(main, config_class, argv=None, **about):
         "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}), **about)
     parser.error = lambda message: require(False, message)
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:
@@ -55,14 +57,12 @@ def run(main, config_class, argv=None, **about):
         print(f"{parser.prog}: {line}\n" * (os.environ.get("RANK", "0") == "0"), end="", file=sys.stderr)
         sys.exit(code)
     except (OSError, SafetensorError) as e:
-        full = [m for m in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) if m in str(e)]  # Rust has no errno for us
+        full = [m for m in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) if m in str(e)]  # safetensors' has no errno
         if not full:
             raise
-        print(f"{parser.prog}{rank}: {full[0]}. What was whole still is: make room and go on (a training run with --resume)", file=sys.stderr)
+        print(f"{parser.prog}{rank}: {full[0]}. What was whole still is: make room, then go on (training: --resume)", file=sys.stderr)
         sys.exit(1)
     finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -71,10 +71,6 @@ def at_least(least, cfg, *names):
     """Raises BadInput for a setting among `names` that is given and below `least`."""
     for flag, value in ((name.replace("_", "-"), getattr(cfg, name)) for name in names):
         require(value is None or value >= least, f"--{flag} {value}: at least {least}")
-
-
-TIMEOUT = datetime.timedelta(minutes=30)  # of waiting for a rank: none writes a shard or a big checkpoint for longer. The death of one
-# that torchrun or a socket sees ends the others at once
 
 
 class Ranks:
@@ -88,15 +84,20 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+            # Longer than a shard or a big checkpoint takes. Where torchrun or a socket sees a rank die, the others end at once.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+        self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None  # what networks are sharded over
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same run: on CPUs bitwise; fused attention may differ
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
-    def mine(self, batch_size):
-        each = batch_size // self.world  # the numbers of this rank's samples in a global batch
-        require(each >= 1 and each * self.world == batch_size, f"--batch-size {batch_size}: no multiple of {self.world} ranks")
-        return range(self.rank * each, (self.rank + 1) * each)
+    def mine(self, batch_size, accumulate=1):
+        """The numbers of this rank's samples in a global batch: a range for each of the micro-batches that it is split into."""
+        parts = self.world * accumulate
+        each, first = batch_size // parts, self.rank * (batch_size // self.world)
+        require(each >= 1 and each * parts == batch_size, f"--batch-size {batch_size}: no multiple of {self.world} ranks"
+                                                          + f" x --accumulate {accumulate}" * (accumulate > 1))
+        return [range(first + i * each, first + (i + 1) * each) for i in range(accumulate)]
 
     def mean(self, tensor):
         """A tensor's mean over ranks, in place."""
@@ -110,17 +111,45 @@ class Ranks:
 
     def first(self, function):
         """What function() returns on rank 0, on every rank. If it raises, all end: rank 0 by that exception, the others silently."""
-        box, problem = [None], None
-        if self.main:
-            try:
-                box = [function()]
-            except Exception as e:
-                box, problem = [SystemExit(1)], e
+        problem = None
+        try:
+            box = [function() if self.main else None]
+        except Exception as e:
+            box, problem = [SystemExit(1)], e
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
         if isinstance(box[0], SystemExit):
             raise problem or box[0]
         return box[0]
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW whose moments are in main memory except while it steps: a network's are not beside another's, nor beside activations."""
+    def place(self, on_device):
+        for p, slots in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if on_device and not isinstance(p, DTensor):
+                    slots[name] = slots[name].to(p.device)
+                elif on_device and not isinstance(slots[name], DTensor):  # a shard, which goes to the mesh's device
+                    slots[name] = DTensor.from_local(slots[name], p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                elif not on_device:
+                    slots[name] = (slots[name].to_local() if isinstance(p, DTensor) else slots[name]).cpu()
+
+    def step(self, closure=None):
+        self.place(on_device=True)
+        super().step(closure)
+        self.place(on_device=False)
+
+    def state_dict(self):
+        self.place(on_device=True)
+        state = super().state_dict()
+        state["state"] = {i: dict(slots) for i, slots in state["state"].items()}  # these stay on the device, while they are in use
+        self.place(on_device=False)
+        return state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.place(on_device=False)
 
 
 # --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
@@ -278,7 +307,9 @@ def collect_pairs(cfg, teacher, ranks):
 
 
 # --- A run's folder --------------------------------------------------------------------------------------------------
-MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints")  # when a run is resumed
+# When a run is resumed; the last three change where and how numbers are made, not which.
+MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
+              "accumulate", "gradient_checkpointing", "offload")
 MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 
 
@@ -305,10 +336,13 @@ class Run:
                 "config": config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
                 "student": student, "world_size": ranks.world, "versions": versions, **more})
 
-    def record(self, iteration, values, began):
-        """Append a row to log.csv. Tensors are averaged over the ranks, None stays empty. To be called on every rank: that mean also
-        tells all of them whether one was asked to stop. Sets self.stop for that, and where too many updates were skipped."""
-        tensors = {name: v.detach().float() for name, v in values.items() if torch.is_tensor(v)}
+    def record(self, iteration, logs, began):
+        """Append a row to log.csv: means over `logs`, one {name: tensor or None} a micro-batch, and over the ranks; what is always
+        None stays empty. To be called on every rank: that mean also tells all of them whether one was asked to stop. Sets self.stop
+        for that, and where too many updates were skipped."""
+        values = {name: [log[name].detach().float() for log in logs if log[name] is not None] for name in logs[0]}
+        values = {name: torch.stack(v).mean() if v else None for name, v in values.items()}
+        tensors = {name: v for name, v in values.items() if v is not None}
         flags = [(name, flag) for name, optimizer in self.optimizers.items() for flag in optimizer.skipped]
         asked = torch.tensor(float(self.asked), device=self.ranks.device)
         asked, *means = self.ranks.mean(torch.stack([asked, *tensors.values(), *(flag for _, flag in flags)])).tolist()
@@ -328,8 +362,8 @@ class Run:
         if asked:
             self.stop = Stopped(0, f"{stopped}, as asked: the same command with --resume goes on")
         if self.in_a_row[worst] >= MOST_SKIPPED:
-            self.stop = Stopped(1, f"{stopped}: {MOST_SKIPPED} updates of {worst} in a row were skipped, each for a loss or gradient that "
-                                   "is not finite; the checkpoint holds the weights from before them")
+            self.stop = Stopped(1, f"{stopped}: {MOST_SKIPPED} updates of {worst} in a row met a loss or gradient that is not finite "
+                                   "and were skipped; the checkpoint has the weights from before")
 
     def ask(self, number, frame):
         """From SIGTERM or SIGINT: finish the iteration, write a checkpoint, end. A second Ctrl-C ends at once."""
@@ -365,20 +399,23 @@ class Run:
         return sorted((p for p in (self.folder / "checkpoints").glob("[0-9]*") if p.name.isdecimal()), key=lambda p: int(p.name))
 
     def save(self, iteration, networks, optimizers):
-        """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}. The last cfg.keep_checkpoints stay. Then raises
-        self.stop, if there is one."""
-        def write():
-            with aside(self.folder / "checkpoints" / f"{iteration:06d}") as partial:
-                partial.mkdir(parents=True)
-                for name, optimizer in optimizers.items():
-                    tensors = {f"weight/{n}": p.data for n, p in networks[name].items()}
-                    for i, slots in optimizer.state_dict()["state"].items():
+        """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}, whole tensors whatever the number of ranks. The
+        last cfg.keep_checkpoints stay. Then raises self.stop, if there is one."""
+        folder, first, main = self.folder / "checkpoints" / f"{iteration:06d}", self.ranks.first, self.ranks.main
+        with aside(folder) if main else nullcontext() as partial:
+            first(lambda: partial.mkdir(parents=True))
+            for name, parameters in networks.items():
+                tensors = {f"weight/{n}": p for n, p in parameters.items()}
+                if name in optimizers:
+                    for i, slots in optimizers[name].state_dict()["state"].items():
                         tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
-                    write_tensors(partial / f"{name}.safetensors", tensors)
-                write_json(partial / "state.json", checkpoint_state(iteration, partial, networks))
+                tensors = gather(tensors, keep=main)  # one network at a time: in main memory it is whole
+                first(lambda: write_tensors(partial / f"{name}.safetensors", tensors))
+            first(lambda: write_json(partial / "state.json", checkpoint_state(iteration, partial, networks)))
+        if main:
             for old in self.checkpoints()[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
-        self.ranks.first(write)
+        self.ranks.barrier()
         if self.stop:
             raise self.stop
 
@@ -389,12 +426,11 @@ class Run:
         for folder in reversed(self.checkpoints()):
             try:
                 check_checkpoint(folder, networks)
-            except (OSError, ValueError) as e:
-                problems.append(f"{folder} is damaged ({e})")
-            else:
                 for line in problems:
                     print(f"{line}: going back to the checkpoint before it", file=sys.stderr)
                 return folder
+            except (OSError, ValueError, SafetensorError) as e:
+                problems.append(f"{folder} is damaged ({e})")
         require(not problems, "; ".join(problems))
 
     def restore(self, networks, optimizers):
@@ -402,13 +438,16 @@ class Run:
         and noise an iteration sees depends on its number (see Draw). From here on SIGTERM and SIGINT are requests."""
         folder = self.ranks.first(lambda: self.newest_whole(networks)) if self.cfg.resume else None  # the same on all ranks
         done = int(folder.name) if folder else 0
-        for name, optimizer in optimizers.items() if folder else []:
-            slots, tensors = {}, load_file(folder / f"{name}.safetensors")
-            for key in [k for k in tensors if k.startswith("adamw/")]:
-                slots.setdefault(int(key.split("/")[1]), {})[key.split("/")[2]] = tensors.pop(key)
-            optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-            for key, value in tensors.items():
-                networks[name][key.removeprefix("weight/")].data.copy_(value)
+        for name, parameters in networks.items() if folder else []:
+            slots, masters = {}, list(parameters.values())
+            with safe_open(folder / f"{name}.safetensors", "pt") as f:  # tensor by tensor: each rank keeps its part
+                for n, p in parameters.items():
+                    assign(p, f.get_tensor(f"weight/{n}"))
+                for _, i, slot in [key.split("/") for key in sorted(f.keys()) if key.startswith("adamw/")]:
+                    value = f.get_tensor(f"adamw/{i}/{slot}")
+                    slots.setdefault(int(i), {})[slot] = like(masters[int(i)], value) if value.ndim else value
+            if name in optimizers:
+                optimizers[name].load_state_dict({"state": slots, "param_groups": optimizers[name].state_dict()["param_groups"]})
         log = self.folder / "log.csv"
         if self.ranks.main:
             for half in (self.folder / "checkpoints").glob("*.partial"):
@@ -423,10 +462,12 @@ class Run:
             signal.signal(s, self.ask)
         return done
 
-    def finish(self, student, shape):
-        """Write pipeline/, the student for stock diffusers, and say so."""
+    def finish(self, student, networks, shape):
+        """Write pipeline/, the student (its average, if there is one) for stock diffusers, and say so."""
+        for name, average in networks.get("ema", {}).items():
+            networks["student"][name].data.copy_(average)
+        export_pipeline(student, self.schedule, self.steps, shape, self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
-            export_pipeline(student, self.schedule, self.steps, shape, self.folder / "pipeline")
             print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
 
 
@@ -436,27 +477,22 @@ def checkpoint_state(iteration, folder, networks):
 
 
 def check_checkpoint(folder, networks):
-    """Raises ValueError or OSError unless the folder holds the plain files of a checkpoint of {name: {name: parameter}}, with their
-    checksums, and in them these tensors and no others. It may come from anywhere: no name in it is followed, nothing is loaded yet."""
-    files = {f.name for f in folder.iterdir() if f.is_file() and not f.is_symlink()}
-    require(not folder.is_symlink() and files == {"state.json", *(f"{name}.safetensors" for name in networks)}
-            and len(files) == len(list(folder.iterdir())), "other files than a checkpoint's")
+    """Raises ValueError, OSError or SafetensorError unless the folder holds a checkpoint of {name: {name: parameter}} and nothing
+    else, by checksums and then by the tensors' names and shapes. It may come from anywhere: no name in it is followed."""
+    whole = ["state.json", *(f"{name}.safetensors" for name in networks)]
+    plain = [f.name for f in folder.iterdir() if f.is_file() and not f.is_symlink() and not folder.is_symlink()]
+    require(sorted(plain) == sorted(whole) and len(plain) == len(os.listdir(folder)), "other files than a checkpoint's")
     state = read_json(folder / "state.json", "checkpoint")
     require(state == checkpoint_state(int(folder.name), folder, networks), "the checksums are others than state.json says")
-    for name, network in networks.items():
-        weights = {f"weight/{n}": ("F32", list(p.shape)) for n, p in network.items()}
-        adamw = {f"adamw/{i}/{slot}": ("F32", [] if slot == "step" else list(p.shape))
-                 for i, p in enumerate(network.values()) for slot in ("step", "exp_avg", "exp_avg_sq")}
-        try:
-            with safe_open(folder / f"{name}.safetensors", "pt") as f:
-                slices = {key: f.get_slice(key) for key in f.keys()}
-                found = {key: (s.get_dtype(), list(s.get_shape())) for key, s in slices.items()}
-        except SafetensorError as e:
-            raise BadInput(f"{name}.safetensors: {e}") from None
-        updated = {key.split("/")[1] for key in found if key.startswith("adamw/")}  # all three of AdamW's tensors, or none
-        expected = weights | {key: value for key, value in adamw.items() if key.split("/")[1] in updated}
+    for name, parameters in networks.items():
+        with safe_open(folder / f"{name}.safetensors", "pt") as f:
+            found = {key: (f.get_slice(key).get_dtype(), *f.get_slice(key).get_shape()) for key in f.keys()}
+        expected = {f"weight/{n}": ("F32", *p.shape) for n, p in parameters.items()}
+        for i, p in enumerate(parameters.values()):
+            if any(key.startswith(f"adamw/{i}/") for key in found):  # all that AdamW keeps for a parameter, or nothing
+                expected |= {f"adamw/{i}/step": ("F32",), f"adamw/{i}/exp_avg": ("F32", *p.shape), f"adamw/{i}/exp_avg_sq": ("F32", *p.shape)}
         odd = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        require(not odd, f"{name}.safetensors has other tensors than this run's {name}: {', '.join(odd[:3])}{' …' if odd[3:] else ''}")
+        require(not odd, f"{name}.safetensors has other tensors than this run's {name}, beginning with {odd[:1]}")
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

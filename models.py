@@ -14,8 +14,11 @@ import numpy as np, torch, torch.nn.functional as F, transformers
 transformers.utils.logging.set_verbosity_error()  # before diffusers, whose import warns of packages that are not needed here
 import diffusers
 from diffusers import CogVideoXPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ode import FlowSchedule, T, VPSchedule
@@ -86,6 +89,10 @@ class Family:
         chosen = sorted({max(len(blocks) * k // 4, 1) - 1 for k in (1, 2, 3)})
         return [blocks[i] for i in chosen], blocks[chosen[-1] + 1], [width] * len(chosen)
 
+    def units(self, net):
+        """What a sharded network gathers at a time: its blocks, inner ones first."""
+        return list(net.transformer_blocks)
+
     def to_map(self, output, x_t):
         """A tapped block's output → feature map (B, C, H, W), or (B, C, F, H, W)."""
         grid = [n // self.config.patch_size for n in x_t.shape[-2:]]
@@ -125,13 +132,14 @@ class Family:
             encoder.to(device).eval().requires_grad_(False)
         return pipe
 
-    def denoiser(self, device="cpu", dtype=torch.float32, folder=None):
-        """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16."""
+    def denoiser(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
+        """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16.
+        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it."""
         try:
             net = self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
-        return Denoiser(self, net.to(device).eval(), bf16=torch.device(device).type == "cuda")
+        return Denoiser(self, net.to("cpu" if mesh else device).eval(), bf16=torch.device(device).type == "cuda")
 
     @cached_property
     def weights_sha256(self):
@@ -193,6 +201,10 @@ class SDXL(Family):
     def taps(self, net):
         widths = self.config.block_out_channels
         return [*net.down_blocks, net.mid_block], net.up_blocks[0], [*widths, widths[-1]]
+
+    def units(self, net):  # blocks are uneven, up_blocks[0] has half of all parameters: the transformer layers inside come first
+        outer = [*net.down_blocks, net.mid_block, *net.up_blocks]
+        return [m for block in outer for m in block.modules() if isinstance(m, BasicTransformerBlock)] + outer
 
     def to_map(self, output, x_t):
         return output[0] if isinstance(output, tuple) else output  # a down block also returns its residuals
@@ -297,27 +309,29 @@ class _Stop(Exception):
 
 class Denoiser(nn.Module):
     """A denoising network as every loop here sees it: forward returns (prediction, features), so that a sharded module may be
-    used through its features alone. With lora, `net` is a base shared between roles, run with this role's `adapter` or bare."""
-    def __init__(self, family, net, bf16=False, lora=False, adapter=None):
+    used through its features alone. A LoRA role is an `adapter` on the frozen Denoiser `base`, and runs through that."""
+    def __init__(self, family, net, bf16=False, base=None, adapter=None):
         super().__init__()
-        self.family, self.net, self.bf16, self.lora, self.adapter = family, net, bf16, lora, adapter
+        self.family, self.net, self.bf16, self.base, self.adapter = family, net, bf16, base, adapter
 
-    def forward(self, x_t, t, cond, want="prediction"):
+    def forward(self, x_t, t, cond, want="prediction", adapter=None):
         """x_t (B, ...), t (B,), cond {name: (B, ...)} → (prediction float32 like x_t, or None; [feature maps], or []).
         want: "prediction", "both", or "features", which stops after the last tapped block."""
+        if self.base:
+            return self.base(x_t, t, cond, want, self.adapter)
         out, maps, hooks, (tapped, following, _) = None, [], [], self.family.taps(self.net)
         if want != "prediction":
             hooks += [block.register_forward_hook(lambda block, args, output: maps.append(self.family.to_map(output, x_t)))
                       for block in tapped]
         if want == "features":
             hooks.append(following.register_forward_pre_hook(_Stop.now))
-        if self.lora:
-            use_adapter(self.net, self.adapter)
+        use_adapter(self.net, adapter)
         try:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
                 out = self.family.call(self.net, x_t, t, cond).float()
         except _Stop:
-            pass
+            if isinstance(following, FSDPModule):
+                following.reshard()  # it was gathered, and has not run
         finally:  # gone before backward, so that checkpointing's second forward meets no hook
             for hook in hooks:
                 hook.remove()
@@ -330,19 +344,19 @@ class Denoiser(nn.Module):
 
     def load(self, pipeline):
         """Take the weights of this exported pipeline folder."""
-        if self.adapter:
-            from peft import set_peft_model_state_dict
-            weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors").items()
-            set_peft_model_state_dict(self.net, {k.removeprefix(f"{self.family.net_name}."): w for k, w in weights}, self.adapter)
+        if self.adapter:  # peft leaves an adapter's name out when it saves
+            weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
+            found = lambda name: weights[f"{self.family.net_name}.{name.replace(f'.{self.adapter}.', '.')}"]
         else:
-            self.net.load_state_dict(self.family.denoiser(folder=pipeline).net.state_dict())
+            found = self.family.denoiser(folder=pipeline).net.get_parameter
+        for name, p in self.own_parameters().items():
+            assign(p, found(name))
 
     def checkpoint_activations(self):
         """Recompute activations in backward: non-reentrant, and with the adapter that was active in forward."""
         def checkpointed(block, *args):
             def again(*args, role=getattr(self.net, "role", None)):
-                if self.lora:
-                    use_adapter(self.net, role)
+                use_adapter(self.net, role)
                 return block(*args)
             return checkpoint(again, *args, use_reentrant=False)
         self.net.enable_gradient_checkpointing(checkpointed)
@@ -350,7 +364,7 @@ class Denoiser(nn.Module):
 
 def use_adapter(net, role):
     """From here on `net` runs with that role's LoRA adapter, or with none. Unlike peft's own switch, it leaves alone who trains."""
-    if getattr(net, "role", "nobody") != role:
+    if hasattr(net, "role") and net.role != role:
         flags = [(p, p.requires_grad) for p in net.parameters()]
         net.enable_adapters() if role else net.disable_adapters()
         if role:
@@ -360,23 +374,75 @@ def use_adapter(net, role):
         net.role = role
 
 
-def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.float32, gradient_checkpointing=False):
+def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.float32, gradient_checkpointing=False, mesh=None):
     """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32. With lora_rank the copies are
     adapters (alpha = rank) on the teacher itself: one copy of the weights for all roles and the discriminator's backbone."""
-    teacher = family.denoiser(device, frozen_dtype)
+    teacher, trained = family.denoiser(device, frozen_dtype, mesh=mesh), []
     if lora_rank:
         from peft import LoraConfig
-        teacher.lora = True
         for role in roles:
             teacher.net.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets), role)
-    trained = [Denoiser(family, teacher.net, teacher.bf16, True, role) if lora_rank else family.denoiser(device) for role in roles]
+        teacher.net.role = "nobody's yet"
     teacher.net.requires_grad_(False)
-    for p in [p for denoiser in trained for p in denoiser.own_parameters().values()]:
-        p.data = p.data.float()  # masters, whatever the base is held in
-        p.requires_grad_(True)
-    for denoiser in [teacher, *trained] if gradient_checkpointing else []:
+    for role in roles:
+        trained.append(Denoiser(family, teacher.net, base=teacher, adapter=role) if lora_rank else family.denoiser(device, mesh=mesh))
+        for p in trained[-1].own_parameters().values():
+            p.data = p.data.float()  # masters, whatever the base is held in
+            p.requires_grad_(True)
+        lora_rank or shard(trained[-1], family.units(trained[-1].net), mesh)
+    shard(teacher, family.units(teacher.net), mesh)
+    for denoiser in [teacher, *([] if lora_rank else trained)] if gradient_checkpointing else []:
         denoiser.checkpoint_activations()
     return teacher, *trained
+
+
+# --- Sharding --------------------------------------------------------------------------------------------------------
+
+def shard(module, units=(), mesh=None):
+    """FSDP2: each rank of `mesh` keeps its part of every parameter of `module`; forward and backward gather them unit by unit, in
+    bf16 where the module computes in it, and gradients are averaged over the ranks in float32. Without a mesh: nothing."""
+    if mesh is None:
+        return
+    # Inputs are not cast: a time in bf16 would be another time. All is resharded at once, so that between passes parameters are
+    # always the sharded ones, whose requires_grad `frozen` sets.
+    how = MixedPrecisionPolicy(torch.bfloat16 if getattr(module, "bf16", False) else None, torch.float32, cast_forward_inputs=False)
+    for unit in (*units, module):
+        fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)
+    # FSDP settles at the first forward what it reduces and how: that must happen before anything is `frozen`.
+    hook = module.register_forward_pre_hook(_Stop.now)
+    try:
+        module()
+    except _Stop:
+        module.reshard()
+    hook.remove()
+
+
+def gather(tensors, keep=True):
+    """{name: the whole of each tensor, on the CPU}. Every rank must call it, in the same order; only those that `keep` get any."""
+    whole = {}
+    for name, x in tensors.items():
+        x = x.detach()
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        whole |= {name: x.cpu()} if keep else {}
+    return whole
+
+
+def like(p, whole):
+    """`whole` where p is, and sharded as p is."""
+    whole = whole.to(p.device)
+    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+
+
+def assign(p, whole):
+    """Set p, which may be sharded, to the tensor `whole`. Every rank must call it."""
+    p.data.copy_(like(p.detach(), whole))
+
+
+@torch.no_grad()
+def follow(average, parameters, decay):
+    """An exponential moving average, in place and sharded as the parameters are: average ← decay · average + (1 − decay) · p."""
+    for name, p in parameters.items():
+        average[name].lerp_(p, 1 - decay)
 
 
 @contextmanager
@@ -419,10 +485,12 @@ class Head3d(Head2d):
 
 
 class Discriminator(nn.Module):
-    """Frozen backbone + trainable heads, one a tapped map. Logits: mean over positions, then over heads (ours)."""
-    def __init__(self, backbone, heads):
+    """Frozen backbone + trainable heads, one a tapped map, sharded over `mesh`. Logits: mean over positions, then over heads (ours)."""
+    def __init__(self, backbone, heads, mesh=None):
         super().__init__()
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
+        for head in heads:
+            shard(head, mesh=mesh)
 
     def logits(self, maps):
         """Feature maps, one a head → (B,), float32 also where the backbone is not."""
@@ -431,9 +499,9 @@ class Discriminator(nn.Module):
 
 class LatentDiscriminator(Discriminator):
     """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, conditioned on prompt and t, without CFG."""
-    def __init__(self, teacher, width=256):
+    def __init__(self, teacher, width=256, mesh=None):
         head = Head3d if isinstance(teacher.family, CogVideoX) else Head2d
-        super().__init__(teacher, [head(channels, width) for channels in teacher.family.taps(teacher.net)[2]])
+        super().__init__(teacher, [head(channels, width) for channels in teacher.family.taps(teacher.net)[2]], mesh)
 
     def features(self, x_t, t, cond):
         """Tapped maps at noisy latents x_t (B, ...), t (B,). The teacher's forward stops after the last of them."""
@@ -443,8 +511,8 @@ class LatentDiscriminator(Discriminator):
 class PixelDiscriminator(Discriminator):
     """D_τ2 of ADP: a frozen vision transformer on clean images, heads on its four quarters (SAM-B: layers 3, 6, 9, 12).
     backbone: a SamVisionModel, or a transformers ViT with class token(s) first (DINOv2: the paper's ablation A2)."""
-    def __init__(self, backbone, width=256):
-        super().__init__(backbone, [Head2d(backbone.config.hidden_size, width) for _ in range(4)])
+    def __init__(self, backbone, width=256, mesh=None):
+        super().__init__(backbone, [Head2d(backbone.config.hidden_size, width) for _ in range(4)], mesh)
         self.side = backbone.config.image_size // backbone.config.patch_size  # of its square maps
 
     def features(self, images):
@@ -492,21 +560,28 @@ size is what it was trained at. Stable Diffusion 3's pipeline draws the noise be
 """
 
 
-def export_pipeline(student, schedule, steps, shape, folder):
+def export_pipeline(student, schedule, steps, shape, folder, write=True):
     """Write `folder`: a diffusers pipeline with the student's weights (float32) and the scheduler of its steps; the rest is the
-    teacher's. A LoRA student is merged; its adapter alone goes into folder/lora, for `pipe.load_lora_weights`. shape: of a latent."""
-    family, net = student.family, student.net
+    teacher's. A LoRA student is merged; its adapter alone goes into folder/lora, for `pipe.load_lora_weights`. shape: of a latent.
+    Of a sharded student: called on every rank, and one of them is to `write`."""
+    family = student.family
+    state = gather(student.own_parameters() if student.adapter else student.net.state_dict(), write)
+    if not write:
+        return
     with aside(folder) as partial:
         index = json.loads((family.folder / "model_index.json").read_text())
         for name in [n for n in index if n not in ("scheduler", family.net_name) and (family.folder / n).is_dir()]:
             shutil.copytree(family.folder / name, partial / name)
-        if student.adapter:
-            from peft.utils import get_peft_model_state_dict
-            layers = get_peft_model_state_dict(net, adapter_name=student.adapter)
+        if student.adapter:  # by the names that peft gives an adapter's weights
+            layers = {name.replace(f".{student.adapter}.", "."): w for name, w in state.items()}
             family.pipeline_class.save_lora_weights(partial / "lora", **{f"{family.net_name}_lora_layers": layers})
             net = family.denoiser().net
             net.load_lora_adapter(partial / "lora", prefix=family.net_name, weight_name="pytorch_lora_weights.safetensors")
             net.fuse_lora(), net.unload_lora()
+        else:  # a plain network around the gathered weights
+            with torch.device("meta"):
+                net = family.net_class.from_config(family.config)
+            net.load_state_dict(state, assign=True)
         net.save_pretrained(partial / family.net_name)
         scheduler = student_scheduler(schedule, steps)
         scheduler.save_pretrained(partial / "scheduler")
