@@ -81,7 +81,7 @@ def passes(cfg, roles, discriminator, optimizers, family, prompts, ranks):
             discriminator.features(x, t, cond)
 
     def finetune():
-        adm.update(optimizers["fake"], fake(x, t, cond)[0].square().mean(), cfg, ranks)
+        adm.update(optimizers["fake"], fake(x, t, cond)[0].square().mean(), cfg)
         optimizers["fake"].skipped.clear()
 
     exact = cfg.loss == "adm" and cfg.fake_gradient == "exact"
