@@ -83,7 +83,7 @@ class Ranks:
         self.no_bar = None if self.main else True  # tqdm's `disable`; None: quiet when stderr is no terminal
         if cuda:
             torch.cuda.set_device(self.device)
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():
             # Longer than a shard or a big checkpoint takes. Where torchrun or a socket sees a rank die, the others end at once.
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
         self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None  # what networks are sharded over

@@ -4,7 +4,7 @@ Conventions, each pinned by a test: latents are (B, C, H, W), video latents (B, 
 tensors; t is (B,) float32 or int64 and never cast; predictions come back float32.
 """
 
-import hashlib, json, shutil
+import hashlib, json, shutil, warnings
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -405,6 +405,7 @@ def shard(module, units=(), mesh=None):
         return
     # Inputs are not cast: a time in bf16 would be another time. All is resharded at once, so that between passes parameters are
     # always the sharded ones, whose requires_grad `frozen` sets.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here works in place on an output
     how = MixedPrecisionPolicy(torch.bfloat16 if getattr(module, "bf16", False) else None, torch.float32, cast_forward_inputs=False)
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)

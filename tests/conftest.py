@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import data
 import models
@@ -39,6 +40,23 @@ def few_prompts(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory, few_prompts):
+    """{model: folder of encoded prompts}"""
+    folders = {name: tmp_path_factory.mktemp("encoded") / name for name in models.TINY}
+    for name, folder in folders.items():
+        call(data.encode, data.EncodeConfig, "--model", name, "--prompts", few_prompts, "--out", folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def sdxl_pairs(tmp_path_factory, encoded):
+    folder = tmp_path_factory.mktemp("pairs") / "sdxl"
+    call(data.pairs, data.PairsConfig, "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", folder, "--count", 6,
+         "--steps", 3, "--batch-size", 2, "--shard-size", 4)
+    return folder
+
+
 def call(main, config_class, *args):
     """Run a script's main in this process, through its command line."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -61,3 +79,11 @@ def read_log(folder):
     with open(Path(folder) / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     return {name: [float(r[name]) if r[name] else None for r in rows] for name in rows[0]}
+
+
+def same_log(a, b, **tolerance):
+    a, b = read_log(a), read_log(b)
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"seconds", "peak_memory_gb"}:
+        assert_close([float("nan") if x is None else x for x in a[name]], [float("nan") if x is None else x for x in b[name]],
+                     equal_nan=True, msg=lambda m: f"{name}: {m}", **tolerance)

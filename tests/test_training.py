@@ -13,28 +13,11 @@ import adm
 import adp
 import data
 import models
-from conftest import call, read_log, shell
+from conftest import call, read_log, same_log, shell
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
 ADM_COLUMNS = ["iteration", "loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
                "grad_norm_fake", "grad_norm_heads", "seconds", "peak_memory_gb"]
-
-
-@pytest.fixture(scope="session")
-def encoded(tmp_path_factory, few_prompts):
-    """{model: folder of encoded prompts}"""
-    folders = {name: tmp_path_factory.mktemp("encoded") / name for name in models.TINY}
-    for name, folder in folders.items():
-        call(data.encode, data.EncodeConfig, "--model", name, "--prompts", few_prompts, "--out", folder)
-    return folders
-
-
-@pytest.fixture(scope="session")
-def sdxl_pairs(tmp_path_factory, encoded):
-    folder = tmp_path_factory.mktemp("pairs") / "sdxl"
-    call(data.pairs, data.PairsConfig, "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", folder, "--count", 6,
-         "--steps", 3, "--batch-size", 2, "--shard-size", 4)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +39,6 @@ def sd3_adm(tmp_path_factory, encoded):
 
 def adm_args(encoded, out, model="tiny-sd3", iterations=4):
     return ["--model", model, "--prompts", encoded[model], "--out", out, "--iterations", iterations, *QUICK]
-
-
-def same_log(a, b, **tolerance):
-    a, b = read_log(a), read_log(b)
-    assert a.keys() == b.keys()
-    for name in a.keys() - {"seconds", "peak_memory_gb"}:
-        assert_close([float("nan") if x is None else x for x in a[name]], [float("nan") if x is None else x for x in b[name]],
-                     equal_nan=True, msg=lambda m: f"{name}: {m}", **tolerance)
 
 
 # --- End to end ------------------------------------------------------------------------------------------------------
@@ -300,22 +275,15 @@ def test_pairs_are_the_teachers_guided_ode(sdxl_pairs, teachers):
     assert_close(x_0, x, atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("stage", ["adm", "adp", "pairs"])
-def test_two_ranks_are_one(stage, encoded, sdxl_pairs, tmp_path):
-    """torchrun with two gloo ranks at the same global batch: the same losses, the same rows."""
-    outs = [tmp_path / "one", tmp_path / "two"]
-    flags = {"adm": ["adm.py", "--model", "tiny-cogvideox-5b", "--prompts", encoded["tiny-cogvideox-5b"], "--iterations", 3, *QUICK],
-             "adp": ["adp.py", "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--iterations", 3, "--mse-iterations", 1, *QUICK],
-             "pairs": ["data.py", "pairs", "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--count", 5, "--steps", 2,
-                       "--shard-size", 1]}[stage]
-    for launcher, out in ((["python"], outs[0]), (["torchrun", "--standalone", "--nproc_per_node=2"], outs[1])):
-        done = shell(*launcher, *flags, "--out", out)
+def test_two_ranks_make_the_same_pairs(encoded, tmp_path):
+    """torchrun with two gloo ranks: the same rows. (test_sharding.py has training.)"""
+    rows = []
+    for launcher in (["python"], ["torchrun", "--standalone", "--nproc_per_node=2"]):
+        done = shell(*launcher, "data.py", "pairs", "--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--count", 5, "--steps", 2,
+                     "--shard-size", 1, "--out", tmp_path / launcher[0])
         assert done.returncode == 0, done.stderr
-    if stage == "pairs":
-        one, two = (data.Rows(out, "pairs", models.load_teacher("tiny-sdxl"))[range(5)] for out in outs)
-        assert_close(one, two, atol=1e-4, rtol=1e-4)
-    else:
-        same_log(*outs, atol=1e-4, rtol=1e-3)
+        rows.append(data.Rows(tmp_path / launcher[0], "pairs", models.load_teacher("tiny-sdxl"))[range(5)])
+    assert_close(*rows, atol=1e-4, rtol=1e-4)
 
 
 # --- What users get wrong --------------------------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""Two ranks, each with half of every network, are one: losses, checkpoints, export, resuming. Then accumulation and offload.
+
+The runs of two ranks all happen in one torchrun (tests/two_ranks.py), those of one rank in this process.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import adm
+import adp
+import data
+import models
+from conftest import call, same_log, shell
+
+SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0, checkpoint_every=1)
+LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
+RUNS = {"adp": ("adp", dict(model="tiny-sdxl", mse_iterations=1, ema=0.5)),  # first: SAM loads before there are ranks
+        **{name: ("adm", dict(model=name)) for name in models.TINY if name != "tiny-sd3"},
+        "ema": ("adm", dict(model="tiny-sd3", ema=0.5, offload=True, sample_every=1, gradient_checkpointing=True)),
+        "lora": ("adm", dict(model="tiny-sd3", **LORA))}
+
+
+def checkpoint(folder, iteration, name):
+    return load_file(folder / "checkpoints" / f"{iteration:06d}" / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, encoded, sdxl_pairs):
+    """{ranks: folder of its runs}. Two ranks also resume: one-two and two-two, from ema's first checkpoint."""
+    folder = tmp_path_factory.mktemp("sharding")
+    one, two = folder / "one", folder / "two"
+
+    def config(stage, changes, out, **more):
+        source = {"pairs": str(sdxl_pairs)} if stage == "adp" else {"prompts": str(encoded[changes["model"]])}
+        return {**SMALL, **source, **changes, "out": str(out), **more}
+
+    for name, (stage, changes) in RUNS.items():
+        module = {"adm": adm, "adp": adp}[stage]
+        module.main(module.Config(**config(stage, changes, one / name)))
+    shutil.copytree(one / "ema", folder / "one-two"), shutil.rmtree(folder / "one-two" / "checkpoints" / "000002")
+    specs = [(stage, config(stage, changes, two / name)) for name, (stage, changes) in RUNS.items()]
+    stage, changes = RUNS["ema"]
+    specs.append((stage, config(stage, changes, folder / "one-two", resume=True)))
+    specs.append((stage, config(stage, changes, folder / "two-two", resume=True), str(two / "ema")))
+    (folder / "runs.json").write_text(json.dumps(specs))
+    done = shell("torchrun", "--standalone", "--nproc_per_node=2", "tests/two_ranks.py", folder / "runs.json")
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line]
+    assert "Warning" not in done.stderr.replace("UserWarning: Already found a `peft_config`", ""), done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_one(runs, name):
+    one, two = runs / "one" / name, runs / "two" / name
+    same_log(one, two, atol=1e-4, rtol=1e-3)
+    for network in ("student", "heads"):
+        a, b = checkpoint(one, 2, network), checkpoint(two, 2, network)
+        assert a.keys() == b.keys() and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype for k in a)
+        for key in a:  # Adam turns a rounding error in a gradient near 0 into a step of up to the learning rate: moments, not weights
+            if key.endswith("exp_avg"):
+                assert_close(a[key], b[key], atol=1e-5, rtol=1e-3)
+    family = models.load_teacher(RUNS[name][1]["model"])
+    a, b = (family.denoiser(folder=f / "pipeline").net.state_dict() for f in (one, two))
+    rate = RUNS[name][1].get("lr_student", (adm if RUNS[name][0] == "adm" else adp).Config.lr_student)
+    assert all((a[k] - b[k]).abs().max() <= 4 * rate for k in a)
+
+
+def test_resume_with_two_ranks_is_bitwise_and_with_other_numbers_close(runs, encoded, tmp_path):
+    one, two = runs / "one" / "ema", runs / "two" / "ema"
+    same_log(two, runs / "two-two", atol=0, rtol=0)
+    for name in ("student", "fake", "heads", "ema"):
+        assert (two / "checkpoints/000002" / f"{name}.safetensors").read_bytes() == \
+            (runs / "two-two" / "checkpoints/000002" / f"{name}.safetensors").read_bytes()
+    same_log(one, runs / "one-two", atol=1e-4, rtol=1e-3)
+    shutil.copytree(two, tmp_path / "two-one")
+    shutil.rmtree(tmp_path / "two-one" / "checkpoints" / "000002")
+    config = {**SMALL, **RUNS["ema"][1], "prompts": str(encoded["tiny-sd3"]), "out": str(tmp_path / "two-one")}
+    adm.main(adm.Config(**{**config, "accumulate": 2, "offload": False}, resume=True))  # memory flags may change too
+    same_log(one, tmp_path / "two-one", atol=1e-4, rtol=1e-3)
+
+
+def test_the_average_is_exported(runs):
+    """ema = decay · ema + (1 − decay) · student after each update, float32, from the student's first weights."""
+    for name, first in (("ema", models.load_teacher("tiny-sd3").denoiser()), ("adp", models.load_teacher("tiny-sdxl").denoiser())):
+        for folder in (runs / "one" / name, runs / "two" / name):
+            exported = first.family.denoiser(folder=folder / "pipeline").net.state_dict()
+            saved = [checkpoint(folder, i, network) for i in (1, 2) for network in ("student", "ema")]
+            for n, start in first.own_parameters().items():
+                s1, e1, s2, e2 = (tensors[f"weight/{n}"] for tensors in saved)
+                assert_close(e1, (start + s1) / 2, atol=1e-7, rtol=1e-6)
+                assert_close(e2, (e1 + s2) / 2, atol=1e-7, rtol=1e-6)
+                assert torch.equal(exported[n], e2) and e2.dtype == torch.float32
+            assert any(not torch.equal(saved[3][k], saved[2][k]) for k in saved[3])
+
+
+def test_adapters_alone_are_saved_and_load_into_the_stock_pipeline(runs):
+    from diffusers import DiffusionPipeline
+    for folder in (runs / "one" / "lora", runs / "two" / "lora"):
+        for network in ("student", "fake"):
+            assert all(".lora_" in key for key in checkpoint(folder, 2, network) if key.startswith("weight/"))
+        family = models.load_teacher("tiny-sd3")
+        pipe = DiffusionPipeline.from_pretrained(family.folder)
+        pipe.load_lora_weights(folder / "pipeline" / "lora")
+        pipe.fuse_lora(), pipe.unload_lora_weights()
+        merged, teacher = family.denoiser(folder=folder / "pipeline").net.state_dict(), family.denoiser().net.state_dict()
+        for name, w in pipe.transformer.state_dict().items():
+            assert_close(w, merged[name], atol=1e-6, rtol=1e-6)
+        assert any(not torch.equal(w, teacher[name]) for name, w in merged.items())
+
+
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-cogvideox-5b", "lora", "ema"])
+def test_each_rank_holds_half(runs, name):
+    held = [json.loads((runs / "two" / name / f"held-{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(held[1][k] == held[0][k] for k in ("teacher", "buffers", "gradients", "student", "fake"))
+    for network in ("student", "heads"):
+        whole = sum(w.nbytes for k, w in checkpoint(runs / "two" / name, 2, network).items() if k.startswith("weight/"))
+        assert whole / 2 <= held[0][network]["weights"] <= whole / 2 * 1.05
+        assert held[0][network]["optimizer"] == 2 * held[0][network]["weights"]
+    for parameters in (held[0]["student"], held[0]["fake"], held[0]["heads"]):
+        assert parameters["weights"] >= min(held[0]["gradients"])
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Everything in float64, where a sum's order cannot be mistaken for an error: gradients of heads are differences of near equals."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for module in (adm, adp):
+        monkeypatch.setattr(module, "make_roles", lambda *args, **kwargs: [r.double() for r in models.make_roles(*args, **kwargs)])
+        monkeypatch.setattr(module, "LatentDiscriminator", lambda *args: models.LatentDiscriminator(*args).double())
+    monkeypatch.setattr(adp, "PixelDiscriminator", lambda *args: models.PixelDiscriminator(*args).double())
+    monkeypatch.setattr(models.Family, "vae", lambda self, device, vae=models.Family.vae: vae(self, device).double())
+
+
+def gradients(monkeypatch, main, config):
+    """Run it; the gradients of each update, before clipping: [[tensor, ...], ...]."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        seen.append([p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        main(config)
+    return seen
+
+
+@pytest.mark.parametrize("stage, model, flags, updates", [
+    ("adm", "tiny-sd3", dict(ttur=2, damping=0.1, t_weight="1/alpha"), 10), ("adm", "tiny-sd3", dict(lora_rank=2), 6),
+    ("adm", "tiny-cogvideox-5b", dict(loss="dmd"), 4), ("adp", "tiny-sdxl", dict(mse_iterations=1), 3)])
+def test_micro_batches_add_up_to_one_batch(stage, model, flags, updates, encoded, sdxl_pairs, tmp_path, monkeypatch, in_double):
+    module = {"adm": adm, "adp": adp}[stage]
+    source = {"pairs": str(sdxl_pairs)} if stage == "adp" else {"prompts": str(encoded[model])}
+    whole, split = (gradients(monkeypatch, module.main, module.Config(
+        model=model, **source, **{**SMALL, **flags}, out=str(tmp_path / f"{n}"), accumulate=n)) for n in (1, 4))
+    assert len(whole) == updates and all(g.dtype == torch.float64 for gs in whole for g in gs)
+    for a, b in zip(whole, split, strict=True):
+        assert len(a) > 10
+        for g, h in zip(a, b, strict=True):
+            assert_close(g, h, atol=1e-6, rtol=0)
+    same_log(tmp_path / "1", tmp_path / "4", atol=1e-6, rtol=1e-6)
+
+
+def test_offloaded_moments_are_the_same_moments():
+    """On a CPU nothing moves, bit for bit; state_dict and load_state_dict too."""
+    weights = torch.randn(5, 3)
+    found = []
+    for kind in (torch.optim.AdamW, data.OffloadedAdamW):
+        p = torch.nn.Parameter(weights.clone())
+        optimizer = kind([p], 0.1)
+        for i in range(4):
+            p.grad = torch.full_like(p, 0.1 * i) * weights
+            optimizer.step()
+            other = kind([p], 0.1)
+            other.load_state_dict(optimizer.state_dict())
+            optimizer = other
+        found.append((p.detach(), optimizer.state[p]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(v, found[1][1][k]) for k, v in found[0][1].items())
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    ranks = data.Ranks()
+    assert ranks.mine(6, 3) == [range(0, 2), range(2, 4), range(4, 6)]
+    with pytest.raises(models.BadInput, match="--batch-size 6: no multiple of 1 ranks x --accumulate 4"):
+        ranks.mine(6, 4)
+    ranks.rank, ranks.world = 1, 2
+    assert ranks.mine(8, 2) == [range(4, 6), range(6, 8)]
