@@ -33,6 +33,7 @@ from ode import Draw, T, common, on_the_line, student_input, with_guidance
 @dataclass
 class Config:
     model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
+    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`")
     out: str = option("out/adm", "folder to write; must be empty, or a run to --resume")
     init: str = option("teacher", "where the student starts: teacher, or the folder of an adp.py (or adm.py) run")
@@ -167,7 +168,7 @@ def update(optimizer, loss, cfg, last=True):
 
 def main(cfg):
     check(cfg)
-    family, ranks = load_teacher(cfg.model), Ranks()
+    family, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
     check_prompts(cfg.prompts, family)
     shape, device, parts = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
     steps = cfg.student_steps or family.student_steps

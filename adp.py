@@ -32,6 +32,7 @@ from ode import Draw, T, common, on_the_line, student_sample
 @dataclass
 class Config:
     model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
+    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     pairs: str = option("out/pairs", "folder made by `data.py pairs` with the same model")
     out: str = option("out/adp", "folder to write; must be empty, or a run to --resume")
     init: str = option("teacher", "where the student starts: teacher, or the folder of another adp.py run")
@@ -144,10 +145,10 @@ def update(optimizer, loss, cfg, last=True):
 
 def main(cfg):
     check(cfg)
-    family, use_pixel = load_teacher(cfg.model), cfg.pixel and cfg.loss == "adp"
+    family, use_pixel = load_teacher(cfg.model, cfg.random_init), cfg.pixel and cfg.loss == "adp"
     if use_pixel:
         tiny = cfg.model.startswith("tiny-")
-        backbone = load_pixel_backbone(cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base"))
+        backbone = load_pixel_backbone(cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base"), cfg.random_init)
     ranks = Ranks()
     device, parts = ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
     pairs = Pairs(cfg.pairs, family, device, cfg.resolution, cfg.frames, cfg.guidance)
@@ -258,8 +259,12 @@ class Pairs(Rows):
         return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
 
 
-def load_pixel_backbone(name):
-    """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder. Raises BadInput."""
+def load_pixel_backbone(name, random_init=False):
+    """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder; or SAM-B at random. Raises BadInput."""
+    if random_init:  # the config's defaults are SAM-B's, but for this scale, at which features would vanish
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return transformers.SamVisionModel(transformers.SamVisionConfig(initializer_range=0.02)).eval().requires_grad_(False)
     folder = name
     if name in ("tiny-sam", "tiny-dinov2"):
         from toy.tiny import build

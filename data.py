@@ -9,7 +9,7 @@ written aside and renamed: a file is whole or absent. A second call of either co
 
 import argparse, csv, datetime, errno, hashlib, json, os, resource, shutil, signal, sys, time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,18 +21,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models import BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, remove, require
+from models import BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, remove, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 SHARD = "{:06d}.safetensors"
 
 # --- Running a script ------------------------------------------------------------------------------------------------
-
-def option(default, help):
-    """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
-    return field(default=default, metadata={"help": help})
-
 
 class Stopped(Exception):
     """All ranks end a run before its time. args: the exit code, and the line that rank 0 prints."""
@@ -499,6 +494,7 @@ def check_checkpoint(folder, networks):
 @dataclass
 class EncodeConfig:
     model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
     out: str = option("out/prompts", "folder to write")
     batch_size: int = option(32, "prompts encoded together, and stored in one shard")
@@ -507,6 +503,7 @@ class EncodeConfig:
 @dataclass
 class PairsConfig:
     model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
     count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is more than theirs")
@@ -521,13 +518,13 @@ class PairsConfig:
 
 def encode(cfg):
     at_least(1, cfg, "batch_size")
-    encode_prompts(load_teacher(cfg.model), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
+    encode_prompts(load_teacher(cfg.model, cfg.random_init), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
 
 
 def pairs(cfg):
     at_least(1, cfg, "count", "steps", "batch_size", "shard_size")
     at_least(0, cfg, "seed", "guidance")
-    teacher, ranks = load_teacher(cfg.model), Ranks()
+    teacher, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
     collect_pairs(cfg, teacher, ranks)
 
 

@@ -5,7 +5,8 @@ tensors; t is (B,) float32 or int64 and never cast; predictions come back float3
 """
 
 import hashlib, json, shutil, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,11 @@ class BadInput(ValueError):
     """A mistake in what the user passed: one line on stderr and exit code 2."""
 
 
+def option(default, help):
+    """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
+    return field(default=default, metadata={"help": help})
+
+
 def require(condition, message):
     if not condition:
         raise BadInput(message)
@@ -58,12 +64,12 @@ class Family:
     more_prompts = ()  # encode_prompt's further prompt arguments
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
 
-    def __init__(self, folder, name):
-        self.folder, self.name = Path(folder), name
+    def __init__(self, folder, name, random_init=False):
+        self.folder, self.name, self.random_init = Path(folder), name, random_init  # at random: of these configs, without files
         scheduler_class = getattr(diffusers, json.loads((self.folder / "model_index.json").read_text())["scheduler"][1])
         self.schedule = self.read_schedule(scheduler_class.from_pretrained(folder, subfolder="scheduler"))
         self.vae_config = SimpleNamespace(**self.vae_class.load_config(folder, subfolder="vae"))
-        require(any((self.folder / self.net_name).glob("*.safetensors")), f"{name} has no weights in {self.net_name}/")
+        require(random_init or any((self.folder / self.net_name).glob("*.safetensors")), f"{name} has no weights in {self.net_name}/")
         with torch.device("meta"):  # without storage: for the config's defaults, and where only a shape is asked for
             self.meta_net = self.net_class.from_config(self.net_class.load_config(folder, subfolder=self.net_name))
         self.config = self.meta_net.config
@@ -73,8 +79,26 @@ class Family:
         # Latents along a side of one position of the coarsest tapped map: a DiT's patch, the bottom of a UNet.
         self.grain = self.config.get("patch_size") or 2 ** (len(self.config.block_out_channels) - 1)
 
+    def made(self, kind, config):
+        """A network of random weights, the same on every rank and for every role."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return kind.from_config(config)
+
+    def cond_shapes(self):
+        """Shapes of one prompt's conditioning, by the denoiser's config. 333 = 77 tokens of CLIP + 256 of T5."""
+        return {"prompt_embeds": (333, self.config.joint_attention_dim), "pooled": (self.config.pooled_projection_dim,)}
+
+    def random_cond(self, prompts):
+        """What stands for `encode` where there is no text encoder: noise, which depends on the prompt alone."""
+        seeds = [int(hashlib.sha256(prompt.encode()).hexdigest()[:15], 16) for prompt in prompts]
+        return {name: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+                for name, shape in self.cond_shapes().items()}
+
     def encode(self, pipe, prompts):
         """n prompts → conditioning {name: (n, ...)}, by the stock pipeline's own encode_prompt."""
+        if self.random_init:
+            return self.random_cond(prompts)
         where = pipe.text_encoder.device  # said explicitly: the pipeline's own guess may be the weightless denoiser's
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, *self.more_prompts, device=where, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled": pooled}
@@ -123,10 +147,14 @@ class Family:
 
     def vae(self, device="cpu"):
         """The frozen VAE, float32 (SDXL's overflows in half precision)."""
-        return self.vae_class.from_pretrained(self.folder, subfolder="vae").to(device, torch.float32).eval().requires_grad_(False)
+        vae = (self.made(self.vae_class, vars(self.vae_config)) if self.random_init
+               else self.vae_class.from_pretrained(self.folder, subfolder="vae"))
+        return vae.to(device, torch.float32).eval().requires_grad_(False)
 
     def text_pipeline(self, device="cpu", dtype=torch.float32):
-        """The stock pipeline with tokenizers and text encoders only, for `encode`."""
+        """The stock pipeline with tokenizers and text encoders only, for `encode`; None where that needs none."""
+        if self.random_init:
+            return None
         pipe = DiffusionPipeline.from_pretrained(self.folder, vae=None, dtype=dtype, **{self.net_name: self.meta_net})
         for encoder in (c for c in pipe.components.values() if isinstance(c, transformers.PreTrainedModel)):
             encoder.to(device).eval().requires_grad_(False)
@@ -134,9 +162,13 @@ class Family:
 
     def denoiser(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
         """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16.
-        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it."""
+        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it. On "meta" nothing is loaded."""
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                return Denoiser(self, self.net_class.from_config(self.config).to(dtype).eval())
         try:
-            net = self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
+            net = self.made(self.net_class, self.config).to(dtype) if self.random_init and not folder else \
+                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
         return Denoiser(self, net.to("cpu" if mesh else device).eval(), bf16=torch.device(device).type == "cuda")
@@ -188,6 +220,10 @@ class SDXL(Family):
 
     def read_schedule(self, scheduler):
         return read_vp_schedule(scheduler, "epsilon", zero_terminal_snr=False, family="SDXL")
+
+    def cond_shapes(self):
+        pooled = self.config.projection_class_embeddings_input_dim - 6 * self.config.addition_time_embed_dim  # beside the time ids
+        return {"prompt_embeds": (77, self.config.cross_attention_dim), "pooled": (pooled,)}
 
     def unconditional(self, pipe):
         return {name: torch.zeros_like(c) for name, c in self.encode(pipe, [""]).items()}  # zeros, not the empty prompt
@@ -241,7 +277,12 @@ class CogVideoX(Family):
     def read_schedule(self, scheduler):
         return read_vp_schedule(scheduler, "v_prediction", zero_terminal_snr=True, family="CogVideoX")
 
+    def cond_shapes(self):
+        return {"prompt_embeds": (self.config.max_text_seq_length, self.config.text_embed_dim)}
+
     def encode(self, pipe, prompts):
+        if self.random_init:
+            return self.random_cond(prompts)
         embeds, _ = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
@@ -273,11 +314,16 @@ class CogVideoX(Family):
         return video[:, :, [int(n * video.shape[2]) for n in u[1:]]].transpose(1, 2).flatten(0, 1)
 
 
-def load_teacher(name_or_folder):
+def load_teacher(name_or_folder, random_init=False):
     """The Family of a model name (sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or local pipeline folder. Raises
-    BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a scheduler that contradicts it."""
+    BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a scheduler that contradicts it.
+    random_init: a model of the hub at its full size with random weights, to measure or to rehearse with; nothing is fetched."""
     name = str(name_or_folder)
-    if name in TINY:
+    require(name in HUB or not random_init, f"--random-init is for {', '.join(HUB)}")
+    if random_init:
+        from toy.full import skeleton
+        folder = skeleton(name)
+    elif name in TINY:
         from toy.tiny import build  # reaches up: tiny models are made here, not fetched
         folder = build(name)
     elif name in HUB:
@@ -293,7 +339,7 @@ def load_teacher(name_or_folder):
     try:
         pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
         require(pipeline in families, f"{name} is a {pipeline}; the families here are {', '.join(families)}")
-        return families[pipeline](folder, name)
+        return families[pipeline](folder, name, random_init)
     except Exception as e:  # whatever json, diffusers or torch make of a damaged file
         said = f"{name} is no complete diffusers pipeline folder: {type(e).__name__} {' '.join(str(e).split())[:300]}"
         raise e if isinstance(e, BadInput) else BadInput(said) from None
@@ -327,7 +373,7 @@ class Denoiser(nn.Module):
             hooks.append(following.register_forward_pre_hook(_Stop.now))
         use_adapter(self.net, adapter)
         try:
-            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(x_t.device.type, torch.bfloat16) if self.bf16 else nullcontext():
                 out = self.family.call(self.net, x_t, t, cond).float()
         except _Stop:
             if isinstance(following, FSDPModule):
@@ -590,3 +636,8 @@ def export_pipeline(student, schedule, steps, shape, folder, write=True):
         size = f"height={shape[-2] * family.vae_scale}, width={shape[-1] * family.vae_scale}"
         size += f", num_frames={(shape[0] - 1) * family.config.temporal_compression_ratio + 1}" if len(shape) == 4 else ""
         (partial / "README.md").write_text(USAGE.format(steps=steps, base=family.name, size=size))
+
+
+if __name__ == "__main__":  # python models.py --model sd3.5-large --world-size 8 --gpu-gb 80
+    from toy.plan import main  # reaches up, for one command to ask: does it fit?
+    main()

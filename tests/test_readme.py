@@ -12,12 +12,13 @@ import adm
 import adp
 import data
 from conftest import ROOT, shell
+from toy import plan
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
 COMMANDS = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
 SCRIPTS = {"adm.py": (adm.Config, adm.check), "adp.py": (adp.Config, adp.check), "data.py encode": (data.EncodeConfig, None),
-           "data.py pairs": (data.PairsConfig, None)}
+           "data.py pairs": (data.PairsConfig, None), "models.py": (plan.Config, None)}
 OFFLINE = [c for c in COMMANDS if "tiny-" in c]
 
 
@@ -79,7 +80,7 @@ def test_symbols_and_columns_are_in_the_code():
 
 def test_sizes():
     lines = {name: len((ROOT / name).read_text().splitlines()) for name in ("README.md", "ode.py", "models.py", "data.py", "adp.py", "adm.py")}
-    limits = {"README.md": 250, "ode.py": 250, "models.py": 500, "data.py": 400, "adp.py": 350, "adm.py": 400}
+    limits = {"README.md": 250, "ode.py": 250, "models.py": 640, "data.py": 500, "adp.py": 350, "adm.py": 400}
     assert all(lines[name] <= limit for name, limit in limits.items()), lines
     for script in ("adp.py", "adm.py"):
         loop = next(i for i, line in enumerate((ROOT / script).read_text().splitlines(), 1) if "for iteration in" in line)
