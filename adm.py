@@ -151,13 +151,16 @@ def starting_point(init, family, lora_rank):
 
 def update(optimizer, loss, cfg, last=True):
     """Backward, which averages over ranks; after the last micro-batch clip and step. Returns the norm before clipping, or None
-    before the last; the step leaves no gradient behind."""
-    (loss / cfg.accumulate).backward()
+    before the last; the step leaves no gradient behind. Where a loss or gradient is not finite on some rank, the average tells all
+    ranks, and none takes the step; the host is not asked."""
+    (loss / cfg.accumulate).backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite: then its gradient is NaN too
     if not last:
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves weights and moments as they are
+    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -187,7 +190,8 @@ def main(cfg):
                 "heads": dict(discriminator.heads.named_parameters())}  # what trains, each with its own rate; β2, decay as peers
     rates = {"student": cfg.lr_student, "fake": cfg.lr_fake, "heads": cfg.lr_heads}
     adamw = OffloadedAdamW if cfg.offload else AdamW
-    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01) for name in networks}
+    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
+                  for name in networks}
     if cfg.ema:
         networks["ema"] = {name: p.detach().clone() for name, p in networks["student"].items()}
     first = here.restore(networks, optimizers)
@@ -268,7 +272,7 @@ def main(cfg):
         here.record(iteration + 1, logs, began)
         if here.due(cfg.sample_every, iteration):
             here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
-        if here.due(cfg.checkpoint_every, iteration):
+        if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
     here.finish(student, networks, shape)
 

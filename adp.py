@@ -128,13 +128,16 @@ def starting_point(init, family, lora_rank):
 
 def update(optimizer, loss, cfg, last=True):
     """Backward, which averages over ranks; after the last micro-batch clip and step. Returns the norm before clipping, or None
-    before the last; the step leaves no gradient behind."""
-    (loss / cfg.accumulate).backward()
+    before the last; the step leaves no gradient behind. Where a loss or gradient is not finite on some rank, the average tells all
+    ranks, and none takes the step; the host is not asked."""
+    (loss / cfg.accumulate).backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite: then its gradient is NaN too
     if not last:
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves weights and moments as they are
+    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -172,7 +175,8 @@ def main(cfg):
     networks = {"student": student.own_parameters(), "heads": dict(heads.named_parameters())}  # what trains; β2, decay as peers
     rates = {"student": cfg.lr_student, "heads": cfg.lr_heads}
     adamw = OffloadedAdamW if cfg.offload else AdamW
-    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01) for name in networks}
+    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
+                  for name in networks}
     if cfg.ema:
         networks["ema"] = {name: p.detach().clone() for name, p in networks["student"].items()}
     first = here.restore(networks, optimizers)
@@ -231,7 +235,7 @@ def main(cfg):
             with torch.no_grad():
                 x0 = student_sample(lambda x, t: student(x, t, cond)[0], line, x_T, times, lambda: draw.normal(pairs.shape))
             here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
-        if here.due(cfg.checkpoint_every, iteration):
+        if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
     here.finish(student, networks, pairs.shape)
 

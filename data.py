@@ -7,7 +7,8 @@ Training reads these files only, so text encoders never sit in memory beside the
 written aside and renamed: a file is whole or absent. A second call of either command continues the first.
 """
 
-import argparse, csv, datetime, hashlib, json, os, resource, shutil, sys, time
+import argparse, csv, datetime, errno, hashlib, json, os, resource, shutil, signal, sys, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models import BadInput, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, require
+from models import BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, remove, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
@@ -28,19 +29,34 @@ SHARD = "{:06d}.safetensors"
 
 # --- Running a script ------------------------------------------------------------------------------------------------
 
+class Stopped(Exception):
+    """All ranks end a run before its time. args: the exit code, and the line that rank 0 prints."""
+
+
 def run(main, config_class, argv=None, **about):
-    """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2."""
+    """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one
+    line and 1. A run that is stopped: one line and its exit code."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, formatter_class=type(
         "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}), **about)
     parser.error = lambda message: require(False, message)
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     try:
         main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"{parser.prog}{rank}: {e}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as e:
+        code, line = e.args
+        print(f"{parser.prog}: {line}\n" * (os.environ.get("RANK", "0") == "0"), end="", file=sys.stderr)
+        sys.exit(code)
+    except (OSError, SafetensorError) as e:
+        full = [m for m in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) if m in str(e)]  # safetensors' has no errno
+        if not full:
+            raise
+        print(f"{parser.prog}{rank}: {full[0]}. What was whole still is: make room, then go on (training: --resume)", file=sys.stderr)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -63,7 +79,8 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))  # a shard, a big checkpoint
+            # Longer than a shard or a big checkpoint takes. Where torchrun or a socket sees a rank die, the others end at once.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
         self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None  # what networks are sharded over
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same run: on CPUs bitwise; fused attention may differ
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -86,6 +103,19 @@ class Ranks:
 
     def barrier(self):
         self.mean(torch.zeros(1, device=self.device)).item()
+
+    def first(self, function):
+        """What function() returns on rank 0, on every rank. If it raises, all end: rank 0 by that exception, the others silently."""
+        problem = None
+        try:
+            box = [function() if self.main else None]
+        except Exception as e:
+            box, problem = [SystemExit(1)], e
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        if isinstance(box[0], SystemExit):
+            raise problem or box[0]
+        return box[0]
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -119,8 +149,8 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 # --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
 def write_json(path, value):
-    Path(f"{path}.partial").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(f"{path}.partial", path)
+    with aside(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path, what, *keys):
@@ -128,13 +158,13 @@ def read_json(path, what, *keys):
     try:
         content = json.loads(Path(path).read_text())
         return content | {key: content[key] for key in keys}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise BadInput(f"{Path(path).parent} holds no {what}: {Path(path).name} is missing or damaged") from None
 
 
 def write_tensors(path, tensors):
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
+    with aside(path) as partial:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
 
 
 def is_whole(path):
@@ -148,7 +178,7 @@ def claim(folder):
     """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        require(not any(folder.iterdir()), f"{folder} is not empty: choose another --out")
+        require(all(p.suffix == ".partial" for p in folder.iterdir()), f"{folder} is not empty: choose another --out")
     except OSError as e:
         raise BadInput(f"cannot create the folder {folder}: {e.strerror}") from None
 
@@ -275,6 +305,7 @@ def collect_pairs(cfg, teacher, ranks):
 # When a run is resumed; the last three change where and how numbers are made, not which.
 MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
               "accumulate", "gradient_checkpointing", "offload")
+MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 
 
 class Run:
@@ -283,6 +314,7 @@ class Run:
     def __init__(self, stage, cfg, ranks, family, schedule, steps, **more):
         self.folder, self.cfg, self.ranks, self.family = Path(cfg.out), cfg, ranks, family
         self.schedule, self.steps, config = schedule, steps, {"stage": stage, **asdict(cfg)}
+        self.asked, self.stop = False, None  # a signal came to this rank; the Stopped on which all have agreed
         if cfg.resume:
             saved = read_json(self.folder / "config.json", "run to resume", "config")["config"]
             differing = [k for k in config if k not in MAY_CHANGE and saved.get(k) != config[k]]
@@ -301,19 +333,37 @@ class Run:
 
     def record(self, iteration, logs, began):
         """Append a row to log.csv: means over `logs`, one {name: tensor or None} a micro-batch, and over the ranks; what is always
-        None stays empty. To be called on every rank."""
+        None stays empty. To be called on every rank: that mean also tells all of them whether one was asked to stop. Sets self.stop
+        for that, and where too many updates were skipped."""
         values = {name: [log[name].detach().float() for log in logs if log[name] is not None] for name in logs[0]}
         values = {name: torch.stack(v).mean() if v else None for name, v in values.items()}
         tensors = {name: v for name, v in values.items() if v is not None}
-        means = self.ranks.mean(torch.stack(list(tensors.values()))).tolist()
+        flags = [(name, flag) for name, optimizer in self.optimizers.items() for flag in optimizer.skipped]
+        asked = torch.tensor(float(self.asked), device=self.ranks.device)
+        asked, *means = self.ranks.mean(torch.stack([asked, *tensors.values(), *(flag for _, flag in flags)])).tolist()
+        skipped = means[len(tensors):]
+        for (name, _), skip in zip(flags, skipped):
+            self.in_a_row[name] = self.in_a_row[name] + 1 if skip else 0
+            self.optimizers[name].skipped.clear()
         cuda, unit = self.ranks.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        row = {"iteration": iteration, **values, **dict(zip(tensors, means)),
+        row = {"iteration": iteration, **values, **dict(zip(tensors, means)), "skipped": int(sum(skipped)),
                "seconds": round(time.perf_counter() - began, 4), "peak_memory_gb": round(memory / 1e9, 3)}
         if self.ranks.main:
             with open(self.folder / "log.csv", "a", newline="") as f:
                 header = [dict(zip(row, row))] if iteration == 1 else []
                 csv.DictWriter(f, row, lineterminator="\n").writerows([*header, row])
+        stopped, worst = f"{self.folder}: stopped after iteration {iteration}", max(self.in_a_row, key=self.in_a_row.get)
+        if asked:
+            self.stop = Stopped(0, f"{stopped}, as asked: the same command with --resume goes on")
+        if self.in_a_row[worst] >= MOST_SKIPPED:
+            self.stop = Stopped(1, f"{stopped}: {MOST_SKIPPED} updates of {worst} in a row met a loss or gradient that is not finite "
+                                   "and were skipped; the checkpoint has the weights from before")
+
+    def ask(self, number, frame):
+        """From SIGTERM or SIGINT: finish the iteration, write a checkpoint, end. A second Ctrl-C ends at once."""
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def due(self, every, iteration):
         """Whether what is done `every` iterations (0: never) is due after this one; after the last it always is."""
@@ -339,55 +389,72 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         sheet.save(self.folder / "samples" / f"{iteration:06d}.png")
 
+    def checkpoints(self):
+        """Their folders, oldest first. One that is being written has another kind of name."""
+        return sorted((p for p in (self.folder / "checkpoints").glob("[0-9]*") if p.name.isdecimal()), key=lambda p: int(p.name))
+
     def save(self, iteration, networks, optimizers):
         """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}, whole tensors whatever the number of ranks. The
-        last cfg.keep_checkpoints stay."""
-        home, aside = self.folder / "checkpoints", self.folder / "checkpoints" / f".{iteration:06d}"
-        if self.ranks.main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        for name, parameters in networks.items():
-            tensors = {f"weight/{n}": p for n, p in parameters.items()}
-            if name in optimizers:
-                for i, slots in optimizers[name].state_dict()["state"].items():
-                    tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
-            tensors = gather(tensors, keep=self.ranks.main)  # one network at a time: in main memory it is whole
-            if self.ranks.main:
-                write_tensors(aside / f"{name}.safetensors", tensors)
-        if self.ranks.main:
-            write_json(aside / "state.json", {"iteration": iteration, "sha256": {f.stem: file_sha256(f) for f in aside.iterdir()}})
-            shutil.rmtree(home / aside.name[1:], ignore_errors=True)
-            aside.rename(home / aside.name[1:])
-            for old in sorted(home.glob("[0-9]*"))[:-self.cfg.keep_checkpoints]:
+        last cfg.keep_checkpoints stay. Then raises self.stop, if there is one."""
+        folder, first, main = self.folder / "checkpoints" / f"{iteration:06d}", self.ranks.first, self.ranks.main
+        with aside(folder) if main else nullcontext() as partial:
+            first(lambda: partial.mkdir(parents=True))
+            for name, parameters in networks.items():
+                tensors = {f"weight/{n}": p for n, p in parameters.items()}
+                if name in optimizers:
+                    for i, slots in optimizers[name].state_dict()["state"].items():
+                        tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
+                tensors = gather(tensors, keep=main)  # one network at a time: in main memory it is whole
+                first(lambda: write_tensors(partial / f"{name}.safetensors", tensors))
+            first(lambda: write_json(partial / "state.json", checkpoint_state(iteration, partial, networks)))
+        if main:
+            for old in self.checkpoints()[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
         self.ranks.barrier()
+        if self.stop:
+            raise self.stop
+
+    def newest_whole(self, networks):
+        """The newest checkpoint that is whole, or None where there is none at all. The others are named on stderr. Raises BadInput
+        where none is whole: to begin again would cost the log."""
+        problems = []
+        for folder in reversed(self.checkpoints()):
+            try:
+                check_checkpoint(folder, networks)
+                for line in problems:
+                    print(f"{line}: going back to the checkpoint before it", file=sys.stderr)
+                return folder
+            except (OSError, ValueError, SafetensorError) as e:
+                problems.append(f"{folder} is damaged ({e})")
+        require(not problems, "; ".join(problems))
 
     def restore(self, networks, optimizers):
-        """Load the newest whole checkpoint; return its iteration (0: none). A damaged one is named on stderr and passed over."""
-        done = 0
-        for folder in sorted((self.folder / "checkpoints").glob("[0-9]*"), reverse=True) if self.cfg.resume else []:
-            files = {name: folder / f"{name}.safetensors" for name in networks}
-            try:
-                state = json.loads((folder / "state.json").read_text())
-                require(all(file_sha256(file) == state["sha256"][name] for name, file in files.items()), "checksum")
-            except (OSError, ValueError, KeyError):
-                print(f"{folder} is damaged: going back to the checkpoint before it", file=sys.stderr)
-                continue
-            for name, parameters in networks.items():
-                slots, masters = {}, list(parameters.values())
-                with safe_open(files[name], "pt") as f:  # tensor by tensor: each rank keeps its part
-                    for n, p in parameters.items():
-                        assign(p, f.get_tensor(f"weight/{n}"))
-                    for _, i, slot in [key.split("/") for key in sorted(f.keys()) if key.startswith("adamw/")]:
-                        value = f.get_tensor(f"adamw/{i}/{slot}")
-                        slots.setdefault(int(i), {})[slot] = like(masters[int(i)], value) if value.ndim else value
-                if name in optimizers:
-                    optimizers[name].load_state_dict({"state": slots, "param_groups": optimizers[name].state_dict()["param_groups"]})
-            done = state["iteration"]
-            break
+        """Load the newest whole checkpoint; return its iteration (0: none). There is no state besides weights and AdamW's: which data
+        and noise an iteration sees depends on its number (see Draw). From here on SIGTERM and SIGINT are requests."""
+        folder = self.ranks.first(lambda: self.newest_whole(networks)) if self.cfg.resume else None  # the same on all ranks
+        done = int(folder.name) if folder else 0
+        for name, parameters in networks.items() if folder else []:
+            slots, masters = {}, list(parameters.values())
+            with safe_open(folder / f"{name}.safetensors", "pt") as f:  # tensor by tensor: each rank keeps its part
+                for n, p in parameters.items():
+                    assign(p, f.get_tensor(f"weight/{n}"))
+                for _, i, slot in [key.split("/") for key in sorted(f.keys()) if key.startswith("adamw/")]:
+                    value = f.get_tensor(f"adamw/{i}/{slot}")
+                    slots.setdefault(int(i), {})[slot] = like(masters[int(i)], value) if value.ndim else value
+            if name in optimizers:
+                optimizers[name].load_state_dict({"state": slots, "param_groups": optimizers[name].state_dict()["param_groups"]})
         log = self.folder / "log.csv"
-        if self.ranks.main and log.exists():  # what came after the checkpoint comes again
-            log.write_text("".join(log.read_text().splitlines(True)[:done and done + 1]))
+        if self.ranks.main:
+            for half in (self.folder / "checkpoints").glob("*.partial"):
+                remove(half)
+            if log.exists():  # what came after the checkpoint comes again
+                with aside(log) as partial:
+                    partial.write_text("".join(log.read_text().splitlines(True)[:done and done + 1]))
+        self.optimizers, self.in_a_row = optimizers, dict.fromkeys(optimizers, 0)
+        for optimizer in optimizers.values():
+            optimizer.skipped = []
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.ask)
         return done
 
     def finish(self, student, networks, shape):
@@ -397,6 +464,30 @@ class Run:
         export_pipeline(student, self.schedule, self.steps, shape, self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
             print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
+
+
+def checkpoint_state(iteration, folder, networks):
+    """What state.json says of the checkpoint in `folder`."""
+    return {"iteration": iteration, "sha256": {name: file_sha256(folder / f"{name}.safetensors") for name in networks}}
+
+
+def check_checkpoint(folder, networks):
+    """Raises ValueError, OSError or SafetensorError unless the folder holds a checkpoint of {name: {name: parameter}} and nothing
+    else, by checksums and then by the tensors' names and shapes. It may come from anywhere: no name in it is followed."""
+    whole = ["state.json", *(f"{name}.safetensors" for name in networks)]
+    plain = [f.name for f in folder.iterdir() if f.is_file() and not f.is_symlink() and not folder.is_symlink()]
+    require(sorted(plain) == sorted(whole) and len(plain) == len(os.listdir(folder)), "other files than a checkpoint's")
+    state = read_json(folder / "state.json", "checkpoint")
+    require(state == checkpoint_state(int(folder.name), folder, networks), "the checksums are others than state.json says")
+    for name, parameters in networks.items():
+        with safe_open(folder / f"{name}.safetensors", "pt") as f:
+            found = {key: (f.get_slice(key).get_dtype(), *f.get_slice(key).get_shape()) for key in f.keys()}
+        expected = {f"weight/{n}": ("F32", *p.shape) for n, p in parameters.items()}
+        for i, p in enumerate(parameters.values()):
+            if any(key.startswith(f"adamw/{i}/") for key in found):  # all that AdamW keeps for a parameter, or nothing
+                expected |= {f"adamw/{i}/step": ("F32",), f"adamw/{i}/exp_avg": ("F32", *p.shape), f"adamw/{i}/exp_avg_sq": ("F32", *p.shape)}
+        odd = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+        require(not odd, f"{name}.safetensors has other tensors than this run's {name}, beginning with {odd[:1]}")
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------

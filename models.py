@@ -181,6 +181,24 @@ class Family:
         return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
 
 
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def aside(path):
+    """A path to write a file or folder to, which becomes `path` when all went well, and is gone when not: whole or absent."""
+    path, partial = Path(path), Path(f"{path}.partial")
+    remove(partial)  # of a process that was killed
+    try:
+        yield partial
+        if partial.is_dir():
+            remove(path)  # a file is replaced in one go, a folder cannot be
+        partial.replace(path)
+    finally:
+        remove(partial)
+
+
 def file_sha256(path):
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
@@ -594,33 +612,31 @@ def export_pipeline(student, schedule, steps, shape, folder, write=True):
     """Write `folder`: a diffusers pipeline with the student's weights (float32) and the scheduler of its steps; the rest is the
     teacher's. A LoRA student is merged; its adapter alone goes into folder/lora, for `pipe.load_lora_weights`. shape: of a latent.
     Of a sharded student: called on every rank, and one of them is to `write`."""
-    family, aside = student.family, Path(f"{folder}.partial")
+    family = student.family
     state = gather(student.own_parameters() if student.adapter else student.net.state_dict(), write)
     if not write:
         return
-    shutil.rmtree(aside, ignore_errors=True)
-    index = json.loads((family.folder / "model_index.json").read_text())
-    for name in [n for n in index if n not in ("scheduler", family.net_name) and (family.folder / n).is_dir()]:
-        shutil.copytree(family.folder / name, aside / name)
-    if student.adapter:  # by the names that peft gives an adapter's weights
-        layers = {name.replace(f".{student.adapter}.", "."): w for name, w in state.items()}
-        family.pipeline_class.save_lora_weights(aside / "lora", **{f"{family.net_name}_lora_layers": layers})
-        net = family.denoiser().net
-        net.load_lora_adapter(aside / "lora", prefix=family.net_name, weight_name="pytorch_lora_weights.safetensors")
-        net.fuse_lora(), net.unload_lora()
-    else:  # a plain network around the gathered weights
-        with torch.device("meta"):
-            net = family.net_class.from_config(family.config)
-        net.load_state_dict(state, assign=True)
-    net.save_pretrained(aside / family.net_name)
-    scheduler = student_scheduler(schedule, steps)
-    scheduler.save_pretrained(aside / "scheduler")
-    (aside / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", type(scheduler).__name__]}, indent=2))
-    size = f"height={shape[-2] * family.vae_scale}, width={shape[-1] * family.vae_scale}"
-    size += f", num_frames={(shape[0] - 1) * family.config.temporal_compression_ratio + 1}" if len(shape) == 4 else ""
-    (aside / "README.md").write_text(USAGE.format(steps=steps, base=family.name, size=size))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with aside(folder) as partial:
+        index = json.loads((family.folder / "model_index.json").read_text())
+        for name in [n for n in index if n not in ("scheduler", family.net_name) and (family.folder / n).is_dir()]:
+            shutil.copytree(family.folder / name, partial / name)
+        if student.adapter:  # by the names that peft gives an adapter's weights
+            layers = {name.replace(f".{student.adapter}.", "."): w for name, w in state.items()}
+            family.pipeline_class.save_lora_weights(partial / "lora", **{f"{family.net_name}_lora_layers": layers})
+            net = family.denoiser().net
+            net.load_lora_adapter(partial / "lora", prefix=family.net_name, weight_name="pytorch_lora_weights.safetensors")
+            net.fuse_lora(), net.unload_lora()
+        else:  # a plain network around the gathered weights
+            with torch.device("meta"):
+                net = family.net_class.from_config(family.config)
+            net.load_state_dict(state, assign=True)
+        net.save_pretrained(partial / family.net_name)
+        scheduler = student_scheduler(schedule, steps)
+        scheduler.save_pretrained(partial / "scheduler")
+        (partial / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", type(scheduler).__name__]}, indent=2))
+        size = f"height={shape[-2] * family.vae_scale}, width={shape[-1] * family.vae_scale}"
+        size += f", num_frames={(shape[0] - 1) * family.config.temporal_compression_ratio + 1}" if len(shape) == 4 else ""
+        (partial / "README.md").write_text(USAGE.format(steps=steps, base=family.name, size=size))
 
 
 if __name__ == "__main__":  # python models.py --model sd3.5-large --world-size 8 --gpu-gb 80

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same everywhere
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,12 @@ def sdxl_pairs(tmp_path_factory, encoded):
 
 def call(main, config_class, *args):
     """Run a script's main in this process, through its command line."""
-    data.run(main, config_class, [str(a) for a in args], prog=main.__module__ + ".py")
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        data.run(main, config_class, [str(a) for a in args], prog=main.__module__ + ".py")
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 def shell(*command):

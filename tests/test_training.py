@@ -186,29 +186,6 @@ def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs,
     assert (pixel is None) == ("mse" in flags or "--no-pixel" in flags)
 
 
-@pytest.mark.parametrize("fake_gradient", ["exact", "straight-through"])
-def test_no_network_runs_twice(fake_gradient, encoded, tmp_path, monkeypatch):
-    """One ADM iteration of a one-step student: the passes, their batch, how far they go, and whether they build a graph."""
-    forward, passes, names = models.Denoiser.forward, [], {}
-
-    def spy_roles(*args, **kwargs):
-        made = make_roles(*args, **kwargs)
-        names.update({id(role): name for role, name in zip(made, ("teacher", "student", "fake"))})
-        return made
-
-    def spy_forward(self, x_t, t, cond, want="prediction"):
-        out, maps = forward(self, x_t, t, cond, want)
-        passes.append((names[id(self)], len(x_t), want, (maps[-1] if out is None else out).requires_grad))
-        return out, maps
-    make_roles = adm.make_roles
-    monkeypatch.setattr(adm, "make_roles", spy_roles)
-    monkeypatch.setattr(models.Denoiser, "forward", spy_forward)
-    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", iterations=1), "--student-steps", 1, "--fake-gradient", fake_gradient)
-    assert passes == [("student", 2, "prediction", True), ("teacher", 4, "prediction", False),
-                      ("fake", 2, "prediction", fake_gradient == "exact"), ("teacher", 2, "features", True),
-                      ("teacher", 2, "features", False), ("fake", 2, "prediction", True)]
-
-
 def test_real_and_fake_step_from_the_same_noisy_sample_by_dt(encoded, tmp_path, monkeypatch):
     """x_real and x_fake start at one x_t and land Δt lower, within the range; on a fresh run, fake is the teacher without CFG."""
     steps = []

@@ -1,0 +1,98 @@
+"""What an iteration of ADM costs: the passes that it makes through whole networks, counted by hooks, and the tool that times them."""
+
+import json
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+import adm
+import bench_step
+import data
+import models
+from conftest import call
+
+B = 2
+
+
+def blocks_of(net):
+    return net.transformer_blocks if hasattr(net, "transformer_blocks") else [*net.down_blocks, net.mid_block, *net.up_blocks]
+
+
+@pytest.mark.parametrize("fake_gradient", ["exact", "straight-through"])
+@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-sdxl"])
+def test_passes_of_one_iteration(model, fake_gradient, teachers, few_prompts, tmp_path, monkeypatch):
+    """One-step student, CFG on, TTUR 1. A pass is written down as it goes through a network's blocks: [direction, network, batch,
+    whether there is a graph, whether weights take a gradient, blocks that were visited]. Backward, it is that of its forward."""
+    passes = []
+
+    def watch(name, net):
+        for i, block in enumerate(blocks_of(net)):
+            def forward(block, args, output, i=i):
+                out = next(o for o in (output if isinstance(output, tuple) else [output])[::-1] if hasattr(o, "requires_grad"))
+                trains = any(p.requires_grad for p in block.parameters())
+                note("forward", name, len(out), out.requires_grad, trains, i)
+                if out.requires_grad:
+                    out.register_hook(lambda g: note("backward", name, len(g), True, trains, i))
+            block.register_forward_hook(forward)
+
+    def note(direction, name, batch, graph, trains, i):
+        begins = i == 0 if direction == "forward" else not passes or passes[-1][:2] != [direction, name] or i in passes[-1][-1]
+        if begins:
+            passes.append([direction, name, batch, graph, trains, []])
+        assert passes[-1][:5] == [direction, name, batch, graph, trains], "two passes mingle"
+        passes[-1][-1].append(i)
+
+    def spy_roles(*args, **kwargs):
+        roles = make_roles(*args, **kwargs)
+        for name, role in zip(("teacher", "student", "fake"), roles):
+            watch(name, role.net)
+        return roles
+    make_roles = adm.make_roles
+    monkeypatch.setattr(adm, "make_roles", spy_roles)
+    call(adm.main, adm.Config, "--model", model, "--prompts", few_prompts, "--out", tmp_path / "out", "--iterations", 1, "--batch-size", B,
+         "--student-steps", 1, "--head-width", 8, "--sample-every", 0, "--fake-gradient", fake_gradient)
+
+    family = teachers[model]
+    net = family.denoiser().net
+    last = [*blocks_of(net)].index(family.taps(net)[0][-1])  # the backbone's pass ends with it
+    all_, tapped = list(range(len(blocks_of(net)))), list(range(last + 1))
+    assert len(tapped) < len(all_)
+    exact = fake_gradient == "exact"
+    assert passes == [
+        ["forward", "student", B, True, True, all_],
+        ["forward", "teacher", 2 * B, False, False, all_],  # both halves of CFG
+        ["forward", "fake", B, exact, False, all_],
+        ["forward", "teacher", B, True, False, tapped],  # D on x_fake
+        ["backward", "teacher", B, True, False, tapped[::-1]],
+        *[["backward", "fake", B, True, False, all_[::-1]]] * exact,
+        ["backward", "student", B, True, True, all_[::-1]],
+        ["forward", "teacher", B, False, False, tapped],  # D on x_real
+        ["forward", "fake", B, True, True, all_],
+        ["backward", "fake", B, True, True, all_[::-1]]]
+
+
+def test_bench_step(few_prompts, tmp_path, capsys):
+    """Its parts are there, they add up, and they are the work that an iteration does, up to the heads'."""
+    args = ["--model", "tiny-sd3", "--prompts", str(few_prompts), "--batch-size", "1", "--head-width", "8"]
+    results = []
+    measure = bench_step.measure
+
+    def spy(*args):
+        results.append(measure(*args))
+        return results[-1]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(bench_step, "measure", spy)
+        bench_step.main([*args, "--json", "--repeats", "2", "--warm-up", "1"])
+    line = json.loads(capsys.readouterr().out)
+    parts = ["ms_student", "ms_teacher", "ms_fake_step", "ms_backbone_fake", "ms_backbone_real", "ms_fake_own"]
+    assert list(line) == ["model", "batch_size", "ratio", "ms_iteration", "ms_passes", *parts, "ms_dmd", "ms_finetune"]
+    assert all(line[p] > 0 for p in list(line)[2:]) and line["ms_passes"] == pytest.approx(sum(line[p] for p in parts))
+    assert line["ratio"] == pytest.approx(line["ms_iteration"] / line["ms_passes"])
+    assert adm.make_roles is models.make_roles and adm.encode_prompts is data.encode_prompts  # left as they were
+
+    call(data.encode, data.EncodeConfig, "--prompts", few_prompts, "--out", tmp_path / "prompts")
+    args[3] = tmp_path / "prompts"
+    for loss, result in zip(("adm", "dmd"), results, strict=True):
+        with FlopCounterMode(display=False) as counter:
+            call(adm.main, adm.Config, *args, "--student-steps", 1, "--iterations", 1, "--sample-every", 0, "--loss", loss, "--out", tmp_path / loss)
+        assert 0.97 * counter.get_total_flops() < result["flops"] <= counter.get_total_flops()
