@@ -123,12 +123,11 @@ class OffloadedAdamW(torch.optim.AdamW):
     def place(self, on_device):
         for p, slots in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
-                if on_device and not isinstance(p, DTensor):
-                    slots[name] = slots[name].to(p.device)
-                elif on_device and not isinstance(slots[name], DTensor):  # a shard, which goes to the mesh's device
-                    slots[name] = DTensor.from_local(slots[name], p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-                elif not on_device:
-                    slots[name] = (slots[name].to_local() if isinstance(p, DTensor) else slots[name]).cpu()
+                own = slots[name].to_local() if isinstance(slots[name], DTensor) else slots[name]  # this rank's part
+                own = own.to(p.device if on_device else "cpu")
+                if on_device and isinstance(p, DTensor):
+                    own = DTensor.from_local(own, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                slots[name] = own
 
     def step(self, closure=None):
         self.place(on_device=True)

@@ -171,7 +171,7 @@ class Family:
                 self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
-        # To dtype once more: from_pretrained leaves CogVideoX's table of positions, a buffer that is not saved, in float64.
+        # To dtype once more: from_pretrained leaves CogVideoX's positions, a buffer that is not saved, in float64.
         return Denoiser(self, net.to("cpu" if mesh else device, dtype).eval(), bf16=torch.device(device).type == "cuda")
 
     @cached_property
@@ -456,21 +456,17 @@ def shard(module, units=(), mesh=None):
     how = MixedPrecisionPolicy(torch.bfloat16 if getattr(module, "bf16", False) else None, torch.float32, cast_forward_inputs=False)
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)
-    # FSDP settles at the first forward what it reduces and how: that must happen before anything is `frozen`.
-    hook = module.register_forward_pre_hook(_Stop.now)
-    try:
-        module()
-    except _Stop:
-        module.reshard()
-    hook.remove()
+    # At its first forward FSDP settles what it will reduce: this one, before anything is `frozen`.
+    module.forward = lambda: None
+    module()
+    del module.forward
 
 
 def gather(tensors, keep=True):
     """{name: the whole of each tensor, on the CPU}. Every rank must call it, in the same order; only those that `keep` get any."""
     whole = {}
     for name, x in tensors.items():
-        x = x.detach()
-        x = x.full_tensor() if isinstance(x, DTensor) else x
+        x = x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
         whole |= {name: x.cpu()} if keep else {}
     return whole
 
