@@ -167,7 +167,7 @@ def plan(cfg):
     print(f"{'':14}{'parameters':>11}" + "".join(f"{c:>11}" for c in columns))
     for name, row in [*rows.items(), ("sum", {"parameters": sum(r["parameters"] for r in rows.values()), **sums})]:
         count = f"{row['parameters'] / 1e6:.1f}M" if row["parameters"] else ""
-        print(f"{name:14}{count:>11}" + "".join(f"{row[c] / 1e9:11.2f}" if row.get(c) else f"{'':11}" for c in columns).rstrip())
+        print((f"{name:14}{count:>11}" + "".join(f"{row[c] / 1e9:11.2f}" if row.get(c) else f"{'':11}" for c in columns)).rstrip())
     print(f"{'activations':14}{waiting / 1e9:.2f} in the generator's step, most of it {largest} ({full[largest] / 1e9:.2f})")
     print(f"{what:14}{passing / 1e9:.2f} of weights, for a pass" + "; moments are in main memory between steps" * cfg.offload)
     if cfg.world_size > 1:  # see Family.denoiser
