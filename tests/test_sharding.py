@@ -20,9 +20,9 @@ from toy import full, plan
 
 SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0)
 LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
-RUNS = {"adp": ("adp", dict(model="tiny-sdxl", mse_iterations=1, ema=0.5, checkpoint_every=1)),  # first: SAM loads before there are ranks
+RUNS = {"adp": ("adp", dict(model="tiny-sdxl", mse_iterations=1, ema=0.75, checkpoint_every=1)),  # first: SAM loads before there are ranks
         **{name: ("adm", dict(model=name)) for name in models.TINY if name != "tiny-sd3"},
-        "ema": ("adm", dict(model="tiny-sd3", ema=0.5, offload=True, sample_every=1, checkpoint_every=1, gradient_checkpointing=True)),
+        "ema": ("adm", dict(model="tiny-sd3", ema=0.75, offload=True, sample_every=1, checkpoint_every=1, gradient_checkpointing=True)),
         "lora": ("adm", dict(model="tiny-sd3", **LORA))}
 
 
@@ -93,8 +93,8 @@ def test_the_average_is_exported(runs):
             saved = [checkpoint(folder, i, network) for i in (1, 2) for network in ("student", "ema")]
             for n, start in first.own_parameters().items():
                 s1, e1, s2, e2 = (tensors[f"weight/{n}"] for tensors in saved)
-                assert_close(e1, (start + s1) / 2, atol=1e-7, rtol=1e-6)
-                assert_close(e2, (e1 + s2) / 2, atol=1e-7, rtol=1e-6)
+                assert_close(e1, 0.75 * start + 0.25 * s1, atol=1e-7, rtol=1e-6)
+                assert_close(e2, 0.75 * e1 + 0.25 * s2, atol=1e-7, rtol=1e-6)
                 assert torch.equal(exported[n], e2) and e2.dtype == torch.float32
             assert any(not torch.equal(saved[3][k], saved[2][k]) for k in saved[3])
 
