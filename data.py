@@ -11,6 +11,7 @@ import argparse, csv, datetime, hashlib, json, os, resource, shutil, sys, time
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import diffusers, numpy as np, torch, torch.distributed as dist, transformers
 from PIL import Image, ImageDraw
@@ -18,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from models import BadInput, export_pipeline, file_sha256, load_teacher, require
+from models import DIGITS, BadInput, export_pipeline, file_sha256, load_teacher, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
+DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
 SHARD = "{:06d}.safetensors"
 
 # --- Running a script ------------------------------------------------------------------------------------------------
@@ -32,13 +34,16 @@ def option(default, help):
 
 
 def run(main, config_class, argv=None, **about):
-    """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2."""
+    """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2.
+    config_class.DIGITS are its defaults with --model digits."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, formatter_class=type(
         "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}), **about)
     parser.error = lambda message: require(False, message)
     try:
+        if parser.parse_known_args(argv)[0].model == "digits":
+            parser.set_defaults(**config_class.DIGITS)
         main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
@@ -357,15 +362,16 @@ class Run:
 # --- Commands --------------------------------------------------------------------------------------------------------
 @dataclass
 class EncodeConfig:
-    model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    model: str = option("digits", "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
     out: str = option("out/prompts", "folder to write")
     batch_size: int = option(32, "prompts encoded together, and stored in one shard")
+    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS}
 
 
 @dataclass
 class PairsConfig:
-    model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    model: str = option("digits", "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
     count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is more than theirs")
@@ -376,6 +382,7 @@ class PairsConfig:
     frames: int | None = option(None, "video frames; default: the model's own")
     batch_size: int = option(8, "pairs sampled together on a rank")
     shard_size: int = option(32, "pairs in a file")
+    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS, "count": 3000, "steps": 28, "guidance": 1.0, "batch_size": 100, "shard_size": 500}
 
 
 def encode(cfg):
