@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from data import PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
+from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
 from models import LatentDiscriminator, follow, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, on_the_line, student_input, with_guidance
 
 
 @dataclass
 class Config:
-    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
+    model: str = option("digits", "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`")
     out: str = option("out/adm", "folder to write; must be empty, or a run to --resume")
@@ -46,6 +46,7 @@ class Config:
     student_steps: int | None = option(None, "student's steps; default: the paper's for the model, SDXL 1, others 4")
     guidance: float | None = option(None, "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
     ttur: int = option(1, "discriminator and fake-score updates for each generator update (paper: 1)")
+    warmup: int = option(0, "the first iterations, in which the student rests and fake score and discriminator learn it (ours)")
     dt: float = option(1 / 64, "length of the PF-ODE step, as a fraction of T (paper: 1/64)")
     t_min: float = option(0.02, "least time that a PF-ODE step lands on, as a fraction of T (ours)")
     t_max: float = option(0.98, "greatest time that a PF-ODE step starts from, as a fraction of T (ours)")
@@ -69,6 +70,7 @@ class Config:
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
+    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS, "batch_size": 16, "guidance": 1.0, "head_width": 64}  # defaults with --model digits: README, what we learnt
 
 
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
@@ -124,7 +126,7 @@ def straight_through(x_fake, x0_hat, alpha_s):
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
     at_least(1, cfg, "iterations", "ttur", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
-    at_least(0, cfg, "seed", "lora_rank", "guidance", "damping", "sample_every")
+    at_least(0, cfg, "seed", "warmup", "lora_rank", "guidance", "damping", "sample_every")
     for name in ("lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma"):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"--t-min {cfg.t_min} --t-max {cfg.t_max}: 0 <= t_min < t_max <= 1")
@@ -204,6 +206,7 @@ def main(cfg):
             logs.append(log := dict.fromkeys(COLUMNS))
             last = samples is parts[-1]
             draw = Draw((cfg.seed, STAGE, iteration, r), samples, device)
+            learns = r == 0 and iteration >= cfg.warmup  # the student
             cond, uncond = prompts[draw.integers(len(prompts))], prompts.unconditional(len(samples))
             k = int(common(cfg.seed, STAGE, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
 
@@ -213,7 +216,7 @@ def main(cfg):
             t_in = times[k].expand(len(samples))  # (B,)
             with torch.no_grad():
                 x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
-            with torch.set_grad_enabled(r == 0):
+            with torch.set_grad_enabled(learns):
                 x0_hat = student_schedule.to_x0_eps(x_in, predict(x_in, student_schedule.shown(t_in)), t_in)[0]  # (B, ...)
 
             # 2. Re-diffuse to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
@@ -222,12 +225,12 @@ def main(cfg):
             x_t = schedule.add_noise(x0_hat, draw.normal(shape), t)
 
             # Fake and heads are frozen up to the generator's update; their activations carry the gradient from D to x̂_0.
-            with frozen(fake, discriminator.heads), torch.set_grad_enabled(r == 0):
+            with frozen(fake, discriminator.heads), torch.set_grad_enabled(learns):
                 # 3. One PF-ODE step from the same x_t: by the teacher with CFG, without gradient; by the fake score, with.
                 with torch.no_grad():
                     out_real = with_guidance(teacher, cond, uncond, guidance)(x_t, t)
                     x_real = schedule.pf_ode_step(x_t, out_real, t, s)
-                with torch.set_grad_enabled(r == 0 and cfg.loss == "adm" and cfg.fake_gradient == "exact"):
+                with torch.set_grad_enabled(learns and cfg.loss == "adm" and cfg.fake_gradient == "exact"):
                     out_fake = fake(x_t, t, cond)[0]
                     x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
                 if cfg.fake_gradient == "straight-through":
@@ -243,7 +246,8 @@ def main(cfg):
                         weight = 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3) if cfg.t_weight == "1/alpha" else None  # (B,)
                         loss = generator_loss(discriminator.logits(maps_fake), weight)
                     log |= {"loss_generator": loss, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
-                    log["grad_norm_student"] = update(optimizers["student"], loss, cfg, last)
+                    if learns:
+                        log["grad_norm_student"] = update(optimizers["student"], loss, cfg, last)
                     shown = {f"student, step {k + 1} of {steps}": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
 
             # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.

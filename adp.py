@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from ode import Draw, T, common, on_the_line, student_sample
 
 @dataclass
 class Config:
-    model: str = option("tiny-sd3", "teacher: sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
+    model: str = option("digits", "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     pairs: str = option("out/pairs", "folder made by `data.py pairs` with the same model")
     out: str = option("out/adp", "folder to write; must be empty, or a run to --resume")
@@ -66,6 +66,7 @@ class Config:
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
+    DIGITS: ClassVar = {"batch_size": 16, "head_width": 64}  # defaults with --model digits: README, what we learnt
 
 
 STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
@@ -147,7 +148,7 @@ def main(cfg):
     check(cfg)
     family, use_pixel = load_teacher(cfg.model, cfg.random_init), cfg.pixel and cfg.loss == "adp"
     if use_pixel:
-        tiny = cfg.model.startswith("tiny-")
+        tiny = cfg.model.startswith(("tiny-", "digits"))
         backbone = load_pixel_backbone(cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base"), cfg.random_init)
     ranks = Ranks()
     device, parts = ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import diffusers, numpy as np, torch, torch.distributed as dist, transformers
 from PIL import Image, ImageDraw
@@ -21,10 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models import BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, remove, require
+from models import DIGITS, BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, remove, require
 from ode import Draw, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
+DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
 SHARD = "{:06d}.safetensors"
 
 # --- Running a script ------------------------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ class Stopped(Exception):
 
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one
-    line and 1. A run that is stopped: one line and its exit code."""
+    line and 1. A run that is stopped: one line and its exit code. config_class.DIGITS are its defaults with --model digits."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, formatter_class=type(
@@ -43,6 +45,8 @@ def run(main, config_class, argv=None, **about):
     parser.error = lambda message: require(False, message)
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     try:
+        if parser.parse_known_args(argv)[0].model == "digits":
+            parser.set_defaults(**config_class.DIGITS)
         main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:
         print(f"{parser.prog}{rank}: {e}", file=sys.stderr)
@@ -492,16 +496,17 @@ def check_checkpoint(folder, networks):
 # --- Commands --------------------------------------------------------------------------------------------------------
 @dataclass
 class EncodeConfig:
-    model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    model: str = option("digits", "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
     out: str = option("out/prompts", "folder to write")
     batch_size: int = option(32, "prompts encoded together, and stored in one shard")
+    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS}
 
 
 @dataclass
 class PairsConfig:
-    model: str = option("tiny-sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
+    model: str = option("digits", "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
@@ -513,6 +518,7 @@ class PairsConfig:
     frames: int | None = option(None, "video frames; default: the model's own")
     batch_size: int = option(8, "pairs sampled together on a rank")
     shard_size: int = option(32, "pairs in a file")
+    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS, "count": 3000, "steps": 28, "guidance": 1.0, "batch_size": 100, "shard_size": 500}
 
 
 def encode(cfg):

@@ -27,6 +27,7 @@ from ode import FlowSchedule, T, VPSchedule
 HUB = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
        "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
        "cogvideox-2b": "THUDM/CogVideoX-2b", "cogvideox-5b": "THUDM/CogVideoX-5b"}
+DIGITS = Path(__file__).with_name("toy") / "digits-teacher"  # small, but trained, on real images: see its README
 TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b")
 
 
@@ -61,7 +62,7 @@ class Family:
     guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
     student_steps: int  # default: the paper's
     tokens_at: int  # where a transformer block's output tuple has the image tokens
-    more_prompts = ()  # encode_prompt's further prompt arguments
+    text_tokens = None  # where the stock pipeline must be told how many text tokens to pad to: SD3 below
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
 
     def __init__(self, folder, name, random_init=False):
@@ -95,12 +96,12 @@ class Family:
         return {name: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
                 for name, shape in self.cond_shapes().items()}
 
-    def encode(self, pipe, prompts):
+    def encode(self, pipe, prompts, **options):
         """n prompts → conditioning {name: (n, ...)}, by the stock pipeline's own encode_prompt."""
         if self.random_init:
             return self.random_cond(prompts)
         where = pipe.text_encoder.device  # said explicitly: the pipeline's own guess may be the weightless denoiser's
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, *self.more_prompts, device=where, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=where, do_classifier_free_guidance=False, **options)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def unconditional(self, pipe):
@@ -131,7 +132,8 @@ class Family:
         height, width, unit = int(sides[0]), int(sides[-1]), self.vae_scale * self.grain
         require(height % unit == 0 and width % unit == 0,
                 f"--resolution {height}x{width}: {self.name} takes multiples of {unit} pixels")
-        require(min(height, width) >= Head2d.smallest * unit, f"--resolution {height}x{width}: the discriminator's heads need "
+        own = [height // self.vae_scale, width // self.vae_scale] == self.default_size
+        require(own or min(height, width) >= Head2d.smallest * unit, f"--resolution {height}x{width}: the discriminator's heads need "
                 f"feature maps of at least 8x8, for {self.name} {Head2d.smallest * unit} pixels a side")
         require(frames is None, f"--frames is for video models; {self.name} makes images")
         return self.config.in_channels, height // self.vae_scale, width // self.vae_scale
@@ -249,7 +251,7 @@ class SDXL(Family):
 class SD3(Family):
     """MM-DiT of Stable Diffusion 3 and 3.5: flow-prediction on the straight line, shifted sampling times."""
     pipeline_class, net_class = diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel
-    guidance, student_steps, tokens_at, more_prompts = 7.0, 4, 1, (None, None)
+    guidance, student_steps, tokens_at = 7.0, 4, 1
     lora_targets = Family.lora_targets + ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
     def read_schedule(self, scheduler):
@@ -259,6 +261,15 @@ class SD3(Family):
         odd = [o for o in ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas") if config.get(o)]
         require(not odd, f"the folder's {found} sets {odd[:1]}, which no SD3 teacher does")
         return FlowSchedule(shift=config.shift)
+
+    @cached_property
+    def text_tokens(self):
+        """T5's tokens: the stock pipeline's default of 256, or fewer where the folder's tokenizer was made for fewer."""
+        tokenizer = self.folder / "tokenizer_3" / "tokenizer_config.json"
+        return min(256, json.loads(tokenizer.read_text())["model_max_length"]) if tokenizer.exists() else 256
+
+    def encode(self, pipe, prompts):
+        return super().encode(pipe, prompts, prompt_2=None, prompt_3=None, max_sequence_length=self.text_tokens)
 
     def call(self, net, x_t, t, cond):
         return net(hidden_states=x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"],
@@ -316,7 +327,7 @@ class CogVideoX(Family):
 
 
 def load_teacher(name_or_folder, random_init=False):
-    """The Family of a model name (sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or local pipeline folder. Raises
+    """The Family of a model name (digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or local pipeline folder. Raises
     BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a scheduler that contradicts it.
     random_init: a model of the hub at its full size with random weights, to measure or to rehearse with; nothing is fetched."""
     name = str(name_or_folder)
@@ -324,6 +335,8 @@ def load_teacher(name_or_folder, random_init=False):
     if random_init:
         from toy.full import skeleton
         folder = skeleton(name)
+    elif name == "digits":
+        folder = DIGITS
     elif name in TINY:
         from toy.tiny import build  # reaches up: tiny models are made here, not fetched
         folder = build(name)
@@ -335,7 +348,7 @@ def load_teacher(name_or_folder, random_init=False):
                            f"folder will do, and --model tiny-{name.removesuffix('.5-large')} runs offline") from None
     else:
         folder = name
-        require(Path(name).is_dir(), f"unknown model {name!r}: neither a folder nor one of {', '.join([*HUB, *TINY])}")
+        require(Path(name).is_dir(), f"unknown model {name!r}: neither a folder nor one of {', '.join(['digits', *HUB, *TINY])}")
     families = {f.pipeline_class.__name__: f for f in (SDXL, SD3, CogVideoX)}
     try:
         pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
@@ -507,8 +520,9 @@ def frozen(*modules):
 # --- Discriminators --------------------------------------------------------------------------------------------------
 
 class Head2d(nn.Module):
-    """Feature map (B, C, H, W), at least 8x8 → logits (B,), the mean over positions (arXiv 2507.18569, appendix B):
-    3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 → GroupNorm(32) → SiLU], average pool, Linear."""
+    """Feature map (B, C, H, W) → logits (B,), the mean over positions (arXiv 2507.18569, appendix B):
+    3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 → GroupNorm(32) → SiLU], average pool, Linear.
+    The strides need 8x8 positions; the 4x4 of the digits teacher are enlarged to that (ours)."""
     smallest, conv, strided, plain = 8, nn.Conv2d, (4, 2, 1), (3, 1, 1)  # kernel, stride, padding
 
     def __init__(self, channels, width=256):
@@ -520,6 +534,8 @@ class Head2d(nn.Module):
         self.body, self.to_logit = nn.Sequential(*stages), nn.Linear(width, 1)
 
     def forward(self, h):
+        if min(h.shape[-2:]) < self.smallest:
+            h = h.repeat_interleave(2, -1).repeat_interleave(2, -2)
         return self.to_logit(self.body(h.float()).flatten(2).mean(2))[:, 0]
 
 
@@ -632,6 +648,7 @@ def export_pipeline(student, schedule, steps, shape, folder, write=True):
         (partial / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", type(scheduler).__name__]}, indent=2))
         size = f"height={shape[-2] * family.vae_scale}, width={shape[-1] * family.vae_scale}"
         size += f", num_frames={(shape[0] - 1) * family.config.temporal_compression_ratio + 1}" if len(shape) == 4 else ""
+        size += f", max_sequence_length={family.text_tokens}" if family.text_tokens not in (None, 256) else ""
         (partial / "README.md").write_text(USAGE.format(steps=steps, base=family.name, size=size))
 
 

@@ -219,8 +219,10 @@ def test_heads_shapes_and_least_sizes():
     for size in (8, 9, 32):
         assert h2(torch.randn(3, 16, size, size)).shape == (3,)
         assert h3(torch.randn(3, 16, 2, size, size)).shape == (3,)
+    small = torch.randn(3, 16, 4, 4)  # the digits teacher's maps: enlarged to what the strides need
+    assert torch.equal(h2(small), h2(torch.nn.functional.interpolate(small, scale_factor=2)))
     with pytest.raises(RuntimeError):
-        h2(torch.randn(3, 16, 7, 8))
+        h2(torch.randn(3, 16, 3, 8))
     assert [m.num_groups for m in h2.body if isinstance(m, torch.nn.GroupNorm)] == [32] * 4
     assert [tuple(m.kernel_size) for m in h2.body if isinstance(m, torch.nn.Conv2d)] == [(4, 4)] * 3 + [(3, 3)]
     assert all(tuple(m.kernel_size) == (3, 3, 3) for m in h3.body if isinstance(m, torch.nn.Conv3d))

@@ -34,24 +34,31 @@ def build(name):
     return folder
 
 
-def clip_tokenizer():
-    """Byte-level CLIP tokenizer without merges: every character is a token."""
+def clip_tokenizer(words=(), max_length=77):
+    """Byte-level CLIP tokenizer: each of `words` (a dozen at most) is one token, in other words every character."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    merges = []
+    for word in words:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        merges += [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
+    merges = list(dict.fromkeys(merges))
+    tokens += [left + right for left, right in merges]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length)
 
 
-def t5_tokenizer(max_length):
-    """Unigram T5 tokenizer whose pieces are the printable ASCII characters."""
+def t5_tokenizer(max_length, words=()):
+    """Unigram T5 tokenizer whose pieces are the printable ASCII characters and `words`."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
+    pieces += [("▁" + word, -1.0) for word in words]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
-def clip_text(model_class=CLIPTextModelWithProjection):
+def clip_text(model_class=CLIPTextModelWithProjection, vocab_size=514, **config):
     # bos, eos and pad must be this vocabulary's, or the pooled token is looked up in the wrong place.
-    return model_class(CLIPTextConfig(vocab_size=514, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    return model_class(CLIPTextConfig(vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                                       num_attention_heads=2, projection_dim=16, bos_token_id=512, eos_token_id=513,
-                                      pad_token_id=513))
+                                      pad_token_id=513, **config))
 
 
 def t5():

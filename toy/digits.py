@@ -1,0 +1,390 @@
+"""A real teacher in the box: a latent diffusion model of scikit-learn's handwritten digits, its measure and its experiment.
+
+    python toy/digits.py train                    # makes toy/digits-teacher/ anew (seeded), about ten minutes on two cores
+    python toy/digits.py eval out/adp out/adm     # table and picture of any number of runs, beside the teacher and the floors
+
+Images are the 1,797 scans of 8x8 pixels that scikit-learn carries (UCI Optical Recognition of Handwritten Digits, E. Alpaydin and
+C. Kaynak, CC BY 4.0); 300 of them are held out of all training.
+"""
+
+import csv
+import shutil
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import adm
+import adp
+import data
+from adm import starting_point
+from data import claim, read_json, run, write_json
+from models import load_teacher, require
+from ode import Draw, student_sample, teacher_sample, with_guidance
+from toy import tiny
+
+TEACHER = Path(__file__).with_name("digits-teacher")
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PROMPTS = (*(f"a handwritten {name}" for name in NAMES), "a handwritten digit")
+
+
+@cache
+def scans():
+    """((1497, 3, 8, 8) float32 in [−1, 1], (1497,) labels) to train on, and as much of the 300 held out: 30 of each digit."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, 8, 8) / 8 - 1
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held = torch.cat([order[labels[order] == digit][:30] for digit in range(10)])
+    rest = order[~torch.isin(order, held)]
+    return (images[rest], labels[rest]), (images[held], labels[held])
+
+
+# --- The teacher -----------------------------------------------------------------------------------------------------
+
+def autoencoder(images, iterations=1200, batch_size=64):
+    """AutoencoderKL of 8x8 pixels ↔ one 8x8 latent, trained on L2 and a small KL; its latents are scaled to mean 0 and std 1."""
+    vae = AutoencoderKL(block_out_channels=(16,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+                        layers_per_block=1, norm_num_groups=4, latent_channels=1, sample_size=8, mid_block_add_attention=False,
+                        use_quant_conv=False, use_post_quant_conv=False)
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in tqdm(range(iterations), "VAE", disable=None):
+        x = images[torch.randint(len(images), (batch_size,))]  # (B, 3, 8, 8)
+        posterior = vae.encode(x).latent_dist
+        loss = F.mse_loss(vae.decode(posterior.sample()).sample, x) + 1e-4 * posterior.kl().mean() / 64
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    with torch.no_grad():
+        z = vae.encode(images).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+    return vae.eval().requires_grad_(False)
+
+
+def embed(pipe, prompts, length=None):
+    """Conditioning of n prompts: {"prompt_embeds": (n, L, 32), "pooled": (n, 32)}; length: T5's tokens, default its tokenizer's."""
+    length = length or pipe.tokenizer_3.model_max_length
+    embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, device="cpu", max_sequence_length=length,
+                                              do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeds, "pooled": pooled}
+
+
+def train(seed=0, iterations=4000, batch_size=64, rate=2e-3):
+    """Make toy/digits-teacher/: VAE, then an SD3 transformer by rectified flow in its latents, then an ordinary pipeline folder."""
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    (images, labels), _ = scans()
+    vae = autoencoder(images)
+    latents = (vae.encode(images).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor  # (1497, 1, 8, 8)
+    words = ("a", "handwritten", *NAMES, "digit")
+    clip = tiny.clip_tokenizer(words, max_length=5)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=1, out_channels=1, num_layers=4, attention_head_dim=20, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=80, pooled_projection_dim=32, pos_embed_max_size=4)
+    def text():  # twice the usual initial weights: else random encoders give digits embeddings that hardly differ
+        return tiny.clip_text(vocab_size=len(clip), initializer_factor=2.0)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae,
+        text_encoder=text(), tokenizer=clip, text_encoder_2=text(), tokenizer_2=clip, text_encoder_3=tiny.t5(), tokenizer_3=tiny.t5_tokenizer(4, words))
+    pipe.text_encoder.requires_grad_(False), pipe.text_encoder_2.requires_grad_(False), pipe.text_encoder_3.requires_grad_(False)
+    short, long = (embed(pipe, (*PROMPTS, ""), length) for length in (None, 256))
+    for module in transformer.modules():  # as DiT: blocks begin as the identity, the output as zero
+        for name in ("norm1", "norm1_context"):
+            if hasattr(module, name):
+                torch.nn.init.zeros_(getattr(module, name).linear.weight)
+    for layer in (transformer.norm_out.linear, transformer.proj_out):
+        torch.nn.init.zeros_(layer.weight)
+
+    optimizer = torch.optim.AdamW(transformer.parameters(), rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    averaged = torch.optim.swa_utils.AveragedModel(transformer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    for iteration in tqdm(range(iterations), "transformer", disable=None):
+        rows = torch.randint(len(images), (batch_size,))
+        u = torch.rand(batch_size)
+        number = torch.where(u < 0.1, 11, torch.where(u < 0.3, 10, labels[rows]))  # 10% empty, 20% "a handwritten digit"
+        t = torch.sigmoid(torch.randn(batch_size))  # (B,) as SD3's training times
+        x_0, eps = latents[rows], torch.randn(batch_size, 1, 8, 8)
+        x_t = (1 - t).view(-1, 1, 1, 1) * x_0 + t.view(-1, 1, 1, 1) * eps
+        # One batch in 25 has the 256 tokens of T5 that the stock pipeline pads to when it is not told otherwise.
+        cond, few = (long, slice(0, batch_size // 4)) if iteration % 25 == 0 else (short, slice(None))
+        v = transformer(hidden_states=x_t[few], timestep=1000 * t[few], encoder_hidden_states=cond["prompt_embeds"][number[few]],
+                        pooled_projections=cond["pooled"][number[few]], return_dict=False)[0]
+        loss = F.mse_loss(v, (eps - x_0)[few])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
+        averaged.update_parameters(transformer)
+    transformer.load_state_dict(averaged.module.state_dict())
+    pipe.save_pretrained(TEACHER)
+    print(f"{TEACHER}: {(time.perf_counter() - began) / 60:.1f} minutes, loss of the last batch {loss.item():.3f}")
+
+
+# --- The measure -----------------------------------------------------------------------------------------------------
+# Images are (N, 64) float64 in pixel units of 0 to 16. Distances are taken in the first 30 principal components of the training scans.
+METRICS = ("fd_teacher", "fd_real", "coverage", "density", "precision", "diversity", "class_tv", "accuracy")
+LABELS = np.arange(600) % 10  # of the samples: 600 with the class prompts, then 600 with "a handwritten digit"
+NUMBERS = [*LABELS.tolist(), *[10] * 600]  # among PROMPTS
+
+
+def pixels(images):
+    """(N, 3, 8, 8) in [−1, 1] → (N, 64), as a picture of 8 bits would have it."""
+    return (images.clamp(-1, 1).add(1).mul(127.5).round().double().mean(1).flatten(1) / 255 * 16).numpy()
+
+
+@cache
+def features():
+    """(the principal components, a classifier), scikit-learn's, fitted to the training scans."""
+    from sklearn.decomposition import PCA
+    from sklearn.svm import SVC
+    (images, labels), _ = scans()
+    return PCA(30).fit(pixels(images)), SVC(gamma=0.001, C=10).fit(pixels(images), labels.numpy())
+
+
+def frechet(x, y):
+    """Fréchet distance of the Gaussians fitted to (N, D) and (M, D): |μ − μ'|² + tr(C + C' − 2 (C C')^½)."""
+    a, b = np.cov(x.T), np.cov(y.T)
+    roots = np.sqrt(np.linalg.eigvals(a @ b).real.clip(0))
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * roots.sum())
+
+
+def neighbourhoods(real, fake, k=5):
+    """Of (N, D), (M, D): coverage and density (Naeem et al. 2020), precision (Kynkäänniemi et al. 2019), by balls to the k-th neighbour."""
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    radius = torch.cdist(real, real).kthvalue(k + 1).values  # (N,), the nearest being the point itself
+    inside = torch.cdist(fake, real) < radius  # (M, N)
+    return inside.any(0).double().mean().item(), inside.sum(1).double().mean().item() / k, inside.any(1).double().mean().item()
+
+
+def spread(x, labels):
+    """Mean distance between two samples (N, D) of the same class, averaged over the classes."""
+    return float(np.mean([torch.pdist(torch.as_tensor(x[labels == label])).mean() for label in np.unique(labels)]))
+
+
+def histogram(x):
+    """(10,) shares of the digits among images, by the classifier."""
+    return np.bincount(features()[1].predict(x), minlength=10) / len(x)
+
+
+def measure(x, labels, teacher, unprompted=None):
+    """{metric: float} of images `x` (N, 64), N a multiple of 300, drawn with the class prompts `labels` (N,), against the 300 scans held
+    out and against `teacher`, as many images as NUMBERS; class_tv from `unprompted` (M, 64), drawn with "a handwritten digit".
+
+    Coverage, density and precision are means over blocks of 300 samples, since they depend on the number.
+    """
+    pca, classifier = features()
+    real, real_labels = pixels(scans()[1][0]), scans()[1][1].numpy()
+    z, z_real = pca.transform(x), pca.transform(real)
+    blocks = [neighbourhoods(z_real, block) for block in np.split(z, len(z) // len(z_real))]
+    coverage, density, precision = np.mean(blocks, 0).tolist()
+    shift = None if unprompted is None else histogram(unprompted) - histogram(teacher[len(LABELS):])
+    return {"fd_teacher": frechet(z, pca.transform(teacher[:len(LABELS)])), "fd_real": frechet(z, z_real), "coverage": coverage,
+            "density": density, "precision": precision, "diversity": spread(z, labels) / spread(z_real, real_labels),
+            "class_tv": None if shift is None else float(np.abs(shift).sum() / 2),
+            "accuracy": float((classifier.predict(x) == labels).mean())}
+
+
+@torch.no_grad()
+def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100):
+    """Images (N, 64) of PROMPTS[numbers], from noises that depend on `key` alone: by the student's sampler, or with `guidance` by
+    the teacher's PF-ODE."""
+    cond, vae, images = conditioning(family), family.vae(), []
+    times = schedule.timesteps(steps)[:-1]
+    for at in tqdm(range(0, len(numbers), batch_size), f"{steps} steps", disable=None, leave=False):
+        some = numbers[at:at + batch_size]
+        draw = Draw((key, 4), range(at, at + len(some)))
+        here, none = ({name: c[rows] for name, c in cond.items()} for rows in (some, [len(PROMPTS)] * len(some)))
+        x_T = draw.normal(family.latent_shape())
+        if guidance is None:
+            z = student_sample(lambda x, t: denoiser(x, t, here)[0], schedule, x_T, times, lambda: draw.normal(family.latent_shape()))
+        else:
+            z = teacher_sample(with_guidance(denoiser, here, none, guidance), schedule, x_T, steps)
+        images.append(family.decode(vae, z))
+    return pixels(torch.cat(images))
+
+
+@cache
+def conditioning(family):
+    """{name: (12, ...)}: of PROMPTS, then of the empty prompt."""
+    with torch.no_grad():
+        return family.encode(family.text_pipeline(), [*PROMPTS, ""])
+
+
+def open_run(folder, family):
+    """(denoiser, its Schedule, number of steps) of an adp.py or adm.py run."""
+    schedule, pipeline = starting_point(str(folder), family, 0)
+    return family.denoiser(folder=pipeline), schedule, len(read_json(Path(folder) / "config.json", "run", "student")["student"]["times"])
+
+
+
+# --- eval ------------------------------------------------------------------------------------------------------------
+GUIDANCE = 1.0  # the CFG scale that is distilled: the default of data.py, adp.py and adm.py for this teacher
+SAMPLES = Path(__file__).with_name("results") / "digits-teacher.safetensors"  # of the teacher, which cost minutes
+
+
+def teacher_samples(family):
+    """{name: (1200, 64)} of NUMBERS, from the file that `samples` makes. Raises BadInput if it belongs to another teacher."""
+    with safe_open(SAMPLES, "pt") as f:
+        require(f.metadata() == {"weights_sha256": family.weights_sha256},
+                f"{SAMPLES} belongs to another teacher: make it anew with `python toy/digits.py samples`")
+        return {name: f.get_tensor(name).double().numpy() for name in f.keys()}
+
+
+def samples():
+    """Write the teacher's samples by which students are measured: 28 steps, and by the same noises as theirs at two CFG scales."""
+    family = load_teacher("digits")
+    denoiser = family.denoiser()
+    kinds = {"reference": (1, 28, GUIDANCE), "teacher, 28 steps": (0, 28, GUIDANCE), "teacher, 28 steps, CFG 2": (0, 28, 2.0),
+             "teacher, 1 step": (0, 1, GUIDANCE), "teacher, 1 step, CFG 2": (0, 1, 2.0)}
+    made = {name: sample(family, denoiser, family.schedule, steps, key, NUMBERS, w) for name, (key, steps, w) in kinds.items()}
+    save_file({name: torch.tensor(x, dtype=torch.float16) for name, x in made.items()}, SAMPLES,
+              {"weights_sha256": family.weights_sha256})
+
+
+def evaluate(runs, out):
+    """Table (printed, and as table.md and table.json) and picture (samples.png) of runs of adp.py or adm.py in the folder `out`."""
+    family = load_teacher("digits")
+    teacher, students = teacher_samples(family), {str(run): open_run(run, family) for run in runs}
+    claim(Path(out))
+    (images, labels), (real, _) = scans()
+    some = np.concatenate([np.flatnonzero(labels == digit)[:60] for digit in range(10)]).reshape(10, 60).T.flatten()
+    rows = {"scans of the training set": {**measure(pixels(images[some]), LABELS, teacher["reference"]), "nfe": None, "ms": None}}
+    shown = {"held-out scans": pixels(real).reshape(10, 30, 64)[:, :2].transpose(1, 0, 2).reshape(20, 64)}
+    denoiser = family.denoiser()
+    for name in [k for k in teacher if k != "reference"] + list(students):
+        if name in students:
+            x, network = sample(family, *students[name], 0, NUMBERS), students[name]
+        else:
+            x, network = teacher[name], (denoiser, family.schedule, 1 if "1 step" in name else 28)
+        guidance = None if name in students else 2.0 if "CFG 2" in name else GUIDANCE
+        began = time.perf_counter()
+        sample(family, *network, 0, NUMBERS[:100], guidance)
+        ms = 1000 * (time.perf_counter() - began) / 100
+        rows[name] = {**measure(x[:600], LABELS, teacher["reference"], x[600:]),
+                      "nfe": network[2] * (2 if guidance not in (None, 1) else 1), "ms": ms}
+        shown[name] = x[:20]
+    lines = ["| | " + " | ".join(next(iter(rows.values()))) + " |", "| --- " * (len(METRICS) + 3) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join("–" if v is None else f"{v:.3g}" if k != "nfe" else str(v) for k, v in row.items()) + " |")
+    print("\n".join(lines))
+    (Path(out) / "table.md").write_text("\n".join(lines) + "\n")
+    write_json(Path(out) / "table.json", rows)
+    sheet(shown, Path(out) / "samples.png")
+
+
+def sheet(rows, path):
+    """A picture with one row of images for each {label: (N, 64)}, the same prompts and noises in the same columns."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(11, 0.62 * len(rows)), squeeze=False)
+    for axis, (label, x) in zip(axes[:, 0], rows.items()):
+        axis.imshow(np.concatenate(list(np.pad(x.reshape(-1, 8, 8), ((0, 0), (0, 0), (0, 1)))), 1), cmap="gray_r", vmin=0, vmax=16)
+        axis.set_xticks([]), axis.set_yticks([])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+
+# --- The experiment --------------------------------------------------------------------------------------------------
+# Every method has SECONDS of iterations on one thread; in adp+… a third of them are ADP's. The learning rate of its student is the
+# best of RATES by Fréchet distance to the teacher's samples, each tried on another seed for a third of the time.
+HOME, RESULTS = Path("out/digits"), Path(__file__).with_name("results")
+SECONDS, RATES, SEEDS, SEARCH_SEED = 150, (3e-5, 1e-4, 3e-4), (0, 1, 2), 100
+METHODS = {"mse": "adp.py --loss mse", "adp": "adp.py", "dmd": "adm.py --loss dmd", "adm": "adm.py", "adp+dmd": "adm.py --loss dmd",
+           "adp+adm": "adm.py", "dmd, 4 steps": "adm.py --loss dmd --student-steps 4", "adm, 4 steps": "adm.py --student-steps 4"}
+
+
+def execute(line):
+    """Run this command line of adp.py or adm.py in this process, unless that has been done. Returns (its folder, its log's rows)."""
+    _, script, *argv = line.split()
+    out = Path(argv[-1])
+    if not (out / "pipeline").exists():
+        shutil.rmtree(out, ignore_errors=True)  # broken off
+        module = {"adp.py": adp, "adm.py": adm}[script]
+        run(module.main, module.Config, argv, prog=script)
+    with open(out / "log.csv") as f:
+        return out, list(csv.DictReader(f))
+
+
+def line(flags, out, seed, iterations, rate=None, init=None):
+    """The command line of a run."""
+    more = f" --pairs {HOME}/pairs --mse-iterations {iterations // 2}" if "adp.py" in flags else ""
+    more += f" --lr-student {rate:g}" if rate else ""
+    more += f" --init {init}" if init else ""
+    return f"python {flags} --iterations {iterations} --seed {seed}{more} --checkpoint-every 1000000 --sample-every 0 --out {HOME / out}"
+
+
+def trial(method, seed, rate, plan, share=1.0):
+    """One run of a method, measured: a row of digits.json. plan: what `search` found so far."""
+    flags, seconds, init, name = METHODS[method], SECONDS * share, None, f"{method.replace(', ', '-').replace(' ', '-')}-{seed}-{rate:g}"
+    todo = []
+    if method.startswith("adp+"):
+        init = HOME / f"adp-first-{seed}-{share:.2f}"
+        todo.append(line("adp.py", init.name, seed, round(seconds / 3 / plan["seconds"]["adp.py"]), plan["rates"]["adp"]))
+        seconds *= 2 / 3
+    todo.append(line(flags, f"{name}-{share:.2f}", seed, round(seconds / plan["seconds"][flags]), rate, init))
+    done = [execute(each) for each in todo]
+    family = load_teacher("digits")
+    x = sample(family, *open_run(done[-1][0], family), 0, NUMBERS)
+    logs = [row for _, log in done for row in log]
+    return {"method": method, "seed": seed, **measure(x[:600], LABELS, teacher_samples(family)["reference"], x[600:]),
+            "seconds": round(sum(float(row["seconds"]) for row in logs), 1), "iterations": len(logs), "rate": rate,
+            "command": " && ".join(todo)}
+
+
+def search():
+    """results/digits-search.json: seconds an iteration of each kind, measured one after the other, and each method's best rate."""
+    if not (HOME / "pairs").exists():
+        run(data.pairs, data.PairsConfig, ["--out", f"{HOME}/pairs"], prog="data.py pairs")
+    plan = {"seconds": {}, "trials": [], "rates": {}}
+    for flags in dict.fromkeys(METHODS.values()):
+        _, log = execute(line(flags, f"speed-{len(plan['seconds'])}", SEARCH_SEED, 24))
+        plan["seconds"][flags] = float(np.median([float(row["seconds"]) for row in log[-12:]]))  # ADP's: the adversarial half
+    for method in METHODS:
+        trials = [trial(method, SEARCH_SEED, rate, plan, 1 / 3) for rate in RATES]
+        plan["trials"] += trials
+        plan["rates"][method] = min(trials, key=lambda row: row["fd_teacher"])["rate"]
+        write_json(RESULTS / "digits-search.json", plan)
+
+
+def experiment(*seeds):
+    """results/digits.json: every method with these seeds (default: all), beside what is there of others."""
+    plan = read_json(RESULTS / "digits-search.json", "search", "rates")
+    for seed in [int(seed) for seed in seeds] or SEEDS:
+        for method in METHODS:
+            row, path = trial(method, seed, plan["rates"][method], plan), RESULTS / "digits.json"
+            runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
+            write_json(path, {"runs": [r for r in runs if (r["method"], r["seed"]) != (method, seed)] + [row]})
+
+
+COMMANDS = {"train": train, "samples": samples, "eval": evaluate, "search": search, "experiment": experiment}
+
+
+def main(name="--help", *arguments):
+    require(name in COMMANDS, f"{name!r}: the commands are {', '.join(COMMANDS)}")
+    if name == "eval":
+        out = arguments[arguments.index("--out") + 1] if "--out" in arguments[:-1] else "out/digits-eval"
+        runs = [a for a in arguments if a not in ("--out", out)]
+        return evaluate(runs, out)
+    COMMANDS[name](*arguments)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
