@@ -70,7 +70,10 @@ class Config:
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
-    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS, "batch_size": 16, "guidance": 1.0, "head_width": 64}  # defaults with --model digits: README, what we learnt
+    DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
+        "prompts": DIGITS_PROMPTS, "iterations": 1000, "batch_size": 16, "guidance": 1.0, "warmup": 60, "dt": 1 / 4,
+        "fake_gradient": "straight-through", "damping": 0.1, "damping_sigma": 0.05, "head_width": 64, "lr_student": 1e-5,
+        "lr_fake": 3e-4, "lr_heads": 2e-4, "checkpoint_every": 250, "sample_every": 250}
 
 
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)

@@ -66,7 +66,9 @@ class Config:
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
-    DIGITS: ClassVar = {"batch_size": 16, "head_width": 64}  # defaults with --model digits: README, what we learnt
+    DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
+        "iterations": 400, "mse_iterations": 300, "batch_size": 16, "head_width": 64, "lr_student": 1e-4,
+        "checkpoint_every": 200, "sample_every": 200}
 
 
 STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
