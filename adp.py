@@ -54,6 +54,7 @@ class Config:
     student_steps: int = option(1, "steps of the exported student's sampler; ADP is made for 1")
     lora_rank: int = option(0, "train a LoRA adapter of this rank on the frozen teacher; 0: a full network")
     lr_student: float = option(1e-5, "learning rate of the student (ours)")
+    lr_mse: float | None = option(None, "the student's in regression, which bears more than adversaries do; default: --lr-student (ours)")
     lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)")
     lr_fake: float = option(2e-6, "unused, there is no fake score in this stage; taken so that both stages share a launcher")
     beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)")
@@ -67,7 +68,7 @@ class Config:
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
     DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
-        "iterations": 400, "mse_iterations": 300, "batch_size": 16, "head_width": 64, "lr_student": 1e-4,
+        "iterations": 400, "mse_iterations": 300, "batch_size": 16, "head_width": 64, "lr_student": 1e-5, "lr_mse": 1e-4,
         "checkpoint_every": 200, "sample_every": 200}
 
 
@@ -107,7 +108,7 @@ def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
     at_least(1, cfg, "iterations", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "mse_iterations", "lora_rank", "guidance", "lambda_latent", "lambda_pixel", "sample_every")
-    for name in ("lr_student", "lr_heads", "clip"):
+    for name in ("lr_student", "lr_heads", "clip", *(["lr_mse"] if cfg.lr_mse is not None else [])):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
     for name in ("beta1", "ema"):
         require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
@@ -186,6 +187,9 @@ def main(cfg):
 
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
         began, logs = time.perf_counter(), []
+        regresses = cfg.loss == "mse" or iteration < cfg.mse_iterations
+        for group in optimizers["student"].param_groups:
+            group["lr"] = cfg.lr_mse if regresses and cfg.lr_mse else cfg.lr_student
         for samples in parts:  # micro-batches: gradients add up, the last one steps
             logs.append(log := dict.fromkeys(COLUMNS))
             last = samples is parts[-1]
@@ -199,7 +203,7 @@ def main(cfg):
             x0_hat = line.to_x0_eps(x_t, v, t)[0]
             log |= {"loss_mse": velocity_loss(v, x_0, x_T), "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
 
-            if cfg.loss == "mse" or iteration < cfg.mse_iterations:
+            if regresses:
                 # 2. Regression: the student trains.
                 log["loss_generator"] = log["loss_mse"]
                 log["grad_norm_student"] = update(optimizers["student"], log["loss_mse"], cfg, last)
