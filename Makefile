@@ -8,8 +8,16 @@ TOY := out/toy-$(NOW)
 .PHONY: demo test toy
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python adm.py --out $(DEMO)
-	@echo "Samples: $(DEMO)/samples   losses: $(DEMO)/log.csv   the student: $(DEMO)/pipeline (its README.md says how to call it)"
+	$(VENV)/bin/python toy/run.py --iterations 300 --out $(DEMO)/toy
+	$(VENV)/bin/python toy/plot.py $(DEMO)/toy/results.json --out $(DEMO)/toy
+	$(VENV)/bin/python data.py pairs --count 2000 --out $(DEMO)/pairs
+	$(VENV)/bin/python adp.py --pairs $(DEMO)/pairs --out $(DEMO)/adp
+	$(VENV)/bin/python adm.py --init $(DEMO)/adp --student-steps 1 --out $(DEMO)/adm
+	$(VENV)/bin/python toy/digits.py eval $(DEMO)/adp $(DEMO)/adm --out $(DEMO)/eval
+	@printf '%s\n' 'Pictures: $(DEMO)/eval/samples.png, $(DEMO)/adm/samples, $(DEMO)/toy   Losses: $(DEMO)/adm/log.csv' \
+		'The student: $(DEMO)/adm/pipeline' '' '    from diffusers import DiffusionPipeline' \
+		'    pipe = DiffusionPipeline.from_pretrained("$(DEMO)/adm/pipeline")' \
+		'    image = pipe("a handwritten seven", num_inference_steps=1, guidance_scale=1.0, height=8, width=8, max_sequence_length=4).images[0]'
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest

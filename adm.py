@@ -4,7 +4,7 @@ A student G_θ makes x̂_0 in one or a few steps. It is noised to x_t; from that
 the fake score f_ψ (trained on the student's samples) each take one PF-ODE step of length Δt, and a discriminator D_τ, heads
 on the frozen teacher, learns to tell where they land. The student is trained to make the two indistinguishable.
 
-    python adm.py                                                          # tiny-sd3, offline, CPU: about half a minute
+    python adm.py                                                          # a small teacher of digits, offline, CPU: a minute
     python adm.py --model sd3 --out out/sd3 --iterations 8000              # one GPU
     torchrun --nproc_per_node=8 adm.py --model sdxl --init out/adp-sdxl --batch-size 32 --out out/dmdx-sdxl
 
@@ -71,9 +71,9 @@ class Config:
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
     DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
-        "prompts": DIGITS_PROMPTS, "iterations": 1000, "batch_size": 16, "guidance": 1.0, "warmup": 60, "dt": 1 / 4,
+        "prompts": DIGITS_PROMPTS, "iterations": 250, "batch_size": 16, "guidance": 1.0, "warmup": 60, "dt": 1 / 4,
         "fake_gradient": "straight-through", "damping": 0.1, "damping_sigma": 0.05, "head_width": 64, "lr_student": 1e-5,
-        "lr_fake": 3e-4, "lr_heads": 2e-4, "checkpoint_every": 250, "sample_every": 250}
+        "lr_fake": 3e-4, "lr_heads": 2e-4, "checkpoint_every": 125, "sample_every": 125}
 
 
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)

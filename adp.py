@@ -4,7 +4,7 @@ The student learns to jump along the teacher's ODE pairs (x_T, x_0): first by re
 against two discriminators, D_τ1 on noised latents (heads on the frozen teacher) and D_τ2 on decoded images (heads on a frozen
 SAM). That gives stage 2, adm.py, a student whose samples already overlap with the teacher's.
 
-    python data.py pairs --model tiny-sdxl --out out/pairs && python adp.py --model tiny-sdxl --pairs out/pairs   # a minute
+    python data.py pairs && python adp.py                                  # a small teacher of digits, offline, CPU: minutes
     torchrun --nproc_per_node=8 adp.py --model sdxl --pairs out/pairs-sdxl --batch-size 32 --iterations 10000 --out out/adp-sdxl
 
 Expect loss_mse to fall and level out in the first phase, and both accuracies between 0.5 and 1 in the second. Whatever the
@@ -68,7 +68,7 @@ class Config:
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
     DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
-        "iterations": 400, "mse_iterations": 300, "batch_size": 16, "head_width": 64, "lr_student": 1e-5, "lr_mse": 1e-4,
+        "iterations": 800, "mse_iterations": 600, "batch_size": 16, "head_width": 64, "lr_student": 1e-5, "lr_mse": 1e-4,
         "checkpoint_every": 200, "sample_every": 200}
 
 

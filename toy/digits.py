@@ -15,6 +15,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import matplotlib
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -37,8 +38,8 @@ import adp
 import data
 from adm import starting_point
 from data import claim, read_json, run, write_json
-from models import BadInput, load_teacher, require
-from ode import Draw, student_sample, teacher_sample, with_guidance
+from models import BadInput, LatentDiscriminator, load_teacher, make_roles, require
+from ode import Draw, T, student_sample, teacher_sample, with_guidance
 from toy import tiny
 
 TEACHER = Path(__file__).with_name("digits-teacher")
@@ -437,7 +438,66 @@ def experiment(*seeds):
             write_json(path, {"runs": [r for r in runs if (r["method"], r["seed"]) != (method, seed)] + [row]})
 
 
-COMMANDS = {"train": train, "samples": samples, "eval": evaluate, "speeds": speeds, "search": search, "experiment": experiment}
+# --- The diagnosis ---------------------------------------------------------------------------------------------------
+VARIANTS = {  # of adm.py's flags, beside the recipe's
+    "paper: Δt = T/64, no damping": "--dt 0.015625 --damping 0", "the same, β1 = 0": "--dt 0.015625 --damping 0 --beta1 0",
+    "the same, heads' rate 1e-3": "--dt 0.015625 --damping 0 --lr-heads 1e-3", "Δt = T/64": "--dt 0.015625",
+    "Δt = T/4, no damping": "--damping 0", "recipe: Δt = T/4": "", "Δt = T/2": "--dt 0.5"}
+
+
+def diagnose(init, iterations=200):
+    """What the heads have learnt of a student that rests (adm.py in its warm-up throughout), for each of VARIANTS: the margin
+    E[D(x_real) − D(x_fake)], D's accuracy, and the cosine of its gradient in x̂_0 with the score difference that DMD reads off."""
+    family, rows = load_teacher("digits"), {}
+    for name, flags in VARIANTS.items():
+        out = f"{HOME}/diagnosis-{len(rows)}"
+        run_folder, _ = execute(f"python adm.py --init {init} --student-steps 1 --iterations {iterations} --warmup {iterations} {flags} "
+                                f"--checkpoint-every {iterations} --sample-every 0 --out {out}")
+        rows[name] = alignment(run_folder, family, SimpleNamespace(**read_json(run_folder / "config.json", "run", "config")["config"]))
+    print("\n".join(table(rows)))
+    write_json(RESULTS / "digits-diagnosis.json", {"init": str(init), "iterations": iterations, "variants": rows})
+
+
+def alignment(folder, family, cfg, batch_size=200):
+    """{margin, accuracy, cosine} of a finished run's heads, on samples of its student."""
+    schedule, pipeline = starting_point(cfg.init, family, 0)
+    teacher, student, fake = make_roles(family, ("student", "fake"))
+    student.load(pipeline)
+    discriminator = LatentDiscriminator(teacher, cfg.head_width)
+    newest = max((folder / "checkpoints").iterdir())
+    for name, network in (("fake", fake.own_parameters()), ("heads", dict(discriminator.heads.named_parameters()))):
+        saved = load_file(newest / f"{name}.safetensors")
+        for key, p in network.items():
+            p.data.copy_(saved[f"weight/{key}"])
+    draw = Draw((cfg.seed, 5), range(batch_size))
+    cond = {name: c[draw.integers(len(PROMPTS))] for name, c in conditioning(family).items()}
+    x_T, line = draw.normal(family.latent_shape()), family.schedule
+    with torch.no_grad():
+        x0_hat = student_sample(lambda x, t: student(x, t, cond)[0], schedule, x_T, schedule.timesteps(1)[:-1], None)
+        t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
+        s, x_t = t - cfg.dt * T, line.add_noise(x0_hat, draw.normal(family.latent_shape()), t)
+        out_real, out_fake = teacher(x_t, t, cond)[0], fake(x_t, t, cond)[0]
+        x_real, x_fake = (line.pf_ode_step(x_t, out, t, s) for out in (out_real, out_fake))
+        difference = line.to_x0_eps(x_t, out_real, t)[0] - line.to_x0_eps(x_t, out_fake, t)[0]
+        real = discriminator.logits(discriminator.features(x_real, s, cond))  # (B,)
+    x_fake.requires_grad_()  # its gradient is x̂_0's up to a factor, as straight-through has it
+    logits = discriminator.logits(discriminator.features(x_fake, s, cond))
+    gradient, = torch.autograd.grad(logits.sum(), x_fake)
+    return {"margin": (real - logits).mean().item(), "accuracy": ((real > 0).float() + (logits < 0).float()).mean().item() / 2,
+            "cosine": F.cosine_similarity(gradient.flatten(1), difference.flatten(1)).mean().item()}
+
+
+def readme():
+    """Prints the README's table of results/digits.json: mean and least to greatest over seeds."""
+    runs, names = read_json(RESULTS / "digits.json", "results", "runs")["runs"], [*METRICS, "iterations"]
+    print("| method | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 1) + "|")
+    for method in METHODS:
+        mine = [r for r in runs if r["method"] == method]
+        cells = [[r[name] for r in mine] for name in names]
+        print(f"| {method} | " + " | ".join(f"{np.mean(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells[:-1]) + f" | {cells[-1][0]} |")
+
+
+COMMANDS = {"diagnose": diagnose, "readme": readme, "train": train, "samples": samples, "eval": evaluate, "speeds": speeds, "search": search, "experiment": experiment}
 
 
 def main(name="--help", *arguments):
