@@ -170,7 +170,7 @@ class Family:
                 return Denoiser(self, self.net_class.from_config(self.config).to(dtype).eval())
         try:
             net = self.made(self.net_class, self.config) if self.random_init and not folder else \
-                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype)
+                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
         # To dtype once more: from_pretrained leaves CogVideoX's positions, a buffer that is not saved, in float64.

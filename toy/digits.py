@@ -505,7 +505,7 @@ def main(name="--help", *arguments):
         return print(__doc__)
     require(name in COMMANDS, f"{name!r} is no command: there are {', '.join(COMMANDS)}")
     if name == "eval":
-        parser = argparse.ArgumentParser(prog="digits.py eval", exit_on_error=False)
+        parser = argparse.ArgumentParser(prog="digits.py eval")
         parser.error = lambda message: require(False, message)
         parser.add_argument("runs", nargs="*")
         parser.add_argument("--out", default="out/digits-eval")
