@@ -19,10 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
@@ -176,8 +174,7 @@ def main(cfg):
     family, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
     check_prompts(cfg.prompts, family)
     shape, device, parts = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
-    steps = cfg.student_steps or family.student_steps
-    guidance = family.guidance if cfg.guidance is None else cfg.guidance
+    steps, guidance = cfg.student_steps or family.student_steps, family.guidance if cfg.guidance is None else cfg.guidance
     schedule = family.schedule  # of teacher, fake and discriminator, always
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)  # the same, or after ADP the straight line
     here = Run("adm", cfg, ranks, family, student_schedule, steps, guidance=guidance)
@@ -194,9 +191,8 @@ def main(cfg):
     networks = {"student": student.own_parameters(), "fake": fake.own_parameters(),
                 "heads": dict(discriminator.heads.named_parameters())}  # what trains, each with its own rate; β2, decay as peers
     rates = {"student": cfg.lr_student, "fake": cfg.lr_fake, "heads": cfg.lr_heads}
-    adamw = OffloadedAdamW if cfg.offload else AdamW
-    optimizers = {name: adamw(networks[name].values(), rates[name], (cfg.beta1, 0.999), weight_decay=0.01, fused=True)
-                  for name in networks}
+    adamw = OffloadedAdamW if cfg.offload else torch.optim.AdamW
+    optimizers = {n: adamw(networks[n].values(), rates[n], (cfg.beta1, 0.999), weight_decay=0.01, fused=True) for n in networks}
     if cfg.ema:
         networks["ema"] = {name: p.detach().clone() for name, p in networks["student"].items()}
     first = here.restore(networks, optimizers)

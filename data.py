@@ -45,8 +45,8 @@ def run(main, config_class, argv=None, **about):
     parser.error = lambda message: require(False, message)
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     try:
-        if parser.parse_known_args(argv)[0].model == "digits":
-            parser.set_defaults(**config_class.DIGITS)
+        if getattr(parser.parse_known_args(argv)[0], "model", None) == "digits":
+            parser.set_defaults(**getattr(config_class, "DIGITS", {}))
         main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:
         print(f"{parser.prog}{rank}: {e}", file=sys.stderr)

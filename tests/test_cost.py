@@ -90,7 +90,7 @@ def test_bench_step(few_prompts, tmp_path, capsys):
     assert line["ratio"] == pytest.approx(line["ms_iteration"] / line["ms_passes"])
     assert adm.make_roles is models.make_roles and adm.encode_prompts is data.encode_prompts  # left as they were
 
-    call(data.encode, data.EncodeConfig, "--prompts", few_prompts, "--out", tmp_path / "prompts")
+    call(data.encode, data.EncodeConfig, "--model", "tiny-sd3", "--prompts", few_prompts, "--out", tmp_path / "prompts")
     args[3] = tmp_path / "prompts"
     for loss, result in zip(("adm", "dmd"), results, strict=True):
         with FlopCounterMode(display=False) as counter:

@@ -488,16 +488,32 @@ def alignment(folder, family, cfg, batch_size=200):
 
 
 def readme():
-    """Prints the README's table of results/digits.json: mean and least to greatest over seeds."""
-    runs, names = read_json(RESULTS / "digits.json", "results", "runs")["runs"], [*METRICS, "iterations"]
-    print("| method | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 1) + "|")
+    """Prints the README's table of results/digits.json, mean and range over seeds, after the teacher's own rows and its start's."""
+    runs, names = read_json(RESULTS / "digits.json", "results", "runs")["runs"], METRICS[:-1]
+    print("| method (seeds) | " + " | ".join(names) + " | iterations |\n" + "| --- " * (len(names) + 2) + "|")
+    teacher = teacher_samples(load_teacher("digits"))
+    for name in ("teacher, 28 steps", "teacher, 1 step"):
+        row = measure(teacher[name][:600], LABELS, teacher["reference"], teacher[name][600:])
+        print(f"| {name} | " + " | ".join(f"{row[n]:.3g}" for n in names) + " | |")
     for method in METHODS:
         mine = [r for r in runs if r["method"] == method]
         cells = [[r[name] for r in mine] for name in names]
-        print(f"| {method} | " + " | ".join(f"{np.mean(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells[:-1]) + f" | {cells[-1][0]} |")
+        print(f"| {method} ({len(mine)}) | " + " | ".join(f"{np.mean(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells)
+              + f" | {mine[0]['iterations']} |")
 
 
-COMMANDS = {"diagnose": diagnose, "readme": readme, "train": train, "samples": samples, "eval": evaluate, "speeds": speeds, "search": search, "experiment": experiment}
+def picture():
+    """results/digits.png: held-out scans, the teacher, and the experiment's students of seed 0."""
+    family, (real, labels) = load_teacher("digits"), scans()[1]
+    teacher, some = teacher_samples(family), np.argsort(labels.numpy(), kind="stable").reshape(10, 30)[:, :2].T.flatten()
+    rows = {"held-out scans": pixels(real)[some], **{name: teacher[name][:20] for name in ("teacher, 28 steps", "teacher, 1 step")}}
+    for row in read_json(RESULTS / "digits.json", "results", "runs")["runs"]:
+        if row["seed"] == 0:
+            rows[row["method"]] = sample(family, *open_run(row["command"].split()[-1], family), 0, NUMBERS[:20])
+    sheet(rows, RESULTS / "digits.png")
+
+
+COMMANDS = {"diagnose": diagnose, "readme": readme, "picture": picture, "train": train, "samples": samples, "eval": evaluate, "speeds": speeds, "search": search, "experiment": experiment}
 
 
 def main(name="--help", *arguments):
