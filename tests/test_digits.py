@@ -1,6 +1,7 @@
 """The digits teacher: that it is what its README says, that its measure measures, and that the real scripts distil it."""
 
 import json
+import re
 
 import diffusers
 import numpy as np
@@ -187,9 +188,14 @@ def test_eval_writes_over_nothing(tmp_path):
 
 
 def test_committed_results_are_whole():
+    """One row a method and seed, each with its metrics and the commands that made it; no method is missing."""
     runs = json.loads((digits.RESULTS / "digits.json").read_text())["runs"]
-    assert {(r["method"], r["seed"]) for r in runs} == {(m, s) for m in digits.METHODS for s in digits.SEEDS} and len(runs) == 24
+    pairs = [(r["method"], r["seed"]) for r in runs]
+    assert len(pairs) == len(set(pairs)) and {m for m, _ in pairs} == set(digits.METHODS) and {s for _, s in pairs} <= set(digits.SEEDS)
+    plan = json.loads((digits.RESULTS / "digits-search.json").read_text())
     for row in runs:
         assert {"method", "seed", "fd_teacher", "fd_real", "coverage", "density", "precision", "diversity", "class_tv", "seconds",
                 "iterations", "command"} <= set(row)
         assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
+        assert row["rate"] == plan["rates"][row["method"]] and f"--seed {row['seed']} " in row["command"]
+        assert row["iterations"] == sum(int(n) for n in re.findall(r"--iterations (\d+)", row["command"]))
