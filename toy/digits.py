@@ -1,7 +1,10 @@
 """A real teacher in the box: a latent diffusion model of scikit-learn's handwritten digits, its measure and its experiment.
 
-    python toy/digits.py train                    # makes toy/digits-teacher/ anew (seeded), about ten minutes on two cores
-    python toy/digits.py eval out/adp out/adm     # table and picture of any number of runs, beside the teacher and the floors
+    python toy/digits.py train && python toy/digits.py samples      # toy/digits-teacher/ and its samples anew, seeded: minutes
+    python toy/digits.py eval out/adp out/adm --out out/eval        # table and picture of any number of runs, beside the teacher
+    python toy/digits.py diagnose out/adp                           # what D learns of a student that rests
+    python toy/digits.py speeds && python toy/digits.py search && python toy/digits.py experiment      # the README's table:
+    python toy/digits.py readme && python toy/digits.py picture                                        # hours
 
 Images are the 1,797 scans of 8x8 pixels that scikit-learn carries (UCI Optical Recognition of Handwritten Digits, E. Alpaydin and
 C. Kaynak, CC BY 4.0); 300 of them are held out of all training.
@@ -17,13 +20,10 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -41,6 +41,10 @@ from data import claim, read_json, run, write_json
 from models import BadInput, LatentDiscriminator, load_teacher, make_roles, require
 from ode import Draw, T, student_sample, teacher_sample, with_guidance
 from toy import tiny
+
+import diffusers  # after models, which silences transformers first
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 TEACHER = Path(__file__).with_name("digits-teacher")
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
