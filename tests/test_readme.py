@@ -1,10 +1,10 @@
 """README.md says what is: its commands run, its flags, files, names and columns exist, and the files keep to their sizes."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 import transformers
@@ -63,7 +63,7 @@ def test_make_targets_exist():
 def test_links_and_flags_exist():
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
         assert (ROOT / path).exists(), path
-    fields = {"--" + name.replace("_", "-") for config, _ in SCRIPTS.values() for name in (f.name for f in fields(config))}
+    fields = {"--" + name.replace("_", "-") for config, _ in SCRIPTS.values() for name in (f.name for f in dataclasses.fields(config))}
     fields |= {"--no-pixel", "--help", "--json"}
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"torchrun --nproc_per_node=\d", "", TEXT)):
         assert flag in fields, flag
@@ -96,7 +96,7 @@ def test_prompts_are_a_few_hundred_different_ones():
 
 def test_every_flag_has_a_help_text():
     for config, _ in SCRIPTS.values():
-        assert all(f.metadata.get("help") for f in fields(config))
+        assert all(f.metadata.get("help") for f in dataclasses.fields(config))
     done = shell("python", "adm.py", "--help")
     assert done.returncode == 0 and "--fake-gradient" in done.stdout and "\n    python adm.py   " in done.stdout  # as typed
 
