@@ -76,7 +76,7 @@ def test_one_guidance_scale_everywhere():
 
 
 def test_text_is_as_long_as_its_tokenizer_says(family, teachers):
-    assert family.text_tokens == 4 and digits.conditioning(family)["prompt_embeds"].shape == (12, 9, 32)
+    assert family.text_tokens == 4 and digits.opened(family)[0]["prompt_embeds"].shape == (12, 9, 32)
     assert teachers["tiny-sd3"].text_tokens == 256 and teachers["tiny-sdxl"].text_tokens is None
 
 
@@ -158,7 +158,7 @@ def test_the_exported_student_is_ours_in_stock_diffusers(family, distilled):
     theirs = pipe(list(digits.PROMPTS[:3]), num_inference_steps=1, guidance_scale=1.0, max_sequence_length=4, latents=x_T,
                   output_type="latent").images
     denoiser, schedule, steps = digits.open_run(distilled / "adm", family)
-    cond = {name: c[:3] for name, c in digits.conditioning(family).items()}
+    cond = {name: c[:3] for name, c in digits.opened(family)[0].items()}
     with torch.no_grad():
         ours = student_sample(lambda x, t: denoiser(x, t, cond)[0], schedule, x_T, schedule.timesteps(steps)[:-1], None)
     assert torch.allclose(ours, theirs, atol=1e-4)

@@ -46,7 +46,7 @@ import diffusers  # after models, which silences transformers first
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-TEACHER = Path(__file__).with_name("digits-teacher")
+TEACHER, RESULTS = Path(__file__).with_name("digits-teacher"), Path(__file__).with_name("results")
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = (*(f"a handwritten {name}" for name in NAMES), "a handwritten digit")
 
@@ -212,11 +212,16 @@ def measure(x, labels, teacher, unprompted=None):
             "accuracy": float((classifier.predict(x) == labels).mean())}
 
 
+def judge(x, teacher):
+    """`measure` of images x (1200, 64) of NUMBERS, against the teacher's reference of the same."""
+    return measure(x[:len(LABELS)], LABELS, teacher["reference"], x[len(LABELS):])
+
+
 @torch.no_grad()
 def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100):
     """Images (N, 64) of PROMPTS[numbers], from noises that depend on `key` alone: by the student's sampler, or with `guidance` by
     the teacher's PF-ODE."""
-    cond, vae, images = conditioning(family), family.vae(), []
+    (cond, vae), images = opened(family), []
     times = schedule.timesteps(steps)[:-1]
     for at in tqdm(range(0, len(numbers), batch_size), f"{steps} steps", disable=None, leave=False):
         some = numbers[at:at + batch_size]
@@ -232,10 +237,10 @@ def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch
 
 
 @cache
-def conditioning(family):
-    """{name: (12, ...)}: of PROMPTS, then of the empty prompt."""
+def opened(family):
+    """(conditioning {name: (12, ...)} of PROMPTS and then of the empty prompt, the VAE): read once, not while a sample is timed."""
     with torch.no_grad():
-        return family.encode(family.text_pipeline(), [*PROMPTS, ""])
+        return family.encode(family.text_pipeline(), [*PROMPTS, ""]), family.vae()
 
 
 def open_run(folder, family):
@@ -244,10 +249,12 @@ def open_run(folder, family):
     return family.denoiser(folder=pipeline), schedule, len(read_json(Path(folder) / "config.json", "run", "student")["student"]["times"])
 
 
-
 # --- eval ------------------------------------------------------------------------------------------------------------
 GUIDANCE = 1.0  # the CFG scale that is distilled: the default of data.py, adp.py and adm.py for this teacher
-SAMPLES = Path(__file__).with_name("results") / "digits-teacher.safetensors"  # of the teacher, which cost minutes
+SAMPLES = RESULTS / "digits-teacher.safetensors"  # of the teacher, which cost minutes
+KINDS = {  # {name: (key of the noises, steps, CFG scale)}; students are drawn from the noises of key 0
+    "reference": (1, 28, GUIDANCE), "teacher, 1 step": (0, 1, GUIDANCE), "teacher, 1 step, CFG 2": (0, 1, 2.0),
+    "teacher, 28 steps": (0, 28, GUIDANCE), "teacher, 28 steps, CFG 2": (0, 28, 2.0)}
 
 
 def teacher_samples(family):
@@ -255,16 +262,14 @@ def teacher_samples(family):
     with safe_open(SAMPLES, "pt") as f:
         require(f.metadata() == {"weights_sha256": family.weights_sha256},
                 f"{SAMPLES} belongs to another teacher: make it anew with `python toy/digits.py samples`")
-        return {name: f.get_tensor(name).double().numpy() for name in f.keys()}
+        return {name: f.get_tensor(name).double().numpy() for name in KINDS}
 
 
 def samples():
     """Write the teacher's samples by which students are measured: 28 steps, and by the same noises as theirs at two CFG scales."""
     family = load_teacher("digits")
     denoiser = family.denoiser()
-    kinds = {"reference": (1, 28, GUIDANCE), "teacher, 28 steps": (0, 28, GUIDANCE), "teacher, 28 steps, CFG 2": (0, 28, 2.0),
-             "teacher, 1 step": (0, 1, GUIDANCE), "teacher, 1 step, CFG 2": (0, 1, 2.0)}
-    made = {name: sample(family, denoiser, family.schedule, steps, key, NUMBERS, w) for name, (key, steps, w) in kinds.items()}
+    made = {name: sample(family, denoiser, family.schedule, steps, key, NUMBERS, w) for name, (key, steps, w) in KINDS.items()}
     save_file({name: torch.tensor(x, dtype=torch.float16) for name, x in made.items()}, SAMPLES,
               {"weights_sha256": family.weights_sha256})
     describe()
@@ -279,7 +284,7 @@ def fingerprint():
 def describe():
     """Write toy/digits-teacher/README.md, with the folder's fingerprint and the teacher's metrics."""
     teacher = teacher_samples(load_teacher("digits"))
-    rows = {name: measure(x[:600], LABELS, teacher["reference"], x[600:]) for name, x in teacher.items() if name != "reference"}
+    rows = {name: judge(x, teacher) for name, x in teacher.items() if name != "reference"}
     (TEACHER / "README.md").write_text(ABOUT.format(sha256=fingerprint(), table="\n".join(table(rows))))
 
 
@@ -324,28 +329,31 @@ def evaluate(runs, out):
     family = load_teacher("digits")
     teacher, students = teacher_samples(family), {str(run): open_run(run, family) for run in runs}
     claim(Path(out))
-    (images, labels), (real, _) = scans()
+    opened(family)
+    images, labels = scans()[0]
     some = np.concatenate([np.flatnonzero(labels == digit)[:60] for digit in range(10)]).reshape(10, 60).T.flatten()
     rows = {"scans of the training set": {**measure(pixels(images[some]), LABELS, teacher["reference"]), "nfe": None, "ms": None}}
-    shown = {"held-out scans": pixels(real).reshape(10, 30, 64)[:, :2].transpose(1, 0, 2).reshape(20, 64)}
-    denoiser = family.denoiser()
-    for name in [k for k in teacher if k != "reference"] + list(students):
-        if name in students:
-            x, network = sample(family, *students[name], 0, NUMBERS), students[name]
-        else:
-            x, network = teacher[name], (denoiser, family.schedule, 1 if "1 step" in name else 28)
-        guidance = None if name in students else 2.0 if "CFG 2" in name else GUIDANCE
+    shown, denoiser = {"held-out scans": some_scans()}, family.denoiser()
+    drawn = {name: (denoiser, family.schedule, steps, w) for name, (_, steps, w) in KINDS.items() if name != "reference"}
+    drawn |= {name: (*network, None) for name, network in students.items()}
+    for name, (network, schedule, steps, w) in drawn.items():
+        x = teacher[name] if name in teacher else sample(family, network, schedule, steps, 0, NUMBERS)
         began = time.perf_counter()
-        sample(family, *network, 0, NUMBERS[:100], guidance)
+        sample(family, network, schedule, steps, 0, NUMBERS[:100], w)
         ms = 1000 * (time.perf_counter() - began) / 100
-        rows[name] = {**measure(x[:600], LABELS, teacher["reference"], x[600:]),
-                      "nfe": network[2] * (2 if guidance not in (None, 1) else 1), "ms": ms}
+        rows[name] = {**judge(x, teacher), "nfe": steps * (2 if w not in (None, 1) else 1), "ms": ms}
         shown[name] = x[:20]
     lines = table(rows)
     print("\n".join(lines))
     (Path(out) / "table.md").write_text("\n".join(lines) + "\n")
     write_json(Path(out) / "table.json", rows)
     sheet(shown, Path(out) / "samples.png")
+
+
+def some_scans():
+    """(20, 64): two held-out scans of each digit, in the order of LABELS."""
+    images, labels = scans()[1]
+    return pixels(images)[np.argsort(labels.numpy(), kind="stable").reshape(10, 30)[:, :2].T.flatten()]
 
 
 def sheet(rows, path):
@@ -363,7 +371,7 @@ def sheet(rows, path):
 # --- The experiment --------------------------------------------------------------------------------------------------
 # Every method has SECONDS of iterations on one thread; in adp+… a tenth of them are ADP's. The learning rate of its student is the
 # best of RATES by Fréchet distance to the teacher's samples, each tried on another seed for a fifth of the time.
-HOME, RESULTS = Path("out/digits"), Path(__file__).with_name("results")
+HOME = Path("out/digits")
 SECONDS, RATES, SEEDS, SEARCH_SEED = 160, (1e-5, 3e-5, 1e-4), (0, 1, 2), 100
 METHODS = {"mse": "adp.py --loss mse", "adp": "adp.py", "dmd": "adm.py --loss dmd --student-steps 1", "adm": "adm.py --student-steps 1",
            "adp+dmd": "adm.py --loss dmd --student-steps 1", "adp+adm": "adm.py --student-steps 1",
@@ -403,7 +411,7 @@ def trial(method, seed, rate, plan, share=1.0):
     family = load_teacher("digits")
     x = sample(family, *open_run(done[-1][0], family), 0, NUMBERS)
     rows = [row for _, log in done for row in log]
-    return {"method": method, "seed": seed, **measure(x[:600], LABELS, teacher_samples(family)["reference"], x[600:]),
+    return {"method": method, "seed": seed, **judge(x, teacher_samples(family)),
             "seconds": round(sum(float(row["seconds"]) for row in rows), 1), "iterations": len(rows), "rate": rate,
             "command": " && ".join(todo)}
 
@@ -474,7 +482,7 @@ def alignment(folder, family, cfg, batch_size=200):
         for key, p in network.items():
             p.data.copy_(saved[f"weight/{key}"])
     draw = Draw((cfg.seed, 5), range(batch_size))
-    cond = {name: c[draw.integers(len(PROMPTS))] for name, c in conditioning(family).items()}
+    cond = {name: c[draw.integers(len(PROMPTS))] for name, c in opened(family)[0].items()}
     x_T, line = draw.normal(family.latent_shape()), family.schedule
     with torch.no_grad():
         x0_hat = student_sample(lambda x, t: student(x, t, cond)[0], schedule, x_T, schedule.timesteps(1)[:-1], None)
@@ -497,7 +505,7 @@ def readme():
     print("| method (seeds) | " + " | ".join(names) + " | iterations |\n" + "| --- " * (len(names) + 2) + "|")
     teacher = teacher_samples(load_teacher("digits"))
     for name in ("teacher, 28 steps", "teacher, 1 step"):
-        row = measure(teacher[name][:600], LABELS, teacher["reference"], teacher[name][600:])
+        row = judge(teacher[name], teacher)
         print(f"| {name} | " + " | ".join(f"{row[n]:.3g}" for n in names) + " | |")
     for method in METHODS:
         mine = [r for r in runs if r["method"] == method]
@@ -508,9 +516,9 @@ def readme():
 
 def picture():
     """results/digits.png: held-out scans, the teacher, and the experiment's students of seed 0."""
-    family, (real, labels) = load_teacher("digits"), scans()[1]
-    teacher, some = teacher_samples(family), np.argsort(labels.numpy(), kind="stable").reshape(10, 30)[:, :2].T.flatten()
-    rows = {"held-out scans": pixels(real)[some], **{name: teacher[name][:20] for name in ("teacher, 28 steps", "teacher, 1 step")}}
+    family = load_teacher("digits")
+    teacher = teacher_samples(family)
+    rows = {"held-out scans": some_scans(), **{name: teacher[name][:20] for name in ("teacher, 28 steps", "teacher, 1 step")}}
     for row in read_json(RESULTS / "digits.json", "results", "runs")["runs"]:
         if row["seed"] == 0:
             rows[row["method"]] = sample(family, *open_run(row["command"].split()[-1], family), 0, NUMBERS[:20])
