@@ -45,7 +45,8 @@ def run(main, config_class, argv=None, **about):
     parser.error = lambda message: require(False, message)
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     try:
-        if getattr(parser.parse_known_args(argv)[0], "model", None) == "digits":
+        asked = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]  # help shows the defaults that hold
+        if getattr(parser.parse_known_args(asked)[0], "model", None) == "digits":
             parser.set_defaults(**getattr(config_class, "DIGITS", {}))
         main(config_class(**vars(parser.parse_args(argv))))
     except BadInput as e:

@@ -71,6 +71,14 @@ def test_held_out_scans_are_not_trained_on():
     assert sorted(map(tuple, ((both[:, :64] + 1) * 8).tolist())) == sorted(map(tuple, load_digits().data.tolist()))
 
 
+def test_help_shows_the_defaults_that_hold(capsys):
+    for argv, warmup in (([], adm.Config.DIGITS["warmup"]), (["--model", "sd3"], 0)):
+        with pytest.raises(SystemExit):
+            call(adm.main, adm.Config, *argv, "--help")
+        shown = " ".join(capsys.readouterr().out.split("--warmup WARMUP")[-1].split("--dt")[0].split())
+        assert f"(default: {warmup})" in shown
+
+
 def test_one_guidance_scale_everywhere():
     assert {digits.GUIDANCE} == {config.DIGITS["guidance"] for config in (adm.Config, data.PairsConfig)}
 
