@@ -8,8 +8,7 @@ on the frozen teacher, learns to tell where they land. The student is trained to
     python adm.py --model sd3 --out out/sd3 --iterations 8000              # one GPU
     torchrun --nproc_per_node=8 adm.py --model sdxl --init out/adp-sdxl --batch-size 32 --out out/dmdx-sdxl
 
-Expect d_accuracy between 0.5 and 1 and neither end for long, dmd_loss (logged, not optimised) falling, and the
-latents' std staying put. Writes config.json, log.csv, samples/, checkpoints/ and pipeline/, which stock diffusers opens.
+Expect d_accuracy between 0.5 and 1, neither end for long. Writes config.json, log.csv, samples/, checkpoints/, pipeline/ (diffusers').
 """
 
 import time
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
 from models import LatentDiscriminator, follow, frozen, load_teacher, make_roles, require
-from ode import Draw, T, common, on_the_line, student_input, with_guidance
+from ode import Draw, T, common, on_the_line, student_input, student_sample, with_guidance
 
 
 @dataclass
@@ -50,6 +49,7 @@ class Config:
     t_max: float = option(0.98, "greatest time that a PF-ODE step starts from, as a fraction of T (ours)")
     fake_gradient: Literal["exact", "straight-through"] = option(
         "exact", "through the frozen fake network, as in the paper, or around it (ours: cheaper, see README)")
+    fake_samples: Literal["each", "last"] = option("each", "several steps: fake learns x̂_0 of the step that trains, or the last's (ours)")
     t_weight: Literal["none", "1/alpha"] = option("none", "weight of the generator loss in t (ours; the paper has none)")
     damping: float = option(0.0, "weight of a zero-centred gradient penalty on D, by finite differences (ours; paper: none)")
     damping_sigma: float = option(0.01, "length of that finite difference, in units of x_t")
@@ -70,8 +70,8 @@ class Config:
     resume: bool = option(False, "continue the run in --out")
     DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
         "prompts": DIGITS_PROMPTS, "iterations": 250, "batch_size": 16, "guidance": 1.0, "warmup": 60, "dt": 1 / 4,
-        "fake_gradient": "straight-through", "damping": 0.1, "damping_sigma": 0.05, "head_width": 64, "lr_student": 1e-5,
-        "lr_fake": 3e-4, "lr_heads": 2e-4, "checkpoint_every": 125, "sample_every": 125}
+        "fake_gradient": "straight-through", "fake_samples": "last", "damping": 0.1, "damping_sigma": 0.05, "head_width": 64,
+        "lr_student": 3e-6, "lr_fake": 3e-4, "lr_heads": 2e-4, "ema": 0.99, "checkpoint_every": 125, "sample_every": 125}
 
 
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
@@ -216,7 +216,7 @@ def main(cfg):
             with torch.no_grad():
                 x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
             with torch.set_grad_enabled(learns):
-                x0_hat = student_schedule.to_x0_eps(x_in, predict(x_in, student_schedule.shown(t_in)), t_in)[0]  # (B, ...)
+                x0_hat, eps_hat = student_schedule.to_x0_eps(x_in, predict(x_in, student_schedule.shown(t_in)), t_in)  # (B, ...)
 
             # 2. Re-diffuse to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
             t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
@@ -265,7 +265,14 @@ def main(cfg):
                 log["grad_norm_heads"] = update(optimizers["heads"], loss_d, cfg, last)
 
             # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
-            x0, t_fake, eps = x0_hat.detach(), draw.uniform(0, schedule.t_noise), draw.normal(shape)
+            # It does not know the student's step: fed "each", it learns the steps' mixture; fed the "last", what the sampler emits.
+            x0 = x0_hat.detach()
+            if cfg.fake_samples == "last" and k + 1 < steps:
+                with torch.no_grad():
+                    noise = draw.normal(shape) if student_schedule.renoise else eps_hat  # as in student_input
+                    x_next = student_schedule.add_noise(x0, noise, times[k + 1].expand(len(samples)))  # (B, ...)
+                    x0 = student_sample(predict, student_schedule, x_next, times[k + 1:], lambda: draw.normal(shape))
+            t_fake, eps = draw.uniform(0, schedule.t_noise), draw.normal(shape)
             out = fake(schedule.add_noise(x0, eps, t_fake), t_fake, cond)[0]
             log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t_fake))
             log["grad_norm_fake"] = update(optimizers["fake"], log["loss_fake"], cfg, last)

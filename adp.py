@@ -69,7 +69,7 @@ class Config:
     resume: bool = option(False, "continue the run in --out")
     DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
         "iterations": 800, "mse_iterations": 600, "batch_size": 16, "head_width": 64, "lr_student": 1e-5, "lr_mse": 1e-4,
-        "checkpoint_every": 200, "sample_every": 200}
+        "ema": 0.99, "checkpoint_every": 200, "sample_every": 200}
 
 
 STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)

@@ -34,7 +34,7 @@ def distilled(tmp_path_factory):
     at = tmp_path_factory.mktemp("digits")
     call(data.pairs, data.PairsConfig, "--out", at / "pairs", "--count", 300, "--steps", 8)
     call(adp.main, adp.Config, "--pairs", at / "pairs", "--iterations", 160, "--mse-iterations", 150, "--lr-mse", 3e-4,
-         "--sample-every", 0, "--out", at / "adp")
+         "--ema", 0.9, "--sample-every", 0, "--out", at / "adp")
     call(adm.main, adm.Config, "--init", at / "adp", "--student-steps", 1, "--iterations", 20, "--warmup", 8, "--checkpoint-every", 8,
          "--keep-checkpoints", 3, "--sample-every", 20, "--out", at / "adm")
     return at

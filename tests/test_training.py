@@ -13,6 +13,7 @@ import adm
 import adp
 import data
 import models
+import ode
 from conftest import call, read_log, same_log, shell
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
@@ -112,7 +113,7 @@ def test_the_student_that_is_exported_is_the_one_that_trained(sd3_adm, teachers)
 # --- Phases ----------------------------------------------------------------------------------------------------------
 
 ABLATIONS = [["--student-steps", "1"], ["--gradient-checkpointing"], ["--fake-gradient", "straight-through"], ["--loss", "dmd"],
-             ["--ttur", "2"], ["--lora-rank", "2"], ["--lora-rank", "2", "--gradient-checkpointing"], ["--damping", "0.1"],
+             ["--fake-samples", "last"], ["--ttur", "2"], ["--lora-rank", "2"], ["--lora-rank", "2", "--gradient-checkpointing"], ["--damping", "0.1"],
              ["--t-weight", "1/alpha", "--dt", "0.25", "--guidance", "1"], ["--init", "adp", "--model", "tiny-sdxl"]]
 
 
@@ -184,6 +185,33 @@ def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs,
     assert steps == ([["student"], ["student"]] if "mse" in flags else [["student"], ["student"], ["heads"]])
     pixel = read_log(tmp_path / "out")["d_accuracy_pixel"][1]
     assert (pixel is None) == ("mse" in flags or "--no-pixel" in flags)
+
+
+@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-sdxl"])
+@pytest.mark.parametrize("fake_samples", ["each", "last"])
+def test_the_fake_score_learns_the_steps_mixture_or_what_the_sampler_emits(model, fake_samples, teachers, encoded, sdxl_adp, tmp_path, monkeypatch):
+    """While the student rests, and with noises that are all alike: a student with fresh noise, and one with its own ε."""
+    expected, learnt, ks = [], [], []
+
+    def spy_input(predict, schedule, x_T, times, k, randn):
+        ks.append(k)
+        expected.append(ode.student_sample(predict, schedule, x_T, times if fake_samples == "last" else times[:k + 1], randn))
+        return ode.student_input(predict, schedule, x_T, times, k, randn)
+
+    def spy_out(self, x0, eps, t):
+        learnt.append(x0)
+        return to_out(self, x0, eps, t)
+    kind = type(teachers[model].schedule)
+    to_out = kind.to_out
+    monkeypatch.setattr(adm, "student_input", spy_input)
+    monkeypatch.setattr(kind, "to_out", spy_out)
+    monkeypatch.setattr(ode.Draw, "normal", lambda self, shape: torch.full((len(self.generators), *shape), 0.5))
+    init = ["--init", sdxl_adp] if model == "tiny-sdxl" else []
+    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", model, 6), "--student-steps", 3, "--warmup", 6, "--fake-samples",
+         fake_samples, *init)
+    assert set(ks) == {0, 1, 2} and len(learnt) == len(expected) == 6
+    for got, wanted in zip(learnt, expected):
+        assert_close(got, wanted)
 
 
 def test_real_and_fake_step_from_the_same_noisy_sample_by_dt(encoded, tmp_path, monkeypatch):
