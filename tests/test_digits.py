@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 
 import diffusers
 import numpy as np
@@ -195,15 +196,36 @@ def test_eval_writes_over_nothing(tmp_path):
         digits.main("eval", "--out", str(tmp_path))
 
 
+def test_curve_and_steps_of_a_run(distilled, family, teacher, capsys):
+    """The curve begins with the run's start and ends with what it exported, the average; in the warm-up the student rests."""
+    start, end = (digits.judge(digits.sample(family, *digits.open_run(distilled / name, family), 0, digits.NUMBERS), teacher)
+                  for name in ("adp", "adm"))
+    points = digits.curve({"command": f"python adm.py --out {distilled / 'adm'}"})
+    first, last = ([row["fd_teacher"], row["coverage"]] for row in (start, end))
+    assert [point[0] for point in points] == [0, 8, 16, 20]
+    assert points[0][1:] == points[1][1:] == first != points[2][1:] and points[3][1:] == last != points[2][1:]
+    capsys.readouterr()
+    digits.main("steps", str(distilled / "adm"))
+    assert capsys.readouterr().out.splitlines()[2:] == digits.table({"step 1 of 1": end})[2:]
+
+
+def test_tables_of_the_readme_are_what_the_script_prints():
+    done = shell("python", "toy/digits.py", "readme")
+    tables = done.stdout.strip().split("\n\n")
+    text = (digits.TEACHER.parent.parent / "README.md").read_text()
+    assert done.returncode == 0 and len(tables) == 2 and all(table in text for table in tables), done.stderr
+
+
 def test_committed_results_are_whole():
-    """One row a method and seed, each with its metrics and the commands that made it; no method is missing."""
+    """One row a method and seed, each with its metrics, the commands that made it and the curve of its last run; none is missing."""
     runs = json.loads((digits.RESULTS / "digits.json").read_text())["runs"]
-    pairs = [(r["method"], r["seed"]) for r in runs]
-    assert len(pairs) == len(set(pairs)) and {m for m, _ in pairs} == set(digits.METHODS) and {s for _, s in pairs} <= set(digits.SEEDS)
+    assert sorted((r["method"], r["seed"]) for r in runs) == sorted(product(digits.METHODS, digits.SEEDS))
     plan = json.loads((digits.RESULTS / "digits-search.json").read_text())
     for row in runs:
         assert {"method", "seed", "fd_teacher", "fd_real", "coverage", "density", "precision", "diversity", "class_tv", "seconds",
                 "iterations", "command"} <= set(row)
         assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
         assert row["rate"] == plan["rates"][row["method"]] and f"--seed {row['seed']} " in row["command"]
-        assert row["iterations"] == sum(int(n) for n in re.findall(r"--iterations (\d+)", row["command"]))
+        budgets = [int(n) for n in re.findall(r" --iterations (\d+)", row["command"])]
+        assert row["iterations"] == sum(budgets) and [row["curve"][0][0], row["curve"][-1][0]] == [0, budgets[-1]]
+        assert row["curve"][-1][1:] == pytest.approx([row["fd_teacher"], row["coverage"]])

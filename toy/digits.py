@@ -3,8 +3,10 @@
     python toy/digits.py train && python toy/digits.py samples      # toy/digits-teacher/ and its samples anew, seeded: minutes
     python toy/digits.py eval out/adp out/adm --out out/eval        # table and picture of any number of runs, beside the teacher
     python toy/digits.py diagnose out/adp                           # what D learns of a student that rests
-    python toy/digits.py speeds && python toy/digits.py search && python toy/digits.py experiment      # the README's table:
-    python toy/digits.py readme && python toy/digits.py picture                                        # hours
+    python toy/digits.py steps out/adm                              # what each step of a student makes
+    python toy/digits.py noises out/adp out/adm                     # how much the measure owes to one set of noises
+    python toy/digits.py speeds && python toy/digits.py search && python toy/digits.py experiment && python toy/digits.py ablations
+    python toy/digits.py readme && python toy/digits.py picture     # the README's tables and pictures: hours
 
 Images are the 1,797 scans of 8x8 pixels that scikit-learn carries (UCI Optical Recognition of Handwritten Digits, E. Alpaydin and
 C. Kaynak, CC BY 4.0); 300 of them are held out of all training.
@@ -111,7 +113,8 @@ def train(seed=0, iterations=4000, batch_size=64, rate=2e-3):
         return tiny.clip_text(vocab_size=len(clip), initializer_factor=2.0)
     pipe = StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae,
-        text_encoder=text(), tokenizer=clip, text_encoder_2=text(), tokenizer_2=clip, text_encoder_3=tiny.t5(), tokenizer_3=tiny.t5_tokenizer(4, words))
+        text_encoder=text(), tokenizer=clip, text_encoder_2=text(), tokenizer_2=clip, text_encoder_3=tiny.t5(),
+        tokenizer_3=tiny.t5_tokenizer(4, words))
     pipe.text_encoder.requires_grad_(False), pipe.text_encoder_2.requires_grad_(False), pipe.text_encoder_3.requires_grad_(False)
     short, long = (embed(pipe, (*PROMPTS, ""), length) for length in (None, 256))
     for module in transformer.modules():  # as DiT: blocks begin as the identity, the output as zero
@@ -176,7 +179,7 @@ def frechet(x, y):
 
 
 def neighbourhoods(real, fake, k=5):
-    """Of (N, D), (M, D): coverage and density (Naeem et al. 2020), precision (Kynkäänniemi et al. 2019), by balls to the k-th neighbour."""
+    """Of (N, D), (M, D), by balls to the k-th neighbour: coverage and density (Naeem et al. 2020), precision (Kynkäänniemi et al. 2019)."""
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     radius = torch.cdist(real, real).kthvalue(k + 1).values  # (N,), the nearest being the point itself
     inside = torch.cdist(fake, real) < radius  # (M, N)
@@ -206,8 +209,8 @@ def measure(x, labels, teacher, unprompted=None):
     blocks = [neighbourhoods(z_real, block) for block in np.split(z, len(z) // len(z_real))]
     coverage, density, precision = np.mean(blocks, 0).tolist()
     shift = None if unprompted is None else histogram(unprompted) - histogram(teacher[len(LABELS):])
-    return {"fd_teacher": frechet(pca.transform(both), pca.transform(teacher[:len(both)])), "fd_real": frechet(z, z_real), "coverage": coverage,
-            "density": density, "precision": precision, "diversity": spread(z, labels) / spread(z_real, real_labels),
+    return {"fd_teacher": frechet(pca.transform(both), pca.transform(teacher[:len(both)])), "fd_real": frechet(z, z_real),
+            "coverage": coverage, "density": density, "precision": precision, "diversity": spread(z, labels) / spread(z_real, real_labels),
             "class_tv": None if shift is None else float(np.abs(shift).sum() / 2),
             "accuracy": float((classifier.predict(x) == labels).mean())}
 
@@ -218,11 +221,11 @@ def judge(x, teacher):
 
 
 @torch.no_grad()
-def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100):
-    """Images (N, 64) of PROMPTS[numbers], from noises that depend on `key` alone: by the student's sampler, or with `guidance` by
-    the teacher's PF-ODE."""
+def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100, upto=None):
+    """Images (N, 64) of PROMPTS[numbers], from noises that depend on `key` alone: by the student's sampler (what its step number
+    `upto` makes of them, by default the last), or with `guidance` by the teacher's PF-ODE."""
     (cond, vae), images = opened(family), []
-    times = schedule.timesteps(steps)[:-1]
+    times = schedule.timesteps(steps)[:-1][:upto]
     for at in tqdm(range(0, len(numbers), batch_size), f"{steps} steps", disable=None, leave=False):
         some = numbers[at:at + batch_size]
         draw = Draw((key, 4), range(at, at + len(some)))
@@ -370,12 +373,19 @@ def sheet(rows, path):
 
 # --- The experiment --------------------------------------------------------------------------------------------------
 # Every method has SECONDS of iterations on one thread; in adp+… a tenth of them are ADP's. The learning rate of its student is the
-# best of RATES by Fréchet distance to the teacher's samples, each tried on another seed for a fifth of the time.
+# best of RATES by Fréchet distance to the teacher's samples, tried on another seed for 0.3 of the time (the start that adp+… have
+# from ADP is whole there). The recipe was chosen on further seeds, from 10 on.
 HOME = Path("out/digits")
-SECONDS, RATES, SEEDS, SEARCH_SEED = 160, (1e-5, 3e-5, 1e-4), (0, 1, 2), 100
+SECONDS, RATES, SEEDS, SEARCH_SEED = 240, (3e-6, 1e-5, 3e-5, 1e-4), (0, 1, 2), 100
+ADP_FIRST = "adp.py --ema 0"  # so short that an average would still be its start
 METHODS = {"mse": "adp.py --loss mse", "adp": "adp.py", "dmd": "adm.py --loss dmd --student-steps 1", "adm": "adm.py --student-steps 1",
            "adp+dmd": "adm.py --loss dmd --student-steps 1", "adp+adm": "adm.py --student-steps 1",
            "dmd, 4 steps": "adm.py --loss dmd --student-steps 4", "adm, 4 steps": "adm.py --student-steps 4"}
+ABLATIONS = (  # method, flags that differ, and the rate if that differs
+    ("adm, 4 steps", "--fake-samples each", None), ("dmd, 4 steps", "--fake-samples each", None), ("adp+adm", "--ema 0", None),
+    ("adp+adm", "--ema 0", 1e-5), ("adp+adm", "", 1e-5))
+STAGE_2 = {"one step, from ADP": ("adp+adm", "adp+dmd"), "one step, from the teacher": ("adm", "dmd"),
+           "four steps, from the teacher": ("adm, 4 steps", "dmd, 4 steps")}
 
 
 def execute(line):
@@ -386,27 +396,27 @@ def execute(line):
         shutil.rmtree(out, ignore_errors=True)  # broken off
         module = {"adp.py": adp, "adm.py": adm}[script]
         run(module.main, module.Config, argv, prog=script)
-    with open(out / "log.csv") as f:
-        return out, list(csv.DictReader(f))
+    return out, read_log(out)
 
 
 def line(flags, out, seed, iterations, rate=None, init=None):
-    """The command line of a run."""
+    """The command line of a run, which keeps eight checkpoints."""
     more = f" --pairs {HOME}/pairs --mse-iterations {iterations * 3 // 4}" if "adp.py" in flags else ""
     more += f" --lr-{'mse' if 'mse' in flags else 'student'} {rate:g}" if rate else ""
     more += f" --init {init}" if init else ""
-    return f"python {flags} --iterations {iterations} --seed {seed}{more} --checkpoint-every 1000000 --sample-every 0 --out {HOME / out}"
+    more += f" --checkpoint-every {-(-iterations // 8)} --keep-checkpoints 8 --sample-every 0"
+    return f"python {flags} --iterations {iterations} --seed {seed}{more} --out {HOME / out}"
 
 
-def trial(method, seed, rate, plan, share=1.0):
-    """One run of a method in SECONDS · share, measured: a row of digits.json. plan: what `speeds` and `search` found."""
-    flags, seconds, init, todo = METHODS[method], SECONDS * share, None, []
+def trial(method, seed, rate, plan, share=1.0, more=""):
+    """One run of a method in SECONDS, of which its last stage has this share, measured: a row of digits.json. plan: what `speeds`
+    and `search` found; more: flags of that stage that differ."""
+    flags, seconds, init, todo = METHODS[method], SECONDS, None, []
     if method.startswith("adp+"):
-        init, first = f"adp-first-{seed}-{share}", plan["rates"]["adp"]
-        todo.append(line("adp.py", init, seed, round(seconds / 10 / plan["seconds"]["adp.py"]), first))
-        seconds *= 0.9
-    out = f"{method.replace(', 4 steps', '-4')}-{seed}-{rate:g}-{share}"
-    todo.append(line(flags, out, seed, round(seconds / plan["seconds"][flags]), rate, init and HOME / init))
+        init, seconds = HOME / f"adp-first-{seed}", 0.9 * SECONDS
+        todo.append(line(ADP_FIRST, init.name, seed, round(SECONDS / 10 / plan["seconds"]["adp.py"]), plan["rates"]["adp"]))
+    out = "-".join(f"{method} {seed} {rate:g} {share:g} {more}".replace(",", "").split())
+    todo.append(line(f"{flags} {more}".strip(), out, seed, round(seconds * share / plan["seconds"][flags]), rate, init))
     done = [execute(each) for each in todo]
     family = load_teacher("digits")
     x = sample(family, *open_run(done[-1][0], family), 0, NUMBERS)
@@ -414,6 +424,36 @@ def trial(method, seed, rate, plan, share=1.0):
     return {"method": method, "seed": seed, **judge(x, teacher_samples(family)),
             "seconds": round(sum(float(row["seconds"]) for row in rows), 1), "iterations": len(rows), "rate": rate,
             "command": " && ".join(todo)}
+
+
+def curve(row):
+    """[[iteration, fd_teacher, coverage], …] of a trial's last run: at its start and at its checkpoints, the last of which is its end;
+    of the average of the student's weights, where there is one."""
+    family, run_folder = load_teacher("digits"), Path(row["command"].split()[-1])
+    teacher, (network, schedule, steps) = teacher_samples(family), open_run(run_folder, family)
+    init, points = read_json(run_folder / "config.json", "run", "config")["config"]["init"], []
+    for checkpoint in [None, *sorted((run_folder / "checkpoints").iterdir())]:
+        if checkpoint is None:
+            denoiser = family.denoiser() if init == "teacher" else open_run(init, family)[0]
+        else:
+            file, denoiser = checkpoint / "ema.safetensors", network
+            read_weights(denoiser.own_parameters(), file if file.exists() else checkpoint / "student.safetensors")
+        now = judge(sample(family, denoiser, schedule, steps, 0, NUMBERS), teacher)
+        points.append([int(checkpoint.name) if checkpoint else 0, now["fd_teacher"], now["coverage"]])
+    return points
+
+
+def read_weights(parameters, file):
+    """Fill {name: parameter} from a checkpoint's file."""
+    saved = load_file(file)
+    for name, p in parameters.items():
+        p.data.copy_(saved[f"weight/{name}"])
+
+
+def read_log(run_folder):
+    """The rows of a run's log.csv."""
+    with open(run_folder / "log.csv") as f:
+        return list(csv.DictReader(f))
 
 
 def speeds():
@@ -430,24 +470,53 @@ def speeds():
 
 
 def search(*methods):
-    """Adds to results/digits-search.json the best rate of these methods (default: all)."""
+    """Adds to results/digits-search.json the best rate of these methods (default: all): from 1e-5 down RATES, or else up, as long as
+    it gets better."""
     for method in methods or METHODS:
-        plan = read_json(RESULTS / "digits-search.json", "speeds", "seconds")
-        trials = [trial(method, SEARCH_SEED, rate, plan, 0.2) for rate in RATES]
+        plan, trials = read_json(RESULTS / "digits-search.json", "speeds", "seconds"), {}
+
+        def distance(i):
+            trials[i] = trial(method, SEARCH_SEED, RATES[i], plan, 0.3)
+            return trials[i]["fd_teacher"]
+        start = RATES.index(1e-5)
+        best = distance(start)
+        for way in (range(start - 1, -1, -1), range(start + 1, len(RATES))):
+            for i in way:
+                if distance(i) > best:
+                    break
+                best = trials[i]["fd_teacher"]
+            if best < trials[start]["fd_teacher"]:
+                break
         plan = read_json(RESULTS / "digits-search.json", "speeds", "seconds")  # two searches may go side by side
-        plan["trials"] += trials
-        plan["rates"][method] = min(trials, key=lambda row: row["fd_teacher"])["rate"]
+        plan["trials"] += trials.values()
+        plan["rates"][method] = min(trials.values(), key=lambda row: row["fd_teacher"])["rate"]
         write_json(RESULTS / "digits-search.json", plan)
 
 
 def experiment(*seeds):
     """results/digits.json: every method with these seeds (default: all), beside what is there of others."""
-    plan = read_json(RESULTS / "digits-search.json", "search", "rates")
     for seed in [int(seed) for seed in seeds] or SEEDS:
         for method in METHODS:
-            row, path = trial(method, seed, plan["rates"][method], plan), RESULTS / "digits.json"
-            runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
-            write_json(path, {"runs": [r for r in runs if (r["method"], r["seed"]) != (method, seed)] + [row]})
+            keep(method, seed, RESULTS / "digits.json")
+
+
+def ablations(*seeds):
+    """results/digits-ablations.json: each of ABLATIONS likewise."""
+    for seed in [int(seed) for seed in seeds] or SEEDS:
+        for method, more, rate in ABLATIONS:
+            keep(method, seed, RESULTS / "digits-ablations.json", more, rate)
+
+
+def keep(method, seed, path, more="", rate=None):
+    """Run a trial in full, at its method's rate unless another is given, and put its row into the json file, in the place of one like it."""
+    plan = read_json(RESULTS / "digits-search.json", "search", "rates")
+    row = trial(method, seed, rate or plan["rates"][method], plan, more=more) | {"flags": more}
+    row["curve"] = curve(row)
+
+    def kind(row):
+        return row["method"], row["seed"], row["flags"], row["rate"]
+    runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
+    write_json(path, {"runs": [r for r in runs if kind(r) != kind(row)] + [row]})
 
 
 # --- The diagnosis ---------------------------------------------------------------------------------------------------
@@ -477,10 +546,8 @@ def alignment(folder, family, cfg, batch_size=200):
     student.load(pipeline)
     discriminator = LatentDiscriminator(teacher, cfg.head_width)
     newest = max((folder / "checkpoints").iterdir())
-    for name, network in (("fake", fake.own_parameters()), ("heads", dict(discriminator.heads.named_parameters()))):
-        saved = load_file(newest / f"{name}.safetensors")
-        for key, p in network.items():
-            p.data.copy_(saved[f"weight/{key}"])
+    read_weights(fake.own_parameters(), newest / "fake.safetensors")
+    read_weights(dict(discriminator.heads.named_parameters()), newest / "heads.safetensors")
     draw = Draw((cfg.seed, 5), range(batch_size))
     cond = {name: c[draw.integers(len(PROMPTS))] for name, c in opened(family)[0].items()}
     x_T, line = draw.normal(family.latent_shape()), family.schedule
@@ -500,9 +567,10 @@ def alignment(folder, family, cfg, batch_size=200):
 
 
 def readme():
-    """Prints the README's table of results/digits.json, mean and range over seeds, after the teacher's own rows and its start's."""
+    """Prints the README's tables of results/digits.json: mean and range over seeds, after the teacher's own rows; then where ADM and
+    DMD started and where each ended, seed by seed."""
     runs, names = read_json(RESULTS / "digits.json", "results", "runs")["runs"], METRICS[:-1]
-    print("| method (seeds) | " + " | ".join(names) + " | iterations |\n" + "| --- " * (len(names) + 2) + "|")
+    print("| method | " + " | ".join(names) + " | iterations |\n" + "| --- " * (len(names) + 2) + "|")
     teacher = teacher_samples(load_teacher("digits"))
     for name in ("teacher, 28 steps", "teacher, 1 step"):
         row = judge(teacher[name], teacher)
@@ -510,22 +578,70 @@ def readme():
     for method in METHODS:
         mine = [r for r in runs if r["method"] == method]
         cells = [[r[name] for r in mine] for name in names]
-        print(f"| {method} ({len(mine)}) | " + " | ".join(f"{np.mean(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells)
+        print(f"| {method} | " + " | ".join(f"{np.mean(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells)
               + f" | {mine[0]['iterations']} |")
+    print("\n| fd_teacher; coverage, of each seed | start | ADM | DMD |\n" + "| --- " * 4 + "|")
+    for title, methods in STAGE_2.items():
+        curves = [[r["curve"] for r in sorted(runs, key=lambda r: r["seed"]) if r["method"] == method] for method in methods]
+        points = [[curve[0] for curve in curves[0]], *([curve[-1] for curve in each] for each in curves)]
+        cells = [f"{', '.join(f'{p[1]:.1f}' for p in some)}; {', '.join(f'{p[2]:.3f}' for p in some)}" for some in points]
+        print(f"| {title} | {' | '.join(cells)} |")
 
 
 def picture():
-    """results/digits.png: held-out scans, the teacher, and the experiment's students of seed 0."""
+    """results/digits.png: held-out scans, the teacher, and the experiment's students of seed 0; results/digits-curves.png."""
     family = load_teacher("digits")
     teacher = teacher_samples(family)
+    runs = read_json(RESULTS / "digits.json", "results", "runs")["runs"]
     rows = {"held-out scans": some_scans(), **{name: teacher[name][:20] for name in ("teacher, 28 steps", "teacher, 1 step")}}
-    for row in read_json(RESULTS / "digits.json", "results", "runs")["runs"]:
+    for row in sorted(runs, key=lambda row: list(METHODS).index(row["method"])):
         if row["seed"] == 0:
             rows[row["method"]] = sample(family, *open_run(row["command"].split()[-1], family), 0, NUMBERS[:20])
     sheet(rows, RESULTS / "digits.png")
+    curves(runs, judge(teacher["teacher, 28 steps"], teacher))
 
 
-COMMANDS = {"diagnose": diagnose, "readme": readme, "picture": picture, "train": train, "samples": samples, "eval": evaluate, "speeds": speeds, "search": search, "experiment": experiment}
+def curves(runs, teacher):
+    """results/digits-curves.png: fd_teacher and coverage along stage 2, one line a seed, dashed what the teacher's own samples have."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5), sharex=True, sharey="row")
+    for column, (title, methods) in zip(axes.T, STAGE_2.items()):
+        for run in runs:
+            if run["method"] in methods:
+                iterations, *measured = np.array(run["curve"]).T  # (n,), [(n,), (n,)]
+                first = run["seed"] == min(r["seed"] for r in runs if r["method"] == run["method"])
+                for axis, values in zip(column, measured):
+                    axis.plot(iterations / iterations[-1], values, color=("C3", "C0")[methods.index(run["method"])], lw=1.2, marker=".",
+                              ms=4, label=run["method"] if first else None)
+        for axis, name in zip(column, ("fd_teacher", "coverage")):
+            axis.axhline(teacher[name], color="black", lw=0.8, ls="--")
+        column[0].set_title(title, fontsize=10), column[0].set_yscale("log"), column[0].legend(fontsize=8)
+        column[1].set_xlabel("share of the stage's iterations")
+    axes[0, 0].set_ylabel("fd_teacher"), axes[1, 0].set_ylabel("coverage")
+    figure.savefig(RESULTS / "digits-curves.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def steps_apart(run_folder):
+    """Prints what each step of a run's student makes, measured as if it were the last: one f_ψ for all steps learns their mixture."""
+    family = load_teacher("digits")
+    network, schedule, steps = open_run(run_folder, family)
+    made = {f"step {k} of {steps}": sample(family, network, schedule, steps, 0, NUMBERS, upto=k) for k in range(1, steps + 1)}
+    print("\n".join(table({name: judge(x, teacher_samples(family)) for name, x in made.items()})))
+
+
+def noises(*runs):
+    """Prints fd_teacher and coverage of runs on five sets of noises, mean ± standard deviation: how far the one set of `eval` goes."""
+    family = load_teacher("digits")
+    teacher = teacher_samples(family)
+    for run_folder in runs:
+        rows = [judge(sample(family, *open_run(run_folder, family), key, NUMBERS), teacher) for key in (0, 2, 3, 4, 5)]  # 1: reference
+        cells = (f"{name} {np.mean([r[name] for r in rows]):.4g} ± {np.std([r[name] for r in rows], ddof=1):.2g}"
+                 for name in ("fd_teacher", "coverage"))
+        print(run_folder, *cells, sep="   ")
+
+
+COMMANDS = {"train": train, "samples": samples, "eval": evaluate, "diagnose": diagnose, "steps": steps_apart, "noises": noises,
+            "speeds": speeds, "search": search, "experiment": experiment, "ablations": ablations, "readme": readme, "picture": picture}
 
 
 def main(name="--help", *arguments):
