@@ -68,7 +68,7 @@ class Config:
     sample_every: int = option(25, "iterations between picture grids; 0: none")
     resume: bool = option(False, "continue the run in --out")
     DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
-        "iterations": 800, "mse_iterations": 600, "batch_size": 16, "head_width": 64, "lr_student": 1e-5, "lr_mse": 1e-4,
+        "iterations": 800, "mse_iterations": 600, "batch_size": 16, "head_width": 64, "lr_student": 3e-6, "lr_mse": 1e-4,
         "ema": 0.99, "checkpoint_every": 200, "sample_every": 200}
 
 
