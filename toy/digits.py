@@ -431,15 +431,16 @@ def curve(row):
     of the average of the student's weights, where there is one."""
     family, run_folder = load_teacher("digits"), Path(row["command"].split()[-1])
     teacher, (network, schedule, steps) = teacher_samples(family), open_run(run_folder, family)
-    init, points = read_json(run_folder / "config.json", "run", "config")["config"]["init"], []
-    for checkpoint in [None, *sorted((run_folder / "checkpoints").iterdir())]:
-        if checkpoint is None:
-            denoiser = family.denoiser() if init == "teacher" else open_run(init, family)[0]
-        else:
-            file, denoiser = checkpoint / "ema.safetensors", network
-            read_weights(denoiser.own_parameters(), file if file.exists() else checkpoint / "student.safetensors")
+    init = read_json(run_folder / "config.json", "run", "config")["config"]["init"]
+
+    def point(iteration, denoiser):
         now = judge(sample(family, denoiser, schedule, steps, 0, NUMBERS), teacher)
-        points.append([int(checkpoint.name) if checkpoint else 0, now["fd_teacher"], now["coverage"]])
+        return [iteration, now["fd_teacher"], now["coverage"]]
+    points = [point(0, family.denoiser() if init == "teacher" else open_run(init, family)[0])]
+    for checkpoint in sorted((run_folder / "checkpoints").iterdir()):
+        average = checkpoint / "ema.safetensors"
+        read_weights(network.own_parameters(), average if average.exists() else checkpoint / "student.safetensors")
+        points.append(point(int(checkpoint.name), network))
     return points
 
 
@@ -582,8 +583,8 @@ def readme():
               + f" | {mine[0]['iterations']} |")
     print("\n| fd_teacher; coverage, of each seed | start | ADM | DMD |\n" + "| --- " * 4 + "|")
     for title, methods in STAGE_2.items():
-        curves = [[r["curve"] for r in sorted(runs, key=lambda r: r["seed"]) if r["method"] == method] for method in methods]
-        points = [[curve[0] for curve in curves[0]], *([curve[-1] for curve in each] for each in curves)]
+        both = [[r["curve"] for r in sorted(runs, key=lambda r: r["seed"]) if r["method"] == method] for method in methods]
+        points = [[each[0] for each in both[0]], *([each[-1] for each in one] for one in both)]
         cells = [f"{', '.join(f'{p[1]:.1f}' for p in some)}; {', '.join(f'{p[2]:.3f}' for p in some)}" for some in points]
         print(f"| {title} | {' | '.join(cells)} |")
 
@@ -624,9 +625,9 @@ def curves(runs, teacher):
 def steps_apart(run_folder):
     """Prints what each step of a run's student makes, measured as if it were the last: one f_ψ for all steps learns their mixture."""
     family = load_teacher("digits")
-    network, schedule, steps = open_run(run_folder, family)
-    made = {f"step {k} of {steps}": sample(family, network, schedule, steps, 0, NUMBERS, upto=k) for k in range(1, steps + 1)}
-    print("\n".join(table({name: judge(x, teacher_samples(family)) for name, x in made.items()})))
+    teacher, student = teacher_samples(family), open_run(run_folder, family)
+    steps = student[-1]
+    print("\n".join(table({f"step {k} of {steps}": judge(sample(family, *student, 0, NUMBERS, upto=k), teacher) for k in range(1, steps + 1)})))
 
 
 def noises(*runs):
@@ -634,7 +635,8 @@ def noises(*runs):
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     for run_folder in runs:
-        rows = [judge(sample(family, *open_run(run_folder, family), key, NUMBERS), teacher) for key in (0, 2, 3, 4, 5)]  # 1: reference
+        student = open_run(run_folder, family)
+        rows = [judge(sample(family, *student, key, NUMBERS), teacher) for key in (0, 2, 3, 4, 5)]  # 1 is the reference's
         cells = (f"{name} {np.mean([r[name] for r in rows]):.4g} ± {np.std([r[name] for r in rows], ddof=1):.2g}"
                  for name in ("fd_teacher", "coverage"))
         print(run_folder, *cells, sep="   ")
