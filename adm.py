@@ -269,8 +269,7 @@ def main(cfg):
             x0 = x0_hat.detach()
             if cfg.fake_samples == "last" and k + 1 < steps:
                 with torch.no_grad():
-                    noise = draw.normal(shape) if student_schedule.renoise else eps_hat  # as in student_input
-                    x_next = student_schedule.add_noise(x0, noise, times[k + 1].expand(len(samples)))  # (B, ...)
+                    x_next = student_schedule.renoised(x0, eps_hat, times[k + 1], lambda: draw.normal(shape))  # (B, ...)
                     x0 = student_sample(predict, student_schedule, x_next, times[k + 1:], lambda: draw.normal(shape))
             t_fake, eps = draw.uniform(0, schedule.t_noise), draw.normal(shape)
             out = fake(schedule.add_noise(x0, eps, t_fake), t_fake, cond)[0]

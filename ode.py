@@ -62,6 +62,10 @@ class Schedule:
         alpha, sigma = self._alpha_sigma_like(t, x0)
         return alpha * x0.float() + sigma * eps.float()
 
+    def renoised(self, x0, eps, s, randn):
+        """A few-step student's next input, x_s (B, ...), after it predicted (x_0, ε); s is one time, () float32."""
+        return self.add_noise(x0, randn() if self.renoise else eps, s.expand(len(x0)))
+
     def to_x0_eps(self, x_t, out, t):
         """The (x_0, ε) that the network's output `out` at (x_t, t) stands for, each float32 (B, ...).
 
@@ -202,17 +206,13 @@ def teacher_sample(predict, schedule, x_T, steps):
 
 
 def student_input(predict, schedule, x_T, times, k, randn):
-    """The student's input at its step k: x_T itself for k = 0, else what its own first k steps lead to. float32 (B, ...)
-
-    Each step predicts x_0 and noises it to the next time, with fresh noise from randn() (backward simulation, ours, after
-    DMD2: training sees what sampling will see) or, where schedule.renoise is False, with the student's own ε.
-    times (n,) are the student's times; predict(x_t, t) is called k times.
+    """The student's input at its step k: x_T itself for k = 0, else what its own first k steps lead to. float32 (B, ...). Backward
+    simulation (ours, after DMD2): training sees what sampling will see. times (n,) are the student's; k calls of predict(x_t, t).
     """
     x = x_T.float()
     for t, s in zip(times[:k], times[1:]):
-        t, s = t.expand(len(x)), s.expand(len(x))
-        x0, eps = schedule.to_x0_eps(x, predict(x, schedule.shown(t)), t)
-        x = schedule.add_noise(x0, randn() if schedule.renoise else eps, s)
+        t = t.expand(len(x))
+        x = schedule.renoised(*schedule.to_x0_eps(x, predict(x, schedule.shown(t)), t), s, randn)
     return x
 
 
