@@ -614,10 +614,10 @@ def curves(runs, teacher):
                     axis.plot(iterations / iterations[-1], values, color=("C3", "C0")[methods.index(run["method"])], lw=1.2, marker=".",
                               ms=4, label=run["method"] if first else None)
         for axis, name in zip(column, ("fd_teacher", "coverage")):
-            axis.axhline(teacher[name], color="black", lw=0.8, ls="--")
+            axis.axhline(teacher[name], color="black", lw=0.8, ls="--", label="teacher, 28 steps")
         column[0].set_title(title, fontsize=10), column[0].set_yscale("log"), column[0].legend(fontsize=8)
         column[1].set_xlabel("share of the stage's iterations")
-    axes[0, 0].set_ylabel("fd_teacher"), axes[1, 0].set_ylabel("coverage")
+    axes[0, 0].set_ylabel("fd_teacher (less is nearer)"), axes[1, 0].set_ylabel("coverage")
     figure.savefig(RESULTS / "digits-curves.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
 
