@@ -14,16 +14,14 @@ Expect d_accuracy between 0.5 and 1, neither end for long. Writes config.json, l
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch, torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
-from models import LatentDiscriminator, follow, frozen, load_teacher, make_roles, require
+from models import LatentDiscriminator, backward, follow, frozen, load_teacher, make_roles, require, step
 from ode import Draw, T, common, on_the_line, student_input, student_sample, with_guidance
 
 
@@ -152,23 +150,6 @@ def starting_point(init, family, lora_rank):
     return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
-def update(optimizer, loss, cfg, last=True):
-    """Backward, which averages over ranks; after the last micro-batch clip and step. Returns the norm before clipping, or None
-    before the last; the step leaves no gradient behind. Where a loss or gradient is not finite on some rank, the average tells all
-    ranks, and none takes the step; the host is not asked."""
-    (loss / cfg.accumulate).backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite: then its gradient is NaN too
-    if not last:
-        return None
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # 1: fused AdamW leaves weights and moments as they are
-    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 def main(cfg):
     check(cfg)
     family, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
@@ -200,81 +181,90 @@ def main(cfg):
     for iteration in tqdm(range(first, cfg.iterations), cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar):
         began, logs = time.perf_counter(), []
         # The generator trains in round 0; TTUR's further rounds draw fresh samples for the others. In each round gradients add up
-        # over the micro-batches `parts`, and the last one steps: no step changes what a later phase of its round is trained on.
-        for r, samples in product(range(cfg.ttur), parts):
-            logs.append(log := dict.fromkeys(COLUMNS))
-            last = samples is parts[-1]
-            draw = Draw((cfg.seed, STAGE, iteration, r), samples, device)
+        # over the micro-batches `parts`, and only then every network steps: none is trained on what another's step has changed.
+        for r in range(cfg.ttur):
             learns = r == 0 and iteration >= cfg.warmup  # the student
-            cond, uncond = prompts[draw.integers(len(prompts))], prompts.unconditional(len(samples))
+            compares = r == 0 or cfg.loss == "adm"  # teacher with fake; in DMD's further rounds the fake score trains alone
             k = int(common(cfg.seed, STAGE, iteration, r).integers(steps))  # the student's step that trains, the same on all ranks
+            for samples in parts:
+                logs.append(log := dict.fromkeys(COLUMNS))
+                draw = Draw((cfg.seed, STAGE, iteration, r), samples, device)
+                cond, uncond = prompts[draw.integers(len(prompts))], prompts.unconditional(len(samples))
 
-            # 1. Sample: x̂_0 = G_θ(x_t', t'). The steps before k run without gradient.
-            def predict(x, t):
-                return student(x, t, cond)[0]
-            t_in = times[k].expand(len(samples))  # (B,)
-            with torch.no_grad():
-                x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
-            with torch.set_grad_enabled(learns):
-                x0_hat, eps_hat = student_schedule.to_x0_eps(x_in, predict(x_in, student_schedule.shown(t_in)), t_in)  # (B, ...)
+                # 1. Sample: x̂_0 = G_θ(x_t', t'). The steps before k run without gradient.
+                def predict(x, t, cond=cond):
+                    return student(x, t, cond)[0]
 
-            # 2. Re-diffuse to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
-            t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
-            s = t - cfg.dt * T
-            x_t = schedule.add_noise(x0_hat, draw.normal(shape), t)
-
-            # Fake and heads are frozen up to the generator's update; their activations carry the gradient from D to x̂_0.
-            with frozen(fake, discriminator.heads), torch.set_grad_enabled(learns):
-                # 3. One PF-ODE step from the same x_t: by the teacher with CFG, without gradient; by the fake score, with.
+                t_in = times[k].expand(len(samples))  # (B,)
                 with torch.no_grad():
-                    out_real = with_guidance(teacher, cond, uncond, guidance)(x_t, t)
-                    x_real = schedule.pf_ode_step(x_t, out_real, t, s)
-                with torch.set_grad_enabled(learns and cfg.loss == "adm" and cfg.fake_gradient == "exact"):
-                    out_fake = fake(x_t, t, cond)[0]
-                    x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
-                if cfg.fake_gradient == "straight-through":
-                    x_fake = straight_through(x_fake, x0_hat, schedule.alpha_sigma(s)[0])
+                    x_in = student_input(predict, student_schedule, draw.normal(shape), times, k, lambda: draw.normal(shape))
+                with torch.set_grad_enabled(learns):
+                    out = predict(x_in, student_schedule.shown(t_in))
+                    x0_hat, eps_hat = student_schedule.to_x0_eps(x_in, out, t_in)  # (B, ...)
 
-                # 4. Generator: the student trains. The DMD loss comes from the same passes; ADM logs it without using it.
-                if cfg.loss == "adm":
-                    maps_fake = discriminator.features(x_fake, s, cond)
-                if r == 0:
-                    x0_real, x0_fake = (schedule.to_x0_eps(x_t, out, t)[0].detach() for out in (out_real, out_fake))
-                    log["dmd_loss"] = loss = dmd_loss(x0_hat, x0_real, x0_fake)
-                    if cfg.loss == "adm":
-                        weight = 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3) if cfg.t_weight == "1/alpha" else None  # (B,)
-                        loss = generator_loss(discriminator.logits(maps_fake), weight)
-                    log |= {"loss_generator": loss, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
-                    if learns:
-                        log["grad_norm_student"] = update(optimizers["student"], loss, cfg, last)
-                    shown = {f"student, step {k + 1} of {steps}": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
+                if compares:
+                    # 2. Re-diffuse to t ~ U[t_min + Δt, t_max], for DMD U[t_min, t_max]; s = t − Δt is where both branches land.
+                    least = cfg.t_min + cfg.dt if cfg.loss == "adm" else cfg.t_min
+                    t = draw.uniform(least * T, cfg.t_max * T)  # (B,)
+                    s = t - cfg.dt * T
+                    x_t = schedule.add_noise(x0_hat, draw.normal(shape), t)
 
-            # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
-            if cfg.loss == "adm":
-                with torch.no_grad():
-                    maps_real = discriminator.features(x_real, s, cond)
-                logits_real = discriminator.logits(maps_real)  # (B,)
-                logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
-                loss_d = log["loss_discriminator"] = discriminator_loss(logits_real, logits_fake)
-                log["d_accuracy"] = ((logits_real > 0).float() + (logits_fake < 0).float()).mean() / 2
-                if cfg.damping:
-                    for x, logits in ((x_real, logits_real), (x_fake, logits_fake)):
+                    # Fake and heads are frozen up to the generator's loss; their activations carry the gradient from D to x̂_0.
+                    with frozen(fake, discriminator.heads), torch.set_grad_enabled(learns):
+                        # 3. Both branches from the same x_t: the teacher with CFG, without gradient; the fake score, with.
                         with torch.no_grad():
-                            moved = discriminator.features(x + cfg.damping_sigma * draw.normal(shape), s, cond)
-                        loss_d = loss_d + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
-                log["grad_norm_heads"] = update(optimizers["heads"], loss_d, cfg, last)
+                            out_real = with_guidance(teacher, cond, uncond, guidance)(x_t, t)
+                        with torch.set_grad_enabled(learns and cfg.loss == "adm" and cfg.fake_gradient == "exact"):
+                            out_fake = fake(x_t, t, cond)[0]
+                            x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
 
-            # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
-            # It does not know the student's step: fed "each", it learns the steps' mixture; fed the "last", what the sampler emits.
-            x0 = x0_hat.detach()
-            if cfg.fake_samples == "last" and k + 1 < steps:
-                with torch.no_grad():
-                    x_next = student_schedule.renoised(x0, eps_hat, times[k + 1], lambda: draw.normal(shape))  # (B, ...)
-                    x0 = student_sample(predict, student_schedule, x_next, times[k + 1:], lambda: draw.normal(shape))
-            t_fake, eps = draw.uniform(0, schedule.t_noise), draw.normal(shape)
-            out = fake(schedule.add_noise(x0, eps, t_fake), t_fake, cond)[0]
-            log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t_fake))
-            log["grad_norm_fake"] = update(optimizers["fake"], log["loss_fake"], cfg, last)
+                        # 4. Generator: the student trains. The DMD loss comes from the same passes; ADM logs it without using it.
+                        if cfg.loss == "adm":
+                            if cfg.fake_gradient == "straight-through":
+                                x_fake = straight_through(x_fake, x0_hat, schedule.alpha_sigma(s)[0])
+                            maps_fake = discriminator.features(x_fake, s, cond)
+                        if r == 0:
+                            x0_real, x0_fake = (schedule.to_x0_eps(x_t, o, t)[0].detach() for o in (out_real, out_fake))
+                            log["dmd_loss"] = loss = dmd_loss(x0_hat, x0_real, x0_fake)
+                            if cfg.loss == "adm":
+                                weight = 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3) if cfg.t_weight == "1/alpha" else None  # (B,)
+                                loss = generator_loss(discriminator.logits(maps_fake), weight)
+                            log |= {"loss_generator": loss, "x0_mean": x0_hat.mean(), "x0_std": x0_hat.flatten(1).std(1).mean()}
+                            if learns:
+                                backward(loss, cfg.accumulate)
+                            shown = {f"student, step {k + 1} of {steps}": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
+
+                # 5. Discriminator: the heads train, on the features that step 4 made of x_fake.
+                if cfg.loss == "adm":
+                    with torch.no_grad():
+                        x_real = schedule.pf_ode_step(x_t, out_real, t, s)
+                        maps_real = discriminator.features(x_real, s, cond)
+                    logits_real = discriminator.logits(maps_real)  # (B,)
+                    logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
+                    loss_d = log["loss_discriminator"] = discriminator_loss(logits_real, logits_fake)
+                    log["d_accuracy"] = ((logits_real > 0).float() + (logits_fake < 0).float()).mean() / 2
+                    if cfg.damping:
+                        for x, logits in ((x_real, logits_real), (x_fake, logits_fake)):
+                            with torch.no_grad():
+                                moved = discriminator.features(x + cfg.damping_sigma * draw.normal(shape), s, cond)
+                            loss_d = loss_d + cfg.damping * damping_loss(logits, discriminator.logits(moved), cfg.damping_sigma)
+                    backward(loss_d, cfg.accumulate)
+
+                # 6. Fake score: f_ψ trains by its diffusion loss on the student's samples, t ~ U[0, T], without CFG.
+                # It does not know the student's step: fed "each", it learns the steps' mixture; fed the "last", what the sampler emits.
+                x0 = x0_hat.detach()
+                if cfg.fake_samples == "last" and k + 1 < steps:
+                    with torch.no_grad():
+                        x_next = student_schedule.renoised(x0, eps_hat, times[k + 1], lambda: draw.normal(shape))  # (B, ...)
+                        x0 = student_sample(predict, student_schedule, x_next, times[k + 1:], lambda: draw.normal(shape))
+                t_fake, eps = draw.uniform(0, schedule.t_noise), draw.normal(shape)
+                out = fake(schedule.add_noise(x0, eps, t_fake), t_fake, cond)[0]
+                log["loss_fake"] = fake_score_loss(out, schedule.to_out(x0, eps, t_fake))
+                backward(log["loss_fake"], cfg.accumulate)
+
+            trained = {"student": learns, "heads": cfg.loss == "adm", "fake": True}
+            for name in [name for name, trains in trained.items() if trains]:
+                log[f"grad_norm_{name}"] = step(optimizers[name], cfg.clip)
 
         if cfg.ema:
             follow(networks["ema"], networks["student"], cfg.ema)

@@ -20,12 +20,12 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
 from data import OffloadedAdamW, Prompts, Ranks, Rows, Run, at_least, option, read_json, run
-from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator, follow, frozen, load_teacher, make_roles, require
+from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator
+from models import backward, follow, frozen, load_teacher, make_roles, require, step
 from ode import Draw, T, common, on_the_line, student_sample
 
 
@@ -56,7 +56,6 @@ class Config:
     lr_student: float = option(1e-5, "learning rate of the student (ours)")
     lr_mse: float | None = option(None, "the student's in regression, which bears more than adversaries do; default: --lr-student (ours)")
     lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)")
-    lr_fake: float = option(2e-6, "unused, there is no fake score in this stage; taken so that both stages share a launcher")
     beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)")
     ema: float = option(0.0, "decay of an average of the student's weights, which is what is exported; 0: none (ours; paper: none)")
     clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
@@ -130,23 +129,6 @@ def starting_point(init, family, lora_rank):
     return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
-def update(optimizer, loss, cfg, last=True):
-    """Backward, which averages over ranks; after the last micro-batch clip and step. Returns the norm before clipping, or None
-    before the last; the step leaves no gradient behind. Where a loss or gradient is not finite on some rank, the average tells all
-    ranks, and none takes the step; the host is not asked."""
-    (loss / cfg.accumulate).backward(0 * loss.detach() + 1)  # 1; NaN with a loss that is not finite: then its gradient is NaN too
-    if not last:
-        return None
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # 1: fused AdamW leaves weights and moments as they are
-    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 def main(cfg):
     check(cfg)
     family, use_pixel = load_teacher(cfg.model, cfg.random_init), cfg.pixel and cfg.loss == "adp"
@@ -190,9 +172,8 @@ def main(cfg):
         regresses = cfg.loss == "mse" or iteration < cfg.mse_iterations
         for group in optimizers["student"].param_groups:
             group["lr"] = cfg.lr_mse if regresses and cfg.lr_mse else cfg.lr_student
-        for samples in parts:  # micro-batches: gradients add up, the last one steps
+        for samples in parts:  # micro-batches: gradients add up, and only then the networks step
             logs.append(log := dict.fromkeys(COLUMNS))
-            last = samples is parts[-1]
             draw = Draw((cfg.seed, STAGE, iteration), samples, device)
             x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
 
@@ -206,7 +187,7 @@ def main(cfg):
             if regresses:
                 # 2. Regression: the student trains.
                 log["loss_generator"] = log["loss_mse"]
-                log["grad_norm_student"] = update(optimizers["student"], log["loss_mse"], cfg, last)
+                backward(log["loss_mse"], cfg.accumulate)
             else:
                 # 3. What the discriminators see: both samples noised to the same t' with independent noise; both decoded, clean.
                 t_d = draw.uniform(0, schedule.t_noise)  # (B,)
@@ -221,7 +202,7 @@ def main(cfg):
                     if use_pixel:
                         maps_fake.append(discriminators[1].features(family.views(vae, x0_hat, u)))
                     log["loss_generator"] = generator_loss([d.logits(m) for d, m in zip(discriminators, maps_fake)], lambdas)
-                    log["grad_norm_student"] = update(optimizers["student"], log["loss_generator"], cfg, last)
+                    backward(log["loss_generator"], cfg.accumulate)
 
                 # 5. Discriminators: the heads train, on the features that the generator's step made of x_fake.
                 with torch.no_grad():
@@ -233,8 +214,11 @@ def main(cfg):
                 log["loss_discriminator"] = discriminator_loss(real, fake, lambdas)
                 for name, r, f in zip(("d_accuracy", "d_accuracy_pixel"), real, fake):
                     log[name] = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
-                log["grad_norm_heads"] = update(optimizers["heads"], log["loss_discriminator"], cfg, last)
+                backward(log["loss_discriminator"], cfg.accumulate)
 
+        log["grad_norm_student"] = step(optimizers["student"], cfg.clip)
+        if not regresses:
+            log["grad_norm_heads"] = step(optimizers["heads"], cfg.clip)
         if cfg.ema:
             follow(networks["ema"], networks["student"], cfg.ema)
         here.record(iteration + 1, logs, began)

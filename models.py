@@ -495,6 +495,28 @@ def assign(p, whole):
     p.data.copy_(like(p.detach(), whole))
 
 
+def backward(loss, accumulate=1):
+    """Add the gradient of a micro-batch's `loss`, one of `accumulate`, to the others'; over the ranks it is averaged."""
+    one = 0 * loss.detach() + 1  # NaN where the loss is not finite: then its whole gradient is NaN too, which `step` sees
+    (loss / accumulate).backward(one)
+
+
+def step(optimizer, clip):
+    """Clip the gradient of this network's parameters, let AdamW step, leave no gradient behind. Returns the norm before clipping.
+
+    Where a loss or gradient is not finite on some rank, the average tells all ranks, and none takes the step; the host is not asked.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # 1: fused AdamW leaves weights and moments as they are
+    optimizer.skipped.append(optimizer.found_inf)  # for Run.record
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 @torch.no_grad()
 def follow(average, parameters, decay):
     """An exponential moving average, in place and sharded as the parameters are: average ← decay · average + (1 − decay) · p."""

@@ -169,7 +169,7 @@ class StudentLine(FlowSchedule):
         return torch.from_numpy(np.where(t > exact, np.nextafter(t, np.float32(0)), t))
 
     def shown(self, t):
-        return t.floor()
+        return t.floor().clamp(max=self.t_noise)  # cubic times can round to T, for which the network has no index
 
 
 def on_the_line(teacher_schedule):

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adm
 import data
-from models import frozen
+from models import backward, frozen, step
 from ode import with_guidance
 
 
@@ -81,7 +81,8 @@ def passes(cfg, roles, discriminator, optimizers, family, prompts, ranks):
             discriminator.features(x, t, cond)
 
     def finetune():
-        adm.update(optimizers["fake"], fake(x, t, cond)[0].square().mean(), cfg)
+        backward(fake(x, t, cond)[0].square().mean())
+        step(optimizers["fake"], cfg.clip)
         optimizers["fake"].skipped.clear()
 
     exact = cfg.loss == "adm" and cfg.fake_gradient == "exact"

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
 import adm
@@ -158,15 +159,14 @@ def test_kill_9_at_any_step(world, steps, run4, here, tmp_path):
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
 def signalled(rank, who, at, *signals):
-    """These signals come to rank `who` in the middle of an iteration, before its update number `at`."""
-    update, done = adm.update, [0]
+    """These signals come to rank `who` in the middle of an iteration, before its optimizers' step number `at`."""
+    done = [0]
 
-    def spy(*args):
+    def hook(*args):
         done[0] += 1
         for s in signals if (rank, done[0]) == (who, at) else ():
             os.kill(os.getpid(), s)
-        return update(*args)
-    adm.update = spy
+    register_optimizer_step_pre_hook(hook)
 
 
 @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
@@ -191,7 +191,7 @@ def test_a_second_ctrl_c_ends_at_once(here, tmp_path):
 def poisoned(rank, who, always=False):
     """Rank `who` meets a NaN in the student's loss in iteration 2, an infinite loss with finite gradient of the fake score in 3, an
     infinite gradient of a finite loss of the heads in 4. always: the fake score's loss is never a number. Each rank says what it skips."""
-    update, iteration = adm.update, [0]
+    iteration, before = [0], []
     generator_loss, fake_score_loss, discriminator_loss = adm.generator_loss, adm.fake_score_loss, adm.discriminator_loss
 
     def generator(*args):
@@ -210,13 +210,16 @@ def poisoned(rank, who, always=False):
         mine = [p.detach() for p in parameters] + [optimizer.state[p][s] for p in parameters for s in optimizer.state[p]]
         return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in mine]
 
-    def spy(optimizer, *args):
-        before, norm = state(optimizer), update(optimizer, *args)
+    def about_to_step(optimizer, *args):
+        before[:] = state(optimizer)
+
+    def has_stepped(optimizer, *args):
         moved = not all(map(torch.equal, before, state(optimizer)))
         print(f"{iteration[0]} {'skipped' if optimizer.found_inf else 'done'} {'moved' if moved else 'same'}", file=sys.stderr)
         assert all(x.isfinite().all() for x in state(optimizer))
-        return norm
-    adm.generator_loss, adm.fake_score_loss, adm.discriminator_loss, adm.update = generator, fake_score, heads, spy
+    register_optimizer_step_pre_hook(about_to_step)
+    register_optimizer_step_post_hook(has_stepped)
+    adm.generator_loss, adm.fake_score_loss, adm.discriminator_loss = generator, fake_score, heads
 
 
 def test_all_ranks_skip_an_update_that_is_not_finite_on_one(here, tmp_path):
