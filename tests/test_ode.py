@@ -250,3 +250,10 @@ def test_draws_depend_on_key_and_sample_alone():
     assert not torch.equal(a, ode.Draw((7, 4), range(4)).normal((2, 3)))
     assert a.flatten(1).unique(dim=0).shape[0] == 4  # no two samples share noise
     assert ode.common(1, 2).integers(1000) == ode.common(1, 2).integers(1000)
+
+
+@pytest.mark.parametrize("t", [1000.0, 999.99994, 999.0])
+def test_a_network_of_1000_time_steps_is_never_shown_another(t):
+    """Cubic times close to T round to it in float32; the last index of a variance-preserving teacher is 999."""
+    assert ode.StudentLine().shown(torch.tensor([t])).tolist() == [999.0]
+    assert ode.FlowSchedule().shown(torch.tensor([t])).tolist() == torch.tensor([t]).tolist()  # where T is a time like any other
