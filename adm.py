@@ -22,7 +22,8 @@ import torch, torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
+from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, encode_prompts
+from data import option, read_json, run, text_sha256
 from models import LatentDiscriminator, follow, frozen, load_teacher, make_roles, require
 from ode import Draw, T, common, on_the_line, student_input, student_sample, with_guidance
 
@@ -126,7 +127,8 @@ def straight_through(x_fake, x0_hat, alpha_s):
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "ttur", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
+    at_least(1, cfg, "iterations", "batch_size", "ttur", "student_steps", "accumulate")
+    at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "warmup", "lora_rank", "guidance", "damping", "sample_every")
     for name in ("lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma"):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
@@ -172,12 +174,13 @@ def update(optimizer, loss, cfg, last=True):
 def main(cfg):
     check(cfg)
     family, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
-    check_prompts(cfg.prompts, family)
+    text = text_sha256(cfg.prompts, family)
     shape, device, parts = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
     steps, guidance = cfg.student_steps or family.student_steps, family.guidance if cfg.guidance is None else cfg.guidance
     schedule = family.schedule  # of teacher, fake and discriminator, always
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)  # the same, or after ADP the straight line
-    here = Run("adm", cfg, ranks, family, student_schedule, steps, guidance=guidance)
+    here = Run("adm", cfg, ranks, family, student_schedule, steps,
+               guidance=guidance, prompts={"text_sha256": text})
 
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
@@ -283,6 +286,8 @@ def main(cfg):
             here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
+        if here.stop:
+            raise here.stop  # on all ranks: one line, and the exit code
     here.finish(student, networks, shape)
 
 
