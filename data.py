@@ -42,8 +42,10 @@ def quiet():
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    # models.shard: nothing here works in place on what a sharded module returns.
+    # Nothing here works in place on what a sharded module returns. Student and fake score are two
+    # adapters on one network on purpose.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
 
 
 def did_you_mean(word, known):
@@ -255,7 +257,7 @@ def collect(folder, manifest, ranks, make):
 
 
 def check_same(found, manifest, folder):
-    """Raises BadInput unless the manifest `found` there is of these settings, and of no more rows."""
+    """Raises BadInput unless the manifest `found` is of these settings, and of no more rows."""
     differing = [k for k in manifest if k != "count" and found.get(k) != manifest[k]]
     said = "; ".join(f"{k}: {found.get(k)} there, {manifest[k]} now" for k in differing)
     require(set(differing) <= set(SPELLING),
@@ -393,12 +395,11 @@ def collect_pairs(cfg, teacher, ranks):
 # When a run is resumed; the last three change where and how numbers are made, not which.
 MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
               "accumulate", "gradient_checkpointing", "offload")
-
 MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 
 
 def is_noted(name):
-    """Whether a setting, when a run is resumed, may change too but config.json notes that it did."""
+    """Whether a setting may change when a run is resumed, which config.json then notes."""
     return name == "ema" or name.startswith("lr_")
 
 
@@ -663,7 +664,8 @@ class PairsConfig:
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
-    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is more than theirs")
+    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is "
+                            "more than theirs; pairs that are in --out already stay")
     steps: int = option(50, "PF-ODE steps of the teacher")
     guidance: float | None = option(None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
     seed: int = option(0, "of the noise; pair i depends on seed and i alone")
