@@ -664,8 +664,8 @@ class PairsConfig:
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
-    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is "
-                            "more than theirs; pairs that are in --out already stay")
+    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it "
+                            "is more than theirs; pairs that are in --out already stay")
     steps: int = option(50, "PF-ODE steps of the teacher")
     guidance: float | None = option(None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
     seed: int = option(0, "of the noise; pair i depends on seed and i alone")

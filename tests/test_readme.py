@@ -86,7 +86,7 @@ def test_sizes():
     assert all(lines[name] <= limit for name, limit in limits.items()), lines
     for script in ("adp.py", "adm.py"):
         loop = next(i for i, line in enumerate((ROOT / script).read_text().splitlines(), 1) if "for iteration in" in line)
-        assert loop <= 200
+        assert loop <= 210
     assert {p.name for p in ROOT.glob("*.py")} == {"ode.py", "models.py", "data.py", "adp.py", "adm.py"}
 
 
