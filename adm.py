@@ -20,8 +20,10 @@ from typing import ClassVar, Literal
 import torch, torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, check_prompts, encode_prompts, option, read_json, run
-from models import LatentDiscriminator, backward, follow, frozen, load_teacher, make_roles, require, step
+from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, encode_prompts
+from data import option, read_json, run, text_sha256
+from models import LatentDiscriminator, backward, follow, frozen, load_teacher, make_roles
+from models import require, step
 from ode import Draw, T, common, on_the_line, student_input, student_sample, with_guidance
 
 
@@ -124,7 +126,8 @@ def straight_through(x_fake, x0_hat, alpha_s):
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "ttur", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
+    at_least(1, cfg, "iterations", "batch_size", "ttur", "student_steps", "accumulate")
+    at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "warmup", "lora_rank", "guidance", "damping", "sample_every")
     for name in ("lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma"):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
@@ -153,12 +156,13 @@ def starting_point(init, family, lora_rank):
 def main(cfg):
     check(cfg)
     family, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
-    check_prompts(cfg.prompts, family)
+    text = text_sha256(cfg.prompts, family)
     shape, device, parts = family.latent_shape(cfg.resolution, cfg.frames), ranks.device, ranks.mine(cfg.batch_size, cfg.accumulate)
     steps, guidance = cfg.student_steps or family.student_steps, family.guidance if cfg.guidance is None else cfg.guidance
     schedule = family.schedule  # of teacher, fake and discriminator, always
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)  # the same, or after ADP the straight line
-    here = Run("adm", cfg, ranks, family, student_schedule, steps, guidance=guidance)
+    here = Run("adm", cfg, ranks, family, student_schedule, steps,
+               guidance=guidance, prompts={"text_sha256": text})
 
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
@@ -273,6 +277,8 @@ def main(cfg):
             here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
+        if here.stop:
+            raise here.stop  # on all ranks: one line, and the exit code
     here.finish(student, networks, shape)
 
 

@@ -24,8 +24,8 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from data import OffloadedAdamW, Prompts, Ranks, Rows, Run, at_least, option, read_json, run
-from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator
-from models import backward, follow, frozen, load_teacher, make_roles, require, step
+from models import BadInput, Head2d, LatentDiscriminator, PixelDiscriminator, backward, follow
+from models import frozen, load_teacher, make_roles, require, step, tensors_sha256
 from ode import Draw, T, common, on_the_line, student_sample
 
 
@@ -105,7 +105,8 @@ def generator_loss(fake, lambdas):
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "student_steps", "accumulate", "checkpoint_every", "keep_checkpoints")
+    at_least(1, cfg, "iterations", "batch_size", "student_steps", "accumulate")
+    at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "mse_iterations", "lora_rank", "guidance", "lambda_latent", "lambda_pixel", "sample_every")
     for name in ("lr_student", "lr_heads", "clip", *(["lr_mse"] if cfg.lr_mse is not None else [])):
         require(0 < getattr(cfg, name) < float("inf"), f"--{name.replace('_', '-')} {getattr(cfg, name)}: a positive number")
@@ -141,7 +142,10 @@ def main(cfg):
     line = on_the_line(family.schedule)  # the student's process
     schedule = family.schedule  # the teacher's, on which the latent discriminator lives
     _, weights = starting_point(cfg.init, family, cfg.lora_rank)
-    here = Run("adp", cfg, ranks, family, line, cfg.student_steps, pairs=pairs.manifest)
+    facts = {"pairs": pairs.content()}
+    if use_pixel:
+        facts["pixel_backbone"] = {"weights_sha256": tensors_sha256(backbone.state_dict())}
+    here = Run("adp", cfg, ranks, family, line, cfg.student_steps, **facts)
 
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
     teacher, student = make_roles(
@@ -228,6 +232,8 @@ def main(cfg):
             here.picture(iteration + 1, {"teacher x_0": x_0, f"student, {cfg.student_steps} step": x0})
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
+        if here.stop:
+            raise here.stop  # on all ranks: one line, and the exit code
     here.finish(student, networks, pairs.shape)
 
 

@@ -7,7 +7,8 @@ Training reads these files only, so text encoders never sit in memory beside the
 written aside and renamed: a file is whole or absent. A second call of either command continues the first.
 """
 
-import argparse, csv, datetime, errno, hashlib, json, os, resource, shutil, signal, sys, time
+import argparse, csv, datetime, difflib, errno, hashlib, json, os, resource
+import shutil, signal, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from typing import ClassVar
 import diffusers, numpy as np, torch, torch.distributed as dist, transformers
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -35,11 +36,37 @@ class Stopped(Exception):
     """All ranks end a run before its time. args: the exit code, and the line that rank 0 prints."""
 
 
+def quiet():
+    """For a process whose stderr is its own, as a script's is: of transformers and diffusers only
+    errors, and no progress bars."""
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # Nothing here works in place on what a sharded module returns. Student and fake score are two
+    # adapters on one network on purpose.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+
+
+def did_you_mean(word, known):
+    """The end of a sentence on `word`: which of the known words is near it, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def no_such(unknown, parser):
+    """A sentence about command-line arguments that the parser does not know."""
+    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        return f"{unknown[0]}: no such argument, all are flags"
+    known = [name for name in parser._option_string_actions if "_" not in name]
+    return f"{flags[0]}: no such flag{did_you_mean(flags[0].replace('_', '-'), known)}"
+
+
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one
     line and 1. A run that is stopped: one line and its exit code. config_class.DIGITS are its defaults with --model digits."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
+    quiet()
     parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, formatter_class=type(
         "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}), **about)
     parser.error = lambda message: require(False, message)
@@ -48,7 +75,10 @@ def run(main, config_class, argv=None, **about):
         asked = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]  # help shows the defaults that hold
         if getattr(parser.parse_known_args(asked)[0], "model", None) == "digits":
             parser.set_defaults(**getattr(config_class, "DIGITS", {}))
-        main(config_class(**vars(parser.parse_args(argv))))
+        settings, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise BadInput(no_such(unknown, parser))
+        main(config_class(**vars(settings)))
     except BadInput as e:
         print(f"{parser.prog}{rank}: {e}", file=sys.stderr)
         sys.exit(2)
@@ -171,11 +201,18 @@ def write_tensors(path, tensors):
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
 
 
-def is_whole(path):
+def rows_in(path):
+    """How many rows a shard holds: none where it is missing or damaged."""
     try:
-        return len(safe_open(path, "pt").keys()) > 0
+        with safe_open(path, "pt") as f:
+            return min((f.get_slice(name).get_shape()[0] for name in f.keys()), default=0)
     except (OSError, SafetensorError):
-        return False
+        return 0
+
+
+def shard_rows(shard, size, count):
+    """The row numbers of a shard, `size` a shard and `count` in all."""
+    return range(shard * size, min((shard + 1) * size, count))
 
 
 def claim(folder):
@@ -187,23 +224,31 @@ def claim(folder):
         raise BadInput(f"cannot create the folder {folder}: {e.strerror}") from None
 
 
+# Where things lie and what they are called, not what they are: another call may say it otherwise.
+SPELLING = ("model", "prompts")
+
+
 def collect(folder, manifest, ranks, make):
-    """Fill `folder` with shards: make(rows) returns the tensors {name: (len(rows), ...)} of these row numbers, which depend on
-    what `manifest` says. Each rank makes every world-th shard; whole ones of an earlier call stay. BadInput if it holds others."""
+    """Fill `folder` with shards: make(rows) returns the tensors {name: (len(rows), ...)} of these
+    row numbers, which depend on what `manifest` says. Each rank makes every world-th shard; rows of
+    an earlier call stay, also where that was for fewer. BadInput if it holds others, or more."""
     folder, size, count = Path(folder), manifest["shard_size"], manifest["count"]
-    if fresh := not (folder / "manifest.json").exists():
+    fresh = not (folder / "manifest.json").exists()
+    if fresh:
         claim(folder)
     ranks.barrier()  # every rank has looked before one writes
     if fresh and ranks.main:
         write_json(folder / "manifest.json", {**manifest, "complete": False})
     ranks.barrier()
-    found = read_json(folder / "manifest.json", manifest["kind"])
-    differing = [f"{k}: {found.get(k)} there, {manifest[k]} now" for k in manifest if found.get(k) != manifest[k]]
-    require(not differing, f"{folder} holds {found.get('kind')} of other settings ({'; '.join(differing)})")
+    found = read_json(folder / "manifest.json", manifest["kind"], "count")
+    check_same(found, manifest, folder)
+    ranks.barrier()
+    if found["count"] < count and ranks.main:
+        write_json(folder / "manifest.json", {**manifest, "complete": False})
+    ranks.barrier()  # before a row is added, nobody takes the folder for finished
     with tqdm(total=count, unit="", desc=manifest["kind"], disable=ranks.no_bar) as bar:
         for shard in range(ranks.rank, -(-count // size), ranks.world):
-            if not is_whole(folder / SHARD.format(shard)):
-                write_tensors(folder / SHARD.format(shard), make(range(shard * size, min((shard + 1) * size, count))))
+            complete(folder / SHARD.format(shard), shard_rows(shard, size, count), make)
             bar.update(min(ranks.world * size, count - bar.n))
     ranks.barrier()
     if ranks.main:
@@ -211,19 +256,51 @@ def collect(folder, manifest, ranks, make):
     ranks.barrier()
 
 
+def check_same(found, manifest, folder):
+    """Raises BadInput unless the manifest `found` is of these settings, and of no more rows."""
+    differing = [k for k in manifest if k != "count" and found.get(k) != manifest[k]]
+    said = "; ".join(f"{k}: {found.get(k)} there, {manifest[k]} now" for k in differing)
+    require(set(differing) <= set(SPELLING),
+            f"{folder} holds {found.get('kind')} of other settings ({said})")
+    require(found["count"] <= manifest["count"],
+            f"{folder} holds {found['count']} {manifest['kind']}, more than {manifest['count']}: "
+            "for fewer choose another --out")
+
+
+def complete(path, rows, make):
+    """Make what the shard at `path` lacks of these rows: all, or after a smaller count the last."""
+    there = rows_in(path)
+    if there >= len(rows):
+        return
+    tensors = make(rows[there:])
+    if there > 0:
+        before = load_file(path)
+        tensors = {name: torch.cat([before[name], x.cpu()]) for name, x in tensors.items()}
+    write_tensors(path, tensors)
+
+
 class Rows:
     """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
     def __init__(self, folder, kind, teacher, device="cpu"):
         self.folder, self.device, self.files = Path(folder), device, {}
-        m = read_json(self.folder / "manifest.json", kind, "count", "shard_size", "complete", "weights_sha256", "model")
+        keys = ("count", "shard_size", "complete", "weights_sha256", "text_sha256", "model")
+        m = read_json(self.folder / "manifest.json", kind, *keys)
         self.manifest = m
         require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
         require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with {m['model']}, not with {teacher.name}")
-        broken = [n for n in map(SHARD.format, range(-(-m["count"] // m["shard_size"]))) if not is_whole(self.folder / n)]
-        require(m["complete"] and not broken, f"{folder} is half-written or damaged: the command that made it will mend it")
+        size, count = m["shard_size"], m["count"]
+        expected = [len(shard_rows(shard, size, count)) for shard in range(-(-count // size))]
+        found = [rows_in(self.folder / SHARD.format(shard)) for shard in range(len(expected))]
+        require(m["complete"] and found == expected,
+                f"{folder} is half-written or damaged: the command that made it will mend it")
 
     def __len__(self):
         return self.manifest["count"]
+
+    def content(self):
+        """What the rows are, wherever and however they are stored: a part of the manifest."""
+        stored = (*SPELLING, "shard_size", "complete")
+        return {k: v for k, v in self.manifest.items() if k not in stored}
 
     def __getitem__(self, rows):
         picked = []  # row numbers → {name: (len(rows), ...)}
@@ -255,9 +332,12 @@ class Prompts(Rows):
         return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
 
 
-def check_prompts(path, teacher):
-    """Raises BadInput for a file or folder of prompts that cannot be used, before anything is written."""
-    Prompts(path, teacher) if Path(path).is_dir() else read_prompts(path)
+def text_sha256(path, teacher):
+    """Hash of the prompts' text, the same for a text file and a folder that `encode` made of it.
+    Raises BadInput for one that cannot be used, before anything is written."""
+    if Path(path).is_dir():
+        return Prompts(path, teacher).manifest["text_sha256"]
+    return hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest()
 
 
 def encode_prompts(teacher, path, folder, ranks, batch_size=32):
@@ -266,7 +346,7 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
         return Prompts(path, teacher, ranks.device)
     prompts, pipe = read_prompts(path), cache(lambda: teacher.text_pipeline(ranks.device, ranks.frozen_dtype))  # if needed at all
     manifest = {"kind": "prompts", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
-                "dtype": str(ranks.frozen_dtype), "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+                "dtype": str(ranks.frozen_dtype), "text_sha256": text_sha256(path, teacher)}
     with torch.no_grad():
         collect(folder, {**manifest, "count": len(prompts), "shard_size": batch_size}, ranks,
                 lambda rows: teacher.encode(pipe(), [prompts[i] for i in rows]))
@@ -278,18 +358,24 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
 def collect_pairs(cfg, teacher, ranks):
     """Teacher samples with the noise they came from: x_T ~ N(0, I), x_0 by the PF-ODE with CFG. Pair i has prompt i mod n."""
     shape, guidance = teacher.latent_shape(cfg.resolution, cfg.frames), teacher.guidance if cfg.guidance is None else cfg.guidance
-    gigabytes, out = cfg.count * 2 * 4 * float(np.prod(shape)) / 1e9, Path(cfg.out).absolute()
+    out = Path(cfg.out).absolute()
+    shards = [out / SHARD.format(shard) for shard in range(-(-cfg.count // cfg.shard_size))]
+    new = max(0, cfg.count - sum(rows_in(shard) for shard in shards))
+    gigabytes = new * 2 * 4 * float(np.prod(shape)) / 1e9
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
     if ranks.main:
-        print(f"{cfg.count} pairs of {'x'.join(map(str, shape))}: {gigabytes:.3g} GB in {cfg.out}, {free:.3g} GB free", flush=True)
-    require(gigabytes < free or (out / "manifest.json").exists(), f"{cfg.count} pairs do not fit in {cfg.out}")
-    check_prompts(cfg.prompts, teacher)
-    (out / "manifest.json").exists() or claim(out)  # before prompts are encoded
+        size = "x".join(map(str, shape))
+        print(f"{cfg.count} pairs of {size} in {cfg.out}, {new} of them new: "
+              f"{gigabytes:.3g} GB, {free:.3g} GB free", flush=True)
+    require(gigabytes <= free, f"{new} new pairs do not fit in {cfg.out}")
+    text = text_sha256(cfg.prompts, teacher)
+    if not (out / "manifest.json").exists():
+        claim(out)  # before prompts are encoded
     prompts = encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks)
     manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
                 "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
                 "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.folder, out),
-                "text_sha256": prompts.manifest["text_sha256"], "count": cfg.count, "shard_size": cfg.shard_size}
+                "text_sha256": text, "count": cfg.count, "shard_size": cfg.shard_size}
     denoiser = cache(lambda: teacher.denoiser(ranks.device, ranks.frozen_dtype).requires_grad_(False))
 
     def make(rows):
@@ -312,28 +398,84 @@ MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every",
 MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 
 
+def is_noted(name):
+    """Whether a setting may change when a run is resumed, which config.json then notes."""
+    return name == "ema" or name.startswith("lr_")
+
+
 class Run:
-    """The output folder of a training run: config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/. Raises
-    BadInput for a folder that holds anything, unless cfg.resume; then for a config that differs from the run's."""
-    def __init__(self, stage, cfg, ranks, family, schedule, steps, **more):
+    """The output folder of a training run: config.json, log.csv, samples/, checkpoints/ and, at the
+    end, pipeline/. `facts` {setting: what it stands for} go into config.json too: the text or the
+    weights behind a path, the number behind a default. Raises BadInput for a folder that holds
+    anything, unless cfg.resume; then for a config that differs from the run's."""
+    def __init__(self, stage, cfg, ranks, family, schedule, steps, **facts):
         self.folder, self.cfg, self.ranks, self.family = Path(cfg.out), cfg, ranks, family
-        self.schedule, self.steps, config = schedule, steps, {"stage": stage, **asdict(cfg)}
+        self.schedule, self.steps = schedule, steps
         self.asked, self.stop = False, None  # a signal came to this rank; the Stopped on which all have agreed
+        teacher = {"name": family.name, "weights_sha256": family.weights_sha256}
+        first_weights = family.weights_sha256
+        if cfg.init != "teacher":
+            first_weights = family.sha256_of(Path(cfg.init) / "pipeline")
+        facts["init"] = {"weights_sha256": first_weights}
+        times = schedule.timesteps(steps)[:-1].tolist()
+        student = {"prediction": schedule.prediction, "times": times, "renoise": schedule.renoise}
+        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
+        versions["python"] = sys.version.split()[0]
+        self.about = {"config": {"stage": stage, **asdict(cfg)}, "teacher": teacher, **facts,
+                      "student": student, "world_size": ranks.world, "versions": versions,
+                      "changes": []}
         if cfg.resume:
-            saved = read_json(self.folder / "config.json", "run to resume", "config")["config"]
-            differing = [k for k in config if k not in MAY_CHANGE and saved.get(k) != config[k]]
-            differing = [f"{k} = {saved.get(k)!r}, not {config[k]!r}" for k in differing]
+            saved = read_json(self.folder / "config.json", "run to resume", "config", "teacher")
+            self.saved = {"changes": [], **saved}  # earlier versions noted none
+            differing = [f"{what} = {then!r}, not {now!r}"
+                         for what, then, now in self.fixed(facts) if then != now]
             require(not differing, f"--resume: {self.folder} was run with {', '.join(differing)}")
         fresh = not (self.folder / "config.json").exists()
-        require(cfg.resume or fresh, f"{self.folder} holds another run: continue it with --resume, or choose another --out")
-        cfg.resume or claim(self.folder)
+        require(cfg.resume or fresh, f"{self.folder} holds another run: "
+                                     "continue it with --resume, or choose another --out")
+        if not cfg.resume:
+            claim(self.folder)
         ranks.barrier()
-        student = {"prediction": schedule.prediction, "times": schedule.timesteps(steps)[:-1].tolist(), "renoise": schedule.renoise}
-        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)} | {"python": sys.version.split()[0]}
-        if ranks.main:
-            write_json(self.folder / "config.json", {
-                "config": config, "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
-                "student": student, "world_size": ranks.world, "versions": versions, **more})
+        if ranks.main and not cfg.resume:  # one that is resumed: see go_on
+            write_json(self.folder / "config.json", self.about)
+
+    def fixed(self, facts):
+        """(what, its value in the run that is resumed, its value now) of all settings that may not
+        change. One that stands for a fact is compared by that, not by its spelling, unless the run
+        is of an earlier version, which did not write it down."""
+        config, before = self.about["config"], self.saved["config"]
+        facts = {**facts, "model": {"weights_sha256": self.family.weights_sha256}}
+        known = {**self.saved, "model": self.saved["teacher"]}
+        for name in [name for name in config if name not in MAY_CHANGE and not is_noted(name)]:
+            if name not in facts or name not in known:
+                yield name, before.get(name), config[name]
+            elif isinstance(facts[name], dict):
+                for key, now in facts[name].items():
+                    yield f"{key} of {name} {before.get(name)}", known[name].get(key), now
+            else:
+                yield name, known[name], facts[name]
+
+    def held(self, name, iteration):
+        """The value of a setting in this iteration of the run that is resumed: config.json has the
+        last one, and what it was before each change."""
+        for change in self.saved["changes"]:
+            if name in change and change["iteration"] >= iteration:
+                return change[name][0]
+        return self.saved["config"].get(name)
+
+    def go_on(self, done):
+        """Say in config.json what holds after iteration `done`, and what changed there; that on
+        stderr too. Later changes are forgotten: they were of iterations that come again."""
+        changed = {}
+        for name, now in self.about["config"].items():
+            if is_noted(name) and now != self.held(name, done):
+                changed[name] = [self.held(name, done), now]
+        changes = [change for change in self.saved["changes"] if change["iteration"] < done]
+        if changed:
+            changes.append({"iteration": done, **changed})
+            said = [f"{name} = {now}, before {then}" for name, (then, now) in changed.items()]
+            print(f"{self.folder}: from iteration {done + 1} on {'; '.join(said)}", file=sys.stderr)
+        write_json(self.folder / "config.json", {**self.about, "changes": changes})
 
     def record(self, iteration, logs, began):
         """Append a row to log.csv: means over `logs`, one {name: tensor or None} a micro-batch, and over the ranks; what is always
@@ -399,7 +541,7 @@ class Run:
 
     def save(self, iteration, networks, optimizers):
         """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}, whole tensors whatever the number of ranks. The
-        last cfg.keep_checkpoints stay. Then raises self.stop, if there is one."""
+        last cfg.keep_checkpoints stay."""
         folder, first, main = self.folder / "checkpoints" / f"{iteration:06d}", self.ranks.first, self.ranks.main
         with aside(folder) if main else nullcontext() as partial:
             first(lambda: partial.mkdir(parents=True))
@@ -415,8 +557,13 @@ class Run:
             for old in self.checkpoints()[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
         self.ranks.barrier()
-        if self.stop:
-            raise self.stop
+
+    def as_saved(self, networks, iteration):
+        """The networks of the checkpoint after this iteration: the average too, if it had one."""
+        saved = {name: parameters for name, parameters in networks.items() if name != "ema"}
+        if self.held("ema", iteration):
+            saved["ema"] = networks.get("ema", networks["student"])  # of the same names and shapes
+        return saved
 
     def newest_whole(self, networks):
         """The newest checkpoint that is whole, or None where there is none at all. The others are named on stderr. Raises BadInput
@@ -424,7 +571,7 @@ class Run:
         problems = []
         for folder in reversed(self.checkpoints()):
             try:
-                check_checkpoint(folder, networks)
+                check_checkpoint(folder, self.as_saved(networks, int(folder.name)))
                 for line in problems:
                     print(f"{line}: going back to the checkpoint before it", file=sys.stderr)
                 return folder
@@ -437,7 +584,8 @@ class Run:
         and noise an iteration sees depends on its number (see Draw). From here on SIGTERM and SIGINT are requests."""
         folder = self.ranks.first(lambda: self.newest_whole(networks)) if self.cfg.resume else None  # the same on all ranks
         done = int(folder.name) if folder else 0
-        for name, parameters in networks.items() if folder else []:
+        loaded = self.as_saved(networks, done).keys() & networks.keys() if folder else ()
+        for name, parameters in ((name, networks[name]) for name in networks if name in loaded):
             slots, masters = {}, list(parameters.values())
             with safe_open(folder / f"{name}.safetensors", "pt") as f:  # tensor by tensor: each rank keeps its part
                 for n, p in parameters.items():
@@ -447,8 +595,13 @@ class Run:
                     slots.setdefault(int(i), {})[slot] = like(masters[int(i)], value) if value.ndim else value
             if name in optimizers:
                 optimizers[name].load_state_dict({"state": slots, "param_groups": optimizers[name].state_dict()["param_groups"]})
+        if "ema" in networks and "ema" not in loaded:  # the average begins here
+            for name, average in networks["ema"].items():
+                average.copy_(networks["student"][name].detach())
         log = self.folder / "log.csv"
         if self.ranks.main:
+            if self.cfg.resume:
+                self.go_on(done)
             for half in (self.folder / "checkpoints").glob("*.partial"):
                 remove(half)
             if log.exists():  # what came after the checkpoint comes again
@@ -511,7 +664,8 @@ class PairsConfig:
     random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
     out: str = option("out/pairs", "folder to write")
-    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it is more than theirs")
+    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it "
+                            "is more than theirs; pairs that are in --out already stay")
     steps: int = option(50, "PF-ODE steps of the teacher")
     guidance: float | None = option(None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
     seed: int = option(0, "of the noise; pair i depends on seed and i alone")
@@ -538,6 +692,8 @@ if __name__ == "__main__":
     commands = {"encode": (encode, EncodeConfig), "pairs": (pairs, PairsConfig)}
     name = (sys.argv[1:] or ["--help"])[0]
     if name not in commands:
-        print(__doc__ if name in ("-h", "--help") else f"data.py: {name!r} is no command: there are encode and pairs", file=sys.stderr)
+        wrong = f"data.py: {name!r} is no command: there are encode and pairs"
+        wrong += did_you_mean(name, commands)
+        print(__doc__ if name in ("-h", "--help") else wrong, file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
     run(*commands[name], sys.argv[2:], prog=f"data.py {name}", description=__doc__)

@@ -4,7 +4,7 @@ Conventions, each pinned by a test: latents are (B, C, H, W), video latents (B, 
 tensors; t is (B,) float32 or int64 and never cast; predictions come back float32.
 """
 
-import hashlib, json, shutil, warnings
+import hashlib, json, shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -12,9 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, torch, torch.nn.functional as F, transformers
-transformers.utils.logging.set_verbosity_error()  # before diffusers, whose import warns of packages that are not needed here
+
+# The import of diffusers' pipelines warns of packages that are not needed here: silence for that
+# long, and no longer. What a script shows, it says itself (data.quiet).
+verbosity = transformers.utils.logging.get_verbosity()
+transformers.utils.logging.set_verbosity_error()
 import diffusers
 from diffusers import CogVideoXPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
+transformers.utils.logging.set_verbosity(verbosity)
+
 from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file
 from torch import nn
@@ -179,7 +186,12 @@ class Family:
     @cached_property
     def weights_sha256(self):
         """Hash of the denoiser's files: what caches and runs name to say which teacher they belong to."""
-        files = [f for f in sorted((self.folder / self.net_name).iterdir()) if f.suffix in (".safetensors", ".json")]
+        return self.sha256_of(self.folder)
+
+    def sha256_of(self, pipeline):
+        """Hash of the denoiser's files in this pipeline folder, the teacher's or a student's."""
+        kinds = (".safetensors", ".json")
+        files = [f for f in sorted((Path(pipeline) / self.net_name).iterdir()) if f.suffix in kinds]
         return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
 
 
@@ -205,6 +217,15 @@ def file_sha256(path):
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
+def tensors_sha256(tensors):
+    """Hash of {name: tensor}: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
     """VPSchedule of a loaded scheduler, after checking that it is the one `family`'s network was trained with."""
     a_bar, found = getattr(scheduler, "alphas_cumprod", None), type(scheduler).__name__  # (1000,) after SNR shift and rescaling
@@ -218,7 +239,7 @@ def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
 
 class SDXL(Family):
     """UNet, ε-prediction, variance preserving. Tapped: the encoder half, down blocks and middle (ours)."""
-    pipeline_class, net_class = diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel
+    pipeline_class, net_class = StableDiffusionXLPipeline, diffusers.UNet2DConditionModel
     net_name, guidance, student_steps = "unet", 5.0, 1
 
     def read_schedule(self, scheduler):
@@ -250,7 +271,7 @@ class SDXL(Family):
 
 class SD3(Family):
     """MM-DiT of Stable Diffusion 3 and 3.5: flow-prediction on the straight line, shifted sampling times."""
-    pipeline_class, net_class = diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel
+    pipeline_class, net_class = StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel
     guidance, student_steps, tokens_at = 7.0, 4, 1
     lora_targets = Family.lora_targets + ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
@@ -465,7 +486,6 @@ def shard(module, units=(), mesh=None):
         return
     # Inputs are not cast: a time in bf16 would be another time. All is resharded at once, so that between passes parameters are
     # always the sharded ones, whose requires_grad `frozen` sets.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here works in place on an output
     how = MixedPrecisionPolicy(torch.bfloat16 if getattr(module, "bf16", False) else None, torch.float32, cast_forward_inputs=False)
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)

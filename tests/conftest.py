@@ -87,3 +87,19 @@ def same_log(a, b, **tolerance):
     for name in a.keys() - {"seconds", "peak_memory_gb"}:
         assert_close([float("nan") if x is None else x for x in a[name]], [float("nan") if x is None else x for x in b[name]],
                      equal_nan=True, msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+def refused(capsys, main, config_class, *args):
+    """The one line that a mistake prints."""
+    with pytest.raises(SystemExit) as e:
+        call(main, config_class, *args)
+    assert e.value.code == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    return lines[0]
+
+
+def tree(folder):
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}

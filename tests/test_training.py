@@ -14,7 +14,7 @@ import adp
 import data
 import models
 import ode
-from conftest import call, read_log, same_log, shell
+from conftest import call, read_log, refused, same_log, shell, tree
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
 ADM_COLUMNS = ["iteration", "loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy", "grad_norm_student",
@@ -316,21 +316,6 @@ def test_two_ranks_make_the_same_pairs(encoded, tmp_path):
 
 # --- What users get wrong --------------------------------------------------------------------------------------------
 
-def refused(capsys, main, config_class, *args):
-    """The one line that a mistake prints."""
-    with pytest.raises(SystemExit) as e:
-        call(main, config_class, *args)
-    assert e.value.code == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
-    return lines[0]
-
-
-def tree(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
 @pytest.mark.parametrize("args, says", [
     (["--student-steps", "0"], "--student-steps 0: at least 1"), (["--iterations", "0"], "--iterations 0"),
     (["--batch-size", "0"], "--batch-size 0"), (["--dt", "0"], "--dt 0"), (["--dt", "0.97"], "--dt 0.97"), (["--dt", "nan"], "--dt nan"),
@@ -359,8 +344,9 @@ def test_bad_prompts_files(content, says, tmp_path, capsys):
 def test_folders_of_others_are_left_alone(sd3_adm, sdxl_adp, encoded, sdxl_pairs, tmp_path, capsys):
     before = tree(sd3_adm)
     assert "another run" in refused(capsys, adm.main, adm.Config, *adm_args(encoded, sd3_adm))
-    line = refused(capsys, adm.main, adm.Config, *adm_args(encoded, sd3_adm), "--resume", "--lr-student", "0.5")
-    assert "lr_student = 1e-06, not 0.5" in line
+    flags = [*adm_args(encoded, sd3_adm), "--resume", "--beta1", "0.5"]
+    line = refused(capsys, adm.main, adm.Config, *flags)
+    assert "beta1 = 0.9, not 0.5" in line
     assert "another run" in refused(capsys, adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", sd3_adm)
     line = refused(capsys, adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", sd3_adm, "--resume")
     assert "stage = 'adm', not 'adp'" in line and tree(sd3_adm) == before

@@ -12,17 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import diffusers
 import torch
-import transformers
 
 import adm
 import adp
 import data
 
 torch.set_num_threads(1)
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
+data.quiet()
 
 
 def nbytes(tensors):

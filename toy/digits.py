@@ -39,13 +39,12 @@ import adm
 import adp
 import data
 from adm import starting_point
-from data import claim, read_json, run, write_json
+from data import claim, quiet, read_json, run, write_json
 from models import BadInput, LatentDiscriminator, load_teacher, make_roles, require
 from ode import Draw, T, student_sample, teacher_sample, with_guidance
 from toy import tiny
 
-import diffusers  # after models, which silences transformers first
-import transformers
+import diffusers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 TEACHER, RESULTS = Path(__file__).with_name("digits-teacher"), Path(__file__).with_name("results")
@@ -660,8 +659,7 @@ def main(name="--help", *arguments):
 
 
 if __name__ == "__main__":
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
+    quiet()
     try:
         main(*sys.argv[1:])
     except BadInput as e:
