@@ -163,24 +163,36 @@ class Family:
         return pipe
 
     def denoiser(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
-        """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16.
+        """A new Denoiser with the weights in this (or that) pipeline folder, `held` in dtype; on a GPU it computes in bf16.
         One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it. On "meta" nothing is loaded."""
         if torch.device(device).type == "meta":
             with torch.device("meta"):
-                return Denoiser(self, self.net_class.from_config(self.config).to(dtype).eval())
+                return Denoiser(self, held(self.net_class.from_config(self.config), dtype).eval())
         try:
             net = self.made(self.net_class, self.config) if self.random_init and not folder else \
-                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype, use_safetensors=True)
+                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
-        # To dtype once more: from_pretrained leaves CogVideoX's positions, a buffer that is not saved, in float64.
-        return Denoiser(self, net.to("cpu" if mesh else device, dtype).eval(), bf16=torch.device(device).type == "cuda")
+        net = held(net, dtype).to("cpu" if mesh else device)
+        return Denoiser(self, net.eval(), bf16=torch.device(device).type == "cuda")
 
     @cached_property
     def weights_sha256(self):
         """Hash of the denoiser's files: what caches and runs name to say which teacher they belong to."""
         files = [f for f in sorted((self.folder / self.net_name).iterdir()) if f.suffix in (".safetensors", ".json")]
         return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
+
+
+def held(net, dtype):
+    """`net` with its matrices and kernels held in dtype, and what else it has, a thousandth, in
+    float32: norms, biases, position buffers. Autocast rounds matrices whatever they are held in,
+    but takes those as they are: rounded, they would set the frozen teacher apart from student and
+    fake score, which start as its copies in float32."""
+    net.float()  # also CogVideoX's positions, a buffer that is not saved and begins in float64
+    for p in net.parameters():
+        if p.ndim > 1:
+            p.data = p.data.to(dtype)
+    return net
 
 
 def remove(path):
