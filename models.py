@@ -243,9 +243,14 @@ class SDXL(Family):
     def unconditional(self, pipe):
         return {name: torch.zeros_like(c) for name, c in self.encode(pipe, [""]).items()}  # zeros, not the empty prompt
 
+    @cache
+    def time_ids(self, height, width, device):
+        """Original size, crop's corner and target size, in pixels, of a whole picture: (6,) int64."""
+        return torch.tensor([height, width, 0, 0, height, width], device=device)
+
     def call(self, net, x_t, t, cond):
         height, width = (self.vae_scale * n for n in x_t.shape[-2:])
-        time_ids = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)  # original, crop, target size
+        time_ids = self.time_ids(height, width, x_t.device)
         added = {"text_embeds": cond["pooled"], "time_ids": time_ids.expand(len(x_t), 6).to(cond["pooled"].dtype)}
         return net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
 
@@ -586,13 +591,16 @@ class PixelDiscriminator(Discriminator):
     def __init__(self, backbone, width=256, mesh=None):
         super().__init__(backbone, [Head2d(backbone.config.hidden_size, width) for _ in range(4)], mesh)
         self.side = backbone.config.image_size // backbone.config.patch_size  # of its square maps
+        for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(rgb).view(3, 1, 1))
 
     def features(self, images):
         """Images (N, 3, H, W) in [−1, 1], resized to the backbone's own square and ImageNet-normalised → four maps."""
         size, layers = self.backbone.config.image_size, self.backbone.config.num_hidden_layers
         images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True) / 2 + 0.5
-        mean, std = (images.new_tensor(c).view(3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        hidden = self.backbone((images - mean) / std, output_hidden_states=True).hidden_states  # [i]: after layer i
+        normal = (images - self.mean) / self.std
+        with images.device:  # SAM would make its tables of relative positions in main memory
+            hidden = self.backbone(normal, output_hidden_states=True).hidden_states  # [i]: after layer i
         maps = [hidden[layers * k // 4] for k in (1, 2, 3, 4)]  # SAM's are (N, H, W, C), a ViT's (N, 1 + H·W, C)
         maps = [h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side)) for h in maps]
         return [h.permute(0, 3, 1, 2) for h in maps]

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 import models
+from conftest import shell
 
 # --- Precision -------------------------------------------------------------------------------------------------------
 
@@ -69,10 +70,10 @@ def trained(tmp_path_factory):
     return families
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
+@pytest.fixture
+def mesh(tmp_path):
     """Of this process alone: FSDP casts and gathers as among many."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("mesh") / "store"), 1)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -111,3 +112,40 @@ def test_frozen_matrices_are_held_in_half_the_memory(name, trained):
     meta = trained[name].denoiser("meta", torch.bfloat16).net  # what plans count
     assert {n: p.dtype for n, p in meta.named_parameters()} == {n: p.dtype for n, p in teacher.named_parameters()}
     assert {n: b.dtype for n, b in meta.named_buffers()} == {n: b.dtype for n, b in teacher.named_buffers()}
+
+
+# --- Waiting ---------------------------------------------------------------------------------------------------------
+
+SMALL = dict(iterations=3, batch_size=2, head_width=8, sample_every=0, checkpoint_every=100)
+RUNS = {"sdxl": ("adm", dict(model="tiny-sdxl", damping=0.1)),
+        "sd3": ("adm", dict(model="tiny-sd3", accumulate=2, student_steps=2, fake_samples="last", ema=0.5)),
+        "adp": ("adp", dict(model="tiny-sdxl", mse_iterations=0, pixel_backbone="tiny-sam"))}
+
+
+@pytest.fixture(scope="module")
+def crossings(tmp_path_factory, encoded, sdxl_pairs):
+    """{run: what went to and from the device in its iterations}"""
+    folder = tmp_path_factory.mktemp("far")
+    specs = []
+    for name, (stage, changes) in RUNS.items():
+        source = {"pairs": str(sdxl_pairs)}
+        if stage == "adm":
+            source = {"prompts": str(encoded[changes["model"]])}
+        specs.append((stage, {**SMALL, **source, **changes, "out": str(folder / name)}))
+    (folder / "runs.json").write_text(json.dumps(specs))
+    done = shell("python", "tests/far_device.py", folder / "runs.json")
+    assert done.returncode == 0, done.stderr
+    return {name: json.loads((folder / name / "crossings.json").read_text()) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_host_waits_once_an_iteration_for_its_log_row(name, crossings):
+    for iteration in crossings[name][1:]:  # in the first one tables and moments are made
+        assert len(iteration["waits"]) == 1 and "record" in iteration["waits"][0], iteration["waits"]
+
+
+@pytest.mark.parametrize("name, tensors", [("sdxl", 2), ("sd3", 2 * 2), ("adp", 4)])
+def test_nothing_but_rows_goes_to_the_device(name, tensors, crossings):
+    """In each micro-batch two tensors of conditioning; and of a pair its noise and its sample."""
+    for iteration in crossings[name][1:]:
+        assert len(iteration["copies"]) == tensors, iteration["copies"]
