@@ -279,6 +279,13 @@ def complete(path, rows, make):
     write_tensors(path, tensors)
 
 
+def to_device(x, device):
+    """x there, and the host goes on at once: a copy from ordinary memory would wait for all before it."""
+    if torch.device(device).type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Rows:
     """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
     def __init__(self, folder, kind, teacher, device="cpu"):
@@ -307,8 +314,10 @@ class Rows:
         for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
             f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / SHARD.format(shard), "pt")
             picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
-        joined = {name: torch.cat([p[name] for p in picked]).to(self.device) for name in picked[0]}
-        return {name: x.float() if x.is_floating_point() else x for name, x in joined.items()}  # the cache may be bf16
+        joined = {name: torch.cat([p[name] for p in picked]) for name in picked[0]}
+        # Whole numbers stay here: they are a pair's prompt, another row to look up. The cache may be bf16.
+        return {name: to_device(x, self.device).float() if x.is_floating_point() else x
+                for name, x in joined.items()}
 
 
 def read_prompts(path):
@@ -485,7 +494,7 @@ class Run:
         values = {name: torch.stack(v).mean() if v else None for name, v in values.items()}
         tensors = {name: v for name, v in values.items() if v is not None}
         flags = [(name, flag) for name, optimizer in self.optimizers.items() for flag in optimizer.skipped]
-        asked = torch.tensor(float(self.asked), device=self.ranks.device)
+        asked = torch.full((), float(self.asked), device=self.ranks.device)
         asked, *means = self.ranks.mean(torch.stack([asked, *tensors.values(), *(flag for _, flag in flags)])).tolist()
         skipped = means[len(tensors):]
         for (name, _), skip in zip(flags, skipped):

@@ -170,18 +170,18 @@ class Family:
         return pipe
 
     def denoiser(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
-        """A new Denoiser with the weights in this (or that) pipeline folder, held in `dtype`; on a GPU it computes in bf16.
+        """A new Denoiser with the weights in this (or that) pipeline folder, `held` in dtype; on a GPU it computes in bf16.
         One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it. On "meta" nothing is loaded."""
         if torch.device(device).type == "meta":
             with torch.device("meta"):
-                return Denoiser(self, self.net_class.from_config(self.config).to(dtype).eval())
+                return Denoiser(self, held(self.net_class.from_config(self.config), dtype).eval())
         try:
             net = self.made(self.net_class, self.config) if self.random_init and not folder else \
-                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=dtype, use_safetensors=True)
+                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
-        # To dtype once more: from_pretrained leaves CogVideoX's positions, a buffer that is not saved, in float64.
-        return Denoiser(self, net.to("cpu" if mesh else device, dtype).eval(), bf16=torch.device(device).type == "cuda")
+        net = held(net, dtype).to("cpu" if mesh else device)
+        return Denoiser(self, net.eval(), bf16=torch.device(device).type == "cuda")
 
     @cached_property
     def weights_sha256(self):
@@ -193,6 +193,18 @@ class Family:
         kinds = (".safetensors", ".json")
         files = [f for f in sorted((Path(pipeline) / self.net_name).iterdir()) if f.suffix in kinds]
         return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
+
+
+def held(net, dtype):
+    """`net` with its matrices and kernels held in dtype, and what else it has, a thousandth, in
+    float32: norms, biases, position buffers. Autocast rounds matrices whatever they are held in,
+    but takes those as they are: rounded, they would set the frozen teacher apart from student and
+    fake score, which start as its copies in float32."""
+    net.float()  # also CogVideoX's positions, a buffer that is not saved and begins in float64
+    for p in net.parameters():
+        if p.ndim > 1:
+            p.data = p.data.to(dtype)
+    return net
 
 
 def remove(path):
@@ -252,9 +264,14 @@ class SDXL(Family):
     def unconditional(self, pipe):
         return {name: torch.zeros_like(c) for name, c in self.encode(pipe, [""]).items()}  # zeros, not the empty prompt
 
+    @cache
+    def time_ids(self, height, width, device):
+        """Original size, crop's corner and target size, in pixels, of a whole picture: (6,) int64."""
+        return torch.tensor([height, width, 0, 0, height, width], device=device)
+
     def call(self, net, x_t, t, cond):
         height, width = (self.vae_scale * n for n in x_t.shape[-2:])
-        time_ids = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)  # original, crop, target size
+        time_ids = self.time_ids(height, width, x_t.device)
         added = {"text_embeds": cond["pooled"], "time_ids": time_ids.expand(len(x_t), 6).to(cond["pooled"].dtype)}
         return net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
 
@@ -616,13 +633,16 @@ class PixelDiscriminator(Discriminator):
     def __init__(self, backbone, width=256, mesh=None):
         super().__init__(backbone, [Head2d(backbone.config.hidden_size, width) for _ in range(4)], mesh)
         self.side = backbone.config.image_size // backbone.config.patch_size  # of its square maps
+        for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(rgb).view(3, 1, 1))
 
     def features(self, images):
         """Images (N, 3, H, W) in [−1, 1], resized to the backbone's own square and ImageNet-normalised → four maps."""
         size, layers = self.backbone.config.image_size, self.backbone.config.num_hidden_layers
         images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True) / 2 + 0.5
-        mean, std = (images.new_tensor(c).view(3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        hidden = self.backbone((images - mean) / std, output_hidden_states=True).hidden_states  # [i]: after layer i
+        normal = (images - self.mean) / self.std
+        with images.device:  # SAM would make its tables of relative positions in main memory
+            hidden = self.backbone(normal, output_hidden_states=True).hidden_states  # [i]: after layer i
         maps = [hidden[layers * k // 4] for k in (1, 2, 3, 4)]  # SAM's are (N, H, W, C), a ViT's (N, 1 + H·W, C)
         maps = [h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side)) for h in maps]
         return [h.permute(0, 3, 1, 2) for h in maps]

@@ -230,6 +230,9 @@ class Draw:
     def __init__(self, key, samples, device="cpu"):
         seeds = [int(np.random.SeedSequence((*key, i)).generate_state(1, np.uint64)[0]) for i in samples]
         self.generators, self.device = [torch.Generator(device).manual_seed(seed) for seed in seeds], device
+        self.on_host = self.generators
+        if torch.device(device).type != "cpu":  # where the host would have to wait for each integer
+            self.on_host = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def normal(self, shape):
         """(B, *shape), float32."""
@@ -241,8 +244,8 @@ class Draw:
         return low + (high - low) * u
 
     def integers(self, n):
-        """B ints in [0, n)."""
-        return [int(torch.randint(n, (), generator=g, device=self.device)) for g in self.generators]
+        """B ints in [0, n), for the host to look up rows by: drawn first, the same on every device."""
+        return [int(torch.randint(n, (), generator=g)) for g in self.on_host]
 
 
 def common(*key):

@@ -146,8 +146,8 @@ def test_planned_activations_are_what_autograd_saves():
     assert less["fake"] == 0 < count[1]["fake"] and less["student"] == count[1]["student"]
     checkpointed = plan.activations(family, plan.build(family, gradient_checkpointing=True), family.latent_shape(), 1)[0]
     assert checkpointed["student"] < count[1]["student"] / 3
-    real = family.denoiser(dtype=torch.bfloat16)
-    real.net.requires_grad_(True)
+    real = family.denoiser()
+    real.net.bfloat16().requires_grad_(True)
     x, t, cond = torch.randn(1, *family.latent_shape()).bfloat16(), torch.tensor([500.0]), family.random_cond(["a"])
     with plan.FlashAttention(), plan.Saved(real) as saved:
         real(x, t, {k: c.bfloat16() for k, c in cond.items()})

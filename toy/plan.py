@@ -171,8 +171,7 @@ def plan(cfg):
     print(f"{'activations':14}{waiting / 1e9:.2f} in the generator's step, most of it {largest} ({full[largest] / 1e9:.2f})")
     print(f"{what:14}{passing / 1e9:.2f} of weights, for a pass" + "; moments are in main memory between steps" * cfg.offload)
     if cfg.world_size > 1:  # see Family.denoiser
-        whole = cfg.world_size * max(4 * row["parameters"] for name, row in rows.items() if not cfg.lora_rank or name != "teacher")
-        whole = max(whole, cfg.world_size * 2 * rows["teacher"]["parameters"])
+        whole = 4 * cfg.world_size * max(row["parameters"] for row in rows.values())
         print(f"{'loading':14}{whole / 1e9:.0f} of main memory, if all ranks are on one node")
     print(f"{'peak':14}{peak / 1e9:.2f} of {cfg.gpu_gb:g}: {'it fits' if peak <= cfg.gpu_gb * 1e9 else 'it does not fit'}")
 

@@ -1,0 +1,151 @@
+"""What matters on a GPU alone, as far as a CPU can tell: the roles' precision, and how often the host waits for the device."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+import models
+from conftest import shell
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+# What autocast runs in float32 on CUDA and in bf16 on a CPU, by torch's documentation of CUDA's list.
+FLOAT32_ON_CUDA = {
+    "__pow__", "__rpow__", "__rtruediv__", "cosine_similarity", "cumprod", "cumsum", "exp", "expm1",
+    "group_norm", "layer_norm", "log", "log1p", "log_softmax", "mse_loss", "norm", "normalize", "pow",
+    "prod", "reciprocal", "rsqrt", "softmax", "softplus", "sum"}
+MODELS = [*models.TINY, "tiny-sd3.5", "digits"]
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Inside, a CPU's bf16 autocast keeps float32 where CUDA's does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu") and function.__name__ in FLOAT32_ON_CUDA:
+            args, kwargs = tree_map_only(torch.Tensor, in_float32, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def in_float32(x):
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Networks compute in bf16 as CUDA would."""
+    denoiser = models.Family.denoiser
+
+    def in_bf16(*args, **kwargs):
+        made = denoiser(*args, **kwargs)
+        made.bf16 = True
+        return made
+    monkeypatch.setattr(models.Family, "denoiser", in_bf16)
+    with CudaAutocast():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """{model: Family}, of tiny models too with weights that bf16 cannot hold, as those of a trained one."""
+    folder, families = tmp_path_factory.mktemp("trained"), {"digits": models.load_teacher("digits")}
+    for name in MODELS[:-1]:
+        shutil.copytree(models.load_teacher(name.removesuffix(".5")).folder, folder / name)
+        family = models.load_teacher(folder / name)
+        config = dict(family.config)
+        if name == "tiny-sd3.5":  # its difference from SD3: attention normalises queries and keys
+            config["qk_norm"] = "rms_norm"
+        net, generator = family.made(family.net_class, config), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in net.parameters():
+                p += (0.1 if p.ndim == 1 else 0.02) * torch.randn(p.shape, generator=generator)
+        net.save_pretrained(folder / name / family.net_name)
+        families[name] = models.load_teacher(folder / name)
+    return families
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone: FSDP casts and gathers as among many."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_all_roles_start_as_the_teacher_bit_by_bit(
+        name, lora_rank, sharded, trained, mesh, as_on_a_gpu):
+    """As on a GPU: frozen weights held in bf16, masters in float32, all computing in bf16."""
+    family = trained[name]
+    roles = models.make_roles(family, ("student", "fake"), lora_rank, "cpu", torch.bfloat16,
+                              mesh=mesh if sharded else None)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, *family.latent_shape(), generator=generator)
+    t, cond = torch.tensor([999.0, 437.5, 20.25]), family.random_cond(["a", "red fox", "two dogs"])
+    with torch.no_grad():
+        (out, _), *others = [role(x, t, cond) for role in roles]
+        maps = roles[0](x, t, cond, want="features")[1]  # the discriminator's
+        for role, (its_out, _) in zip(roles[1:], others):
+            its_maps = role(x, t, cond, want="features")[1]
+            assert (its_out - out).abs().max() == 0
+            assert [(a - b).abs().max() for a, b in zip(its_maps, maps, strict=True)] == [0] * len(maps)
+        exact = models.Denoiser(family, models.Family.denoiser(family).net)(x, t, cond)[0]
+    assert 1e-4 < (out - exact).norm() / exact.norm() < 0.1  # it was bf16
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_frozen_matrices_are_held_in_half_the_memory(name, trained):
+    teacher = trained[name].denoiser(dtype=torch.bfloat16).net
+    whole = trained[name].denoiser().net.state_dict()
+    for n, w in teacher.state_dict().items():
+        assert torch.equal(w, whole[n].bfloat16() if n in dict(teacher.named_parameters()) and w.ndim > 1 else whole[n])
+        assert w.dtype == torch.bfloat16 or w.dtype == torch.float32
+    meta = trained[name].denoiser("meta", torch.bfloat16).net  # what plans count
+    assert {n: p.dtype for n, p in meta.named_parameters()} == {n: p.dtype for n, p in teacher.named_parameters()}
+    assert {n: b.dtype for n, b in meta.named_buffers()} == {n: b.dtype for n, b in teacher.named_buffers()}
+
+
+# --- Waiting ---------------------------------------------------------------------------------------------------------
+
+SMALL = dict(iterations=3, batch_size=2, head_width=8, sample_every=0, checkpoint_every=100)
+RUNS = {"sdxl": ("adm", dict(model="tiny-sdxl", damping=0.1)),
+        "sd3": ("adm", dict(model="tiny-sd3", accumulate=2, student_steps=2, fake_samples="last", ema=0.5)),
+        "adp": ("adp", dict(model="tiny-sdxl", mse_iterations=0, pixel_backbone="tiny-sam"))}
+
+
+@pytest.fixture(scope="module")
+def crossings(tmp_path_factory, encoded, sdxl_pairs):
+    """{run: what went to and from the device in its iterations}"""
+    folder = tmp_path_factory.mktemp("far")
+    specs = []
+    for name, (stage, changes) in RUNS.items():
+        source = {"pairs": str(sdxl_pairs)}
+        if stage == "adm":
+            source = {"prompts": str(encoded[changes["model"]])}
+        specs.append((stage, {**SMALL, **source, **changes, "out": str(folder / name)}))
+    (folder / "runs.json").write_text(json.dumps(specs))
+    done = shell("python", "tests/far_device.py", folder / "runs.json")
+    assert done.returncode == 0, done.stderr
+    return {name: json.loads((folder / name / "crossings.json").read_text()) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_host_waits_once_an_iteration_for_its_log_row(name, crossings):
+    for iteration in crossings[name][1:]:  # in the first one tables and moments are made
+        assert len(iteration["waits"]) == 1 and "record" in iteration["waits"][0], iteration["waits"]
+
+
+@pytest.mark.parametrize("name, tensors", [("sdxl", 2), ("sd3", 2 * 2), ("adp", 4)])
+def test_nothing_but_rows_goes_to_the_device(name, tensors, crossings):
+    """In each micro-batch two tensors of conditioning; and of a pair its noise and its sample."""
+    for iteration in crossings[name][1:]:
+        assert len(iteration["copies"]) == tensors, iteration["copies"]
