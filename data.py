@@ -280,7 +280,7 @@ def complete(path, rows, make):
 
 
 def to_device(x, device):
-    """x there, and the host goes on at once: a copy from ordinary memory would wait for all before it."""
+    """x there. The host goes on at once; from memory that is not pinned it would wait its turn."""
     if torch.device(device).type == "cpu":
         return x
     return x.pin_memory().to(device, non_blocking=True)
@@ -315,7 +315,7 @@ class Rows:
             f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / SHARD.format(shard), "pt")
             picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
         joined = {name: torch.cat([p[name] for p in picked]) for name in picked[0]}
-        # Whole numbers stay here: they are a pair's prompt, another row to look up. The cache may be bf16.
+        # Whole numbers, a pair's prompt, stay here: a row to look up. The cache may be bf16.
         return {name: to_device(x, self.device).float() if x.is_floating_point() else x
                 for name, x in joined.items()}
 

@@ -170,14 +170,19 @@ class Family:
         return pipe
 
     def denoiser(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
-        """A new Denoiser with the weights in this (or that) pipeline folder, `held` in dtype; on a GPU it computes in bf16.
+        """A new Denoiser with the weights in this (or that) pipeline folder, `held` in dtype.
+        On a GPU it computes in bf16.
         One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it. On "meta" nothing is loaded."""
         if torch.device(device).type == "meta":
             with torch.device("meta"):
                 return Denoiser(self, held(self.net_class.from_config(self.config), dtype).eval())
         try:
-            net = self.made(self.net_class, self.config) if self.random_init and not folder else \
-                self.net_class.from_pretrained(folder or self.folder, subfolder=self.net_name, dtype=torch.float32, use_safetensors=True)
+            if self.random_init and not folder:
+                net = self.made(self.net_class, self.config)
+            else:
+                net = self.net_class.from_pretrained(
+                    folder or self.folder, subfolder=self.net_name, dtype=torch.float32,
+                    use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
         net = held(net, dtype).to("cpu" if mesh else device)
@@ -266,7 +271,7 @@ class SDXL(Family):
 
     @cache
     def time_ids(self, height, width, device):
-        """Original size, crop's corner and target size, in pixels, of a whole picture: (6,) int64."""
+        """Original size, crop's corner, target size of a whole picture, in pixels: (6,) int64."""
         return torch.tensor([height, width, 0, 0, height, width], device=device)
 
     def call(self, net, x_t, t, cond):
@@ -642,7 +647,8 @@ class PixelDiscriminator(Discriminator):
         images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True) / 2 + 0.5
         normal = (images - self.mean) / self.std
         with images.device:  # SAM would make its tables of relative positions in main memory
-            hidden = self.backbone(normal, output_hidden_states=True).hidden_states  # [i]: after layer i
+            # [i]: after layer i
+            hidden = self.backbone(normal, output_hidden_states=True).hidden_states
         maps = [hidden[layers * k // 4] for k in (1, 2, 3, 4)]  # SAM's are (N, H, W, C), a ViT's (N, 1 + H·W, C)
         maps = [h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side)) for h in maps]
         return [h.permute(0, 3, 1, 2) for h in maps]

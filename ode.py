@@ -244,7 +244,7 @@ class Draw:
         return low + (high - low) * u
 
     def integers(self, n):
-        """B ints in [0, n), for the host to look up rows by: drawn first, the same on every device."""
+        """B ints in [0, n), for the host; drawn first, they are the same on every device."""
         return [int(torch.randint(n, (), generator=g)) for g in self.on_host]
 
 

@@ -1,11 +1,13 @@
-"""python tests/far_device.py runs.json: runs of the scripts' own main functions on a device that is this CPU by another name.
+"""python tests/far_device.py runs.json: runs on a device that is this CPU by another name.
 
-Its tensors know that they are not in main memory, so that every crossing is seen, by whatever code it is made. As on CUDA
-the host waits for the device where it reads a value or a number of values, and where it copies to it from ordinary memory;
-it does not where it copies from pinned memory without blocking.
+Its tensors know that they are not in main memory, so that every crossing is seen, by whatever code
+it is made. As on CUDA the host waits for the device where it reads a value or a number of values,
+and where it copies to it from ordinary memory; not where it copies from pinned memory without
+blocking. What the CPU does with its own tensors is not counted.
 
-runs.json: [[stage, {field of its Config: value}], ...]. Beside each run's files: crossings.json, for each iteration
-{"waits" and "copies" (those that need no waiting): [where in the code, ...]}.
+runs.json: [[stage, {field of its Config: value}], ...], for the scripts' own main functions. Beside
+each run's files: crossings.json, for each iteration {"waits": [where in the code, ...],
+"copies" (those that need no waiting): [...]}.
 """
 
 import json
@@ -28,8 +30,9 @@ import adp
 import data
 
 aten = torch.ops.aten
-READS_VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
-                aten._unique2.default, aten.bincount.default, aten.repeat_interleave.Tensor}
+RETURNS_NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
+SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
+                   aten.bincount.default, aten.repeat_interleave.Tensor}
 seen = {"waits": [], "copies": []}
 pinned = set()  # ids of tensors in pinned memory
 kept = []  # these tensors, so that no id comes twice
@@ -41,8 +44,8 @@ class Far(torch.Tensor):
     @staticmethod
     def __new__(cls, near):
         return torch.Tensor._make_wrapper_subclass(
-            cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
-            layout=near.layout, device="far:0")
+            cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(),
+            dtype=near.dtype, layout=near.layout, device="far:0")
 
     def __init__(self, near):
         self.near = near
@@ -63,7 +66,7 @@ class Watch(TorchDispatchMode):
 
 
 def compute(op, args, kwargs):
-    """One operation of torch, wherever its tensors are. A tensor that it changes in place stays the same object."""
+    """One operation of torch, wherever its tensors are. What it changes stays the same object."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     far = {id(x.near): x for x in tensors if isinstance(x, Far)}
     near = [x for x in tensors if not isinstance(x, Far)]
@@ -75,13 +78,13 @@ def compute(op, args, kwargs):
     if op == aten.copy_.default:
         there = isinstance(args[0], Far)
     by_mask = op == aten.index.Tensor and any(x.dtype == torch.bool for x in tensors[1:])
-    if far and (not there or op in READS_VALUES or by_mask):
+    if far and (not there or op in RETURNS_NUMBERS | SIZED_BY_VALUES or by_mask):
         note("waits")
     if there and near:
         free = kwargs.get("non_blocking") and all(id(x) in pinned for x in near)
         note("copies" if free else "waits")
     out = op(*near_args, **near_kwargs)
-    if not there or op in READS_VALUES:
+    if not there or op in RETURNS_NUMBERS:
         return out
     return tree_map_only(torch.Tensor, lambda x: far[id(x)] if id(x) in far else Far(x), out)
 
@@ -138,7 +141,7 @@ def main(path):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    library = make_the_device()  # gone, its implementations would be too
+    library = make_the_device()  # kept: its implementations would go with it
     iterations, record = [], data.Run.record
 
     def spy_record(*args):

@@ -1,4 +1,4 @@
-"""What matters on a GPU alone, as far as a CPU can tell: the roles' precision, and how often the host waits for the device."""
+"""What matters on a GPU alone, as far as a CPU can tell: the roles' precision, and waiting for it."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map_only
 import models
 from conftest import shell
 
-# --- Precision -------------------------------------------------------------------------------------------------------
+# --- Precision ----------------------------------------------------------------------------------
 
-# What autocast runs in float32 on CUDA and in bf16 on a CPU, by torch's documentation of CUDA's list.
+# What autocast runs in float32 on CUDA and in bf16 on a CPU, by torch's documentation.
 FLOAT32_ON_CUDA = {
     "__pow__", "__rpow__", "__rtruediv__", "cosine_similarity", "cumprod", "cumsum", "exp", "expm1",
     "group_norm", "layer_norm", "log", "log1p", "log_softmax", "mse_loss", "norm", "normalize", "pow",
@@ -53,7 +53,7 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """{model: Family}, of tiny models too with weights that bf16 cannot hold, as those of a trained one."""
+    """{model: Family}, of tiny models too with weights that bf16 cannot hold, as after training."""
     folder, families = tmp_path_factory.mktemp("trained"), {"digits": models.load_teacher("digits")}
     for name in MODELS[:-1]:
         shutil.copytree(models.load_teacher(name.removesuffix(".5")).folder, folder / name)
@@ -97,7 +97,8 @@ def test_all_roles_start_as_the_teacher_bit_by_bit(
         for role, (its_out, _) in zip(roles[1:], others):
             its_maps = role(x, t, cond, want="features")[1]
             assert (its_out - out).abs().max() == 0
-            assert [(a - b).abs().max() for a, b in zip(its_maps, maps, strict=True)] == [0] * len(maps)
+            for a, b in zip(its_maps, maps, strict=True):
+                assert (a - b).abs().max() == 0
         exact = models.Denoiser(family, models.Family.denoiser(family).net)(x, t, cond)[0]
     assert 1e-4 < (out - exact).norm() / exact.norm() < 0.1  # it was bf16
 
@@ -105,20 +106,23 @@ def test_all_roles_start_as_the_teacher_bit_by_bit(
 @pytest.mark.parametrize("name", MODELS)
 def test_frozen_matrices_are_held_in_half_the_memory(name, trained):
     teacher = trained[name].denoiser(dtype=torch.bfloat16).net
-    whole = trained[name].denoiser().net.state_dict()
-    for n, w in teacher.state_dict().items():
-        assert torch.equal(w, whole[n].bfloat16() if n in dict(teacher.named_parameters()) and w.ndim > 1 else whole[n])
-        assert w.dtype == torch.bfloat16 or w.dtype == torch.float32
-    meta = trained[name].denoiser("meta", torch.bfloat16).net  # what plans count
-    assert {n: p.dtype for n, p in meta.named_parameters()} == {n: p.dtype for n, p in teacher.named_parameters()}
-    assert {n: b.dtype for n, b in meta.named_buffers()} == {n: b.dtype for n, b in teacher.named_buffers()}
+    exact = trained[name].denoiser().net
+    planned = trained[name].denoiser("meta", torch.bfloat16).net
+    for n, p in teacher.named_parameters():
+        dtype = torch.bfloat16 if p.ndim > 1 else torch.float32
+        assert p.dtype == planned.get_parameter(n).dtype == dtype
+        assert torch.equal(p, exact.get_parameter(n).to(dtype))
+    for n, b in teacher.named_buffers():
+        assert b.dtype == planned.get_buffer(n).dtype == torch.float32
+        assert torch.equal(b, exact.get_buffer(n))
 
 
-# --- Waiting ---------------------------------------------------------------------------------------------------------
+# --- Waiting ------------------------------------------------------------------------------------
 
 SMALL = dict(iterations=3, batch_size=2, head_width=8, sample_every=0, checkpoint_every=100)
 RUNS = {"sdxl": ("adm", dict(model="tiny-sdxl", damping=0.1)),
-        "sd3": ("adm", dict(model="tiny-sd3", accumulate=2, student_steps=2, fake_samples="last", ema=0.5)),
+        "sd3": ("adm", dict(model="tiny-sd3", accumulate=2, student_steps=2, fake_samples="last",
+                            ema=0.5)),
         "adp": ("adp", dict(model="tiny-sdxl", mse_iterations=0, pixel_backbone="tiny-sam"))}
 
 
@@ -141,7 +145,7 @@ def crossings(tmp_path_factory, encoded, sdxl_pairs):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_host_waits_once_an_iteration_for_its_log_row(name, crossings):
     for iteration in crossings[name][1:]:  # in the first one tables and moments are made
-        assert len(iteration["waits"]) == 1 and "record" in iteration["waits"][0], iteration["waits"]
+        assert len(iteration["waits"]) == 1, iteration["waits"]
 
 
 @pytest.mark.parametrize("name, tensors", [("sdxl", 2), ("sd3", 2 * 2), ("adp", 4)])

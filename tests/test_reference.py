@@ -328,11 +328,11 @@ STRONG = {"dt": 0.25, "lr-heads": 0.05}  # D's logits leave [-1, 1]
 ADM = {  # for every family: every step k of four, and every value of every setting
     "k=0": {"seed": seed_that_trains(0, 4)},
     "k=1": {"seed": seed_that_trains(1, 4), "guidance": 1, "damping": 0.1, "fake-gradient": "straight-through", "fake-samples": "last",
-            "accumulate": 4, "ema": 0.5},
+            "accumulate": 4, "ema": 0.8},
     "k=2": {"seed": seed_that_trains(2, 4), "ttur": 3, "t-weight": "1/alpha", "fake-samples": "last", "warmup": 1, **STRONG},
     "k=3": {"seed": seed_that_trains(3, 4), "lora-rank": 2, "accumulate": 2, "damping": 0.5, **STRONG},
     "one step": {"student-steps": 1, "fake-gradient": "straight-through", "t-weight": "1/alpha", "t-min": 0.3, "t-max": 0.6},
-    "dmd": {"loss": "dmd", "seed": seed_that_trains(1, 4), "ttur": 3, "fake-samples": "last", "dt": 0.25, "ema": 0.5}}
+    "dmd": {"loss": "dmd", "seed": seed_that_trains(1, 4), "ttur": 3, "fake-samples": "last", "dt": 0.25, "ema": 0.8}}
 MORE_ADM = {  # for one of them
     "warm-up": {"warmup": 2, "ttur": 3, "lora-rank": 2, "damping": 0.1, "clip": 1e-3, "dt": 0.25},
     "dmd lora": {"loss": "dmd", "student-steps": 1, "lora-rank": 2, "t-min": 0.3, "t-max": 0.6, "guidance": 1, "accumulate": 4}}
@@ -421,9 +421,9 @@ def vision_maps(name, images):
 
 
 ADP = {
-    "regression": {"mse-iterations": 2, "lr-mse": 2e-3, "ema": 0.5},
+    "regression": {"mse-iterations": 2, "lr-mse": 2e-3, "ema": 0.8},
     "adversaries": {"mse-iterations": 0, "lr-mse": 5e-3, "lambda-latent": 0.6, "lambda-pixel": 0.3},
-    "from regression": {"mse-iterations": 1, "pixel": False, "schedule": "uniform", "accumulate": 4, "ema": 0.5},
+    "from regression": {"mse-iterations": 1, "pixel": False, "schedule": "uniform", "accumulate": 4, "ema": 0.8},
     "dinov2 lora": {"mse-iterations": 0, "pixel-backbone": "tiny-dinov2", "lora-rank": 2, "accumulate": 2, "lr-heads": 0.05},
     "mse lora": {"loss": "mse", "schedule": "uniform", "lora-rank": 2, "accumulate": 4, "pixel": False}}
 

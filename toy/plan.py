@@ -156,9 +156,8 @@ def plan(cfg):
         roles = build(family, cfg.lora_rank, cfg.head_width, gradient_checkpointing=True)
         full = {**activations(family, roles, shape, each, cfg.fake_gradient)[0], "one block, made again": block}
     waiting = sum(full.values())
-    one = max if cfg.accumulate == 1 else sum  # micro-batches keep all three networks' gradients at once
-    gradients = one([row.get("gradients", 0) for row in rows.values()])
-    step = max(row.get("gradients", 0) + row.get("optimizer", 0) for row in rows.values())
+    gradients = sums["gradients"]  # all are there before the first network steps
+    step = gradients + max(row.get("optimizer", 0) for row in rows.values())
     peak = sums["weights"] + sums["ema"] + (max(gradients + waiting + passing, step) if cfg.offload
                                             else sums["optimizer"] + gradients + waiting + passing)
     largest = max(full, key=full.get)
