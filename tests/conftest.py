@@ -22,7 +22,7 @@ import models
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny networks gain nothing from a second thread, and lose much beside another busy process
-FORK = multiprocessing.get_context("forkserver")  # children of a process that has imported everything and computed nothing
+FORK = multiprocessing.get_context("forkserver")  # of a process that has computed nothing
 FORK.set_forkserver_preload(["adm", "adp", "toy.tiny", "peft"])
 
 
@@ -79,9 +79,10 @@ def shell(*command):
 
 
 def script(tmp_path, *argv, cwd=ROOT):
-    """`python script.py flags…`, as shell runs it, in a child of the fork server; tmp_path: where what it says may be kept.
+    """`python script.py flags…`, as shell runs it, in a child of the fork server.
 
-    It costs no import of torch and diffusers: a second. This project's own modules it imports anew, from where the script looks.
+    It costs no import of torch and diffusers; this project's own modules are imported anew, from
+    where the script looks. What it says passes through files in tmp_path.
     """
     said = {name: tmp_path / name for name in ("stdout", "stderr")}
     argv = [str(ROOT / argv[0]), *map(str, argv[1:])]
@@ -91,7 +92,8 @@ def script(tmp_path, *argv, cwd=ROOT):
     if process.exitcode is None:
         process.kill()
         pytest.fail(f"{argv} hangs")
-    return subprocess.CompletedProcess(argv, process.exitcode, *(file.read_text() for file in said.values()))
+    stdout, stderr = (file.read_text() for file in said.values())
+    return subprocess.CompletedProcess(argv, process.exitcode, stdout, stderr)
 
 
 def as_main(argv, cwd, said):

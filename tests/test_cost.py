@@ -21,8 +21,8 @@ def blocks_of(net):
 @pytest.mark.parametrize("fake_gradient", ["exact", "straight-through"])
 @pytest.mark.parametrize("model", ["tiny-sd3", "tiny-sdxl"])
 def test_passes_of_one_iteration(model, fake_gradient, teachers, few_prompts, tmp_path, monkeypatch):
-    """One-step student, CFG on, TTUR 1. A pass goes once through blocks of a network, and of each is counted: (direction,
-    network, batch, whether there is a graph, whether weights take a gradient, block). Backward, it is that of its forward."""
+    """One-step student, CFG on, TTUR 1. A pass goes once through blocks of a network. Counted,
+    a visit of a block: (direction, network, batch, is there a graph, do weights take gradients, block)."""
     visits = Counter()
 
     def watch(name, net):
@@ -32,7 +32,8 @@ def test_passes_of_one_iteration(model, fake_gradient, teachers, few_prompts, tm
                 trains = any(p.requires_grad for p in block.parameters())
                 visits["forward", name, len(out), out.requires_grad, trains, i] += 1
                 if out.requires_grad:
-                    out.register_hook(lambda g: visits.update([("backward", name, len(g), True, trains, i)]))
+                    backward = ("backward", name, len(out), True, trains, i)
+                    out.register_hook(lambda g: visits.update([backward]))
             block.register_forward_hook(forward)
 
     def spy_roles(*args, **kwargs):
@@ -82,7 +83,7 @@ def test_bench_step(few_prompts, tmp_path, capsys):
     assert list(line) == ["model", "batch_size", "ratio", "ms_iteration", "ms_passes", *parts, "ms_dmd", "ms_finetune"]
     assert all(line[p] > 0 for p in list(line)[2:]) and line["ms_passes"] == pytest.approx(sum(line[p] for p in parts))
     assert line["ratio"] == pytest.approx(line["ms_iteration"] / line["ms_passes"])
-    assert (dict(vars(adm)), dict(vars(data.Run))) == before  # what it watches runs by is left as it was
+    assert (dict(vars(adm)), dict(vars(data.Run))) == before  # it leaves what it patches as it was
 
     call(data.encode, data.EncodeConfig, "--model", "tiny-sd3", "--prompts", few_prompts, "--out", tmp_path / "prompts")
     args[3] = tmp_path / "prompts"

@@ -38,9 +38,10 @@ def here(tmp_path_factory, teachers, few_prompts):
 
 @pytest.fixture(scope="module", autouse=True)
 def long_run(here, tmp_path_factory):
-    """A run of many iterations that goes on beside the tests: (its process and errors, where it writes what it holds)."""
+    """A long run beside the tests: (its process and errors, where it writes what it holds)."""
     folder = tmp_path_factory.mktemp("long")
-    args = [*here, "--iterations", LONG, "--batch-size", 1, "--checkpoint-every", LONG // 5, "--out", folder / "out"]
+    args = [*here, "--iterations", LONG, "--batch-size", 1, "--checkpoint-every", LONG // 5,
+            "--out", folder / "out"]
     return start(folder, args, 1, (watched, folder / "seen")), folder / "seen"
 
 
@@ -184,7 +185,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_iteration(world, number, run4, 
         assert codes == [0], said
         whole, parts = read_log(run4), read_log(out)
         for name in whole.keys() - {"seconds", "peak_memory_gb"}:
-            assert_close(parts[name], whole[name], atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+            assert_close(parts[name], whole[name], atol=1e-4, rtol=1e-3, msg=lambda m: name + m)
 
 
 def test_a_second_ctrl_c_ends_at_once(here, tmp_path):
@@ -290,7 +291,7 @@ def checkpoint(run4, tmp_path):
 
 
 def test_a_flipped_bit_is_found(checkpoint, networks):
-    """In each byte of state.json; in each network's file in the header and in the first, middle and last number."""
+    """In each byte of state.json; in a network's header and its first, middle and last number."""
     data.check_checkpoint(checkpoint, networks)
     state = checkpoint / "state.json"
     places = [(state, at) for at in range(state.stat().st_size)]
@@ -423,10 +424,10 @@ def killed(rank, who, at):
 
 
 def test_a_rank_that_dies_ends_the_others(here, tmp_path):
-    """The other one, which waits for it in an all-reduce, ends with an error, and writes no checkpoint of half a run."""
+    """The other one, waiting for it in an all-reduce, ends with an error, and saves nothing."""
     out = tmp_path / "out"
-    args = [*here, "--iterations", 5000, "--batch-size", 2, "--checkpoint-every", 5000, "--out", out]
-    codes, said = ranks(tmp_path, args, 2, (killed, 1, 8))
+    args = [*here, "--iterations", 5000, "--batch-size", 2, "--checkpoint-every", 5000]
+    codes, said = ranks(tmp_path, [*args, "--out", out], 2, (killed, 1, 8))
     assert codes == [1, -signal.SIGKILL] and "as asked" not in said[0], said
     assert len(rows(out)) == 3  # the header and two iterations
     assert not (out / "checkpoints").exists()

@@ -43,7 +43,7 @@ def test_commands_are_accepted(command):
 
 
 def test_offline_commands_run_in_order_and_the_result_opens(tmp_path):
-    """The last one, the stage that the others lead to, in a process of its own, as a user would run it."""
+    """The last one, to which the others lead, in a process of its own, as a user would run it."""
     assert len(OFFLINE) == 3
     home = tmp_path / "home"
     home.mkdir()
@@ -81,7 +81,8 @@ def test_links_and_flags_exist():
         assert (ROOT / path).exists(), path
     fields = {"--" + name.replace("_", "-") for config, _ in SCRIPTS.values() for name in (f.name for f in dataclasses.fields(config))}
     fields |= {"--no-pixel", "--help", "--json"}
-    flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"torchrun --nproc_per_node=\d", "", TEXT))
+    without_torchruns = re.sub(r"torchrun --nproc_per_node=\d", "", TEXT)
+    flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+", without_torchruns)
     assert flags
     for flag in flags:
         assert flag in fields, flag

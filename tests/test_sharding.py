@@ -20,10 +20,11 @@ from toy import full, plan
 
 SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0)
 LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
-OFFLOADED = dict(ema=0.75, offload=True, sample_every=1, checkpoint_every=1, gradient_checkpointing=True)
-RUNS = {"adp": ("adp", dict(model="tiny-sd3", mse_iterations=1, ema=0.75, checkpoint_every=1)),  # first: SAM loads without ranks
+EMA = dict(ema=0.75, checkpoint_every=1)
+OFFLOADED = dict(offload=True, sample_every=1, gradient_checkpointing=True)
+RUNS = {"adp": ("adp", dict(model="tiny-sd3", mse_iterations=1, **EMA)),  # SAM loads without ranks
         "sdxl": ("adm", dict(model="tiny-sdxl")),
-        "ema": ("adm", dict(model="tiny-cogvideox-5b", **OFFLOADED)),
+        "ema": ("adm", dict(model="tiny-cogvideox-5b", **EMA, **OFFLOADED)),
         "lora": ("adm", dict(model="tiny-sd3", **LORA))}
 PAIRS = dict(model="tiny-sd3", count=5, steps=2, shard_size=1)
 
@@ -34,12 +35,15 @@ def checkpoint(folder, iteration, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, encoded):
-    """{ranks: folder of its runs, and of pairs}. Two ranks also resume: one-two and two-two, from ema's first checkpoint."""
+    """{ranks: folder of its runs and pairs}. Two ranks also resume: one-two and two-two, from ema's
+    first checkpoint."""
     folder = tmp_path_factory.mktemp("sharding")
     one, two = folder / "one", folder / "two"
 
     def config(stage, changes, out, **more):
-        source = {"pairs": str(one / "pairs")} if stage == "adp" else {"prompts": str(encoded[changes["model"]])}
+        source = {"prompts": str(encoded[changes["model"]])}
+        if stage == "adp":
+            source = {"pairs": str(one / "pairs")}
         return {**SMALL, **source, **changes, "out": str(out), **more}
 
     def pairs(out):
@@ -81,8 +85,9 @@ def test_two_ranks_are_one(runs, name):
 
 def test_two_ranks_make_the_same_pairs(runs):
     family = models.load_teacher(PAIRS["model"])
-    one, two = (data.Rows(runs / ranks / "pairs", "pairs", family)[range(PAIRS["count"])] for ranks in ("one", "two"))
-    assert_close(one, two, atol=1e-4, rtol=1e-4)
+    one, two = (data.Rows(runs / ranks / "pairs", "pairs", family) for ranks in ("one", "two"))
+    every = range(PAIRS["count"])
+    assert_close(one[every], two[every], atol=1e-4, rtol=1e-4)
 
 
 def test_resume_with_two_ranks_is_bitwise_and_with_other_numbers_close(runs, encoded, tmp_path):
@@ -94,7 +99,9 @@ def test_resume_with_two_ranks_is_bitwise_and_with_other_numbers_close(runs, enc
     same_log(one, runs / "one-two", atol=1e-4, rtol=1e-3)
     shutil.copytree(two, tmp_path / "two-one")
     shutil.rmtree(tmp_path / "two-one" / "checkpoints" / "000002")
-    config = {**SMALL, **RUNS["ema"][1], "prompts": str(encoded["tiny-cogvideox-5b"]), "out": str(tmp_path / "two-one")}
+    flags = RUNS["ema"][1]
+    prompts = str(encoded[flags["model"]])
+    config = {**SMALL, **flags, "prompts": prompts, "out": str(tmp_path / "two-one")}
     adm.main(adm.Config(**{**config, "accumulate": 2, "offload": False}, resume=True))  # memory flags may change too
     same_log(one, tmp_path / "two-one", atol=1e-4, rtol=1e-3)
 

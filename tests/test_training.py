@@ -78,9 +78,11 @@ def test_sdxl_end_to_end(sdxl_adp, encoded, tmp_path):
 
 
 def test_cogvideox_adm_with_other_frames(encoded, tmp_path):
-    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", "tiny-cogvideox-2b", 2), "--frames", 17)
+    args = adm_args(encoded, tmp_path / "out", "tiny-cogvideox-2b", 2)
+    call(adm.main, adm.Config, *args, "--frames", 17)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
-    latents = pipe("a red fox", num_inference_steps=4, guidance_scale=1.0, num_frames=17, output_type="latent").frames
+    latents = pipe("a red fox", num_inference_steps=4, guidance_scale=1.0, num_frames=17,
+                   output_type="latent").frames
     assert latents.shape == (1, 5, 16, 16, 16)
 
 
@@ -171,7 +173,7 @@ def test_every_ablation_runs_and_each_phase_trains_one_network(flags, encoded, s
                                    ["--lambda-latent", "1", "--lambda-pixel", "0", "--gradient-checkpointing"],
                                    ["--lora-rank", "2"], ["--student-steps", "2"]], ids=" ".join)
 def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs, tmp_path, monkeypatch):
-    """In the loop itself: which network's weights an update moves, and that it leaves no gradient behind."""
+    """In the loop itself: whose weights an update moves, and that it leaves no gradient behind."""
     networks, steps = {"heads": []}, []
     make_roles, update = adp.make_roles, adp.update
     for kind in ("LatentDiscriminator", "PixelDiscriminator"):
@@ -183,14 +185,17 @@ def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs,
 
     def spy_roles(*args):
         teacher, student = make_roles(*args)
-        networks["student"] = list(student.own_parameters().values())
-        networks["teacher"] = [p for p in teacher.net.parameters() if all(p is not q for q in networks["student"])]
+        trained = list(student.own_parameters().values())
+        own = {id(p) for p in trained}
+        networks["student"] = trained
+        networks["teacher"] = [p for p in teacher.net.parameters() if id(p) not in own]
         return teacher, student
 
     def spy(*args):
         before = {name: [p.clone() for p in parameters] for name, parameters in networks.items()}
         norm = update(*args)
-        steps.append([name for name, old in before.items() if not all(map(torch.equal, old, networks[name]))])
+        same = {name: all(map(torch.equal, old, networks[name])) for name, old in before.items()}
+        steps.append([name for name in networks if not same[name]])
         assert all(p.grad is None for parameters in networks.values() for p in parameters)
         return norm
     monkeypatch.setattr(adp, "make_roles", spy_roles)
@@ -248,21 +253,22 @@ def test_real_and_fake_step_from_the_same_noisy_sample_by_dt(encoded, tmp_path, 
 
 
 def clipped(out):
-    """{network: (gradient norm that the log has, norm of the clipped gradient)} of a run of one iteration that is at `out`."""
+    """{network: (norm in the log, norm of the clipped gradient)} of a run of one iteration."""
     log, found = read_log(out), {}
+    beta1 = json.loads((out / "config.json").read_text())["config"]["beta1"]
     for file in (out / "checkpoints" / "000001").glob("*.safetensors"):
-        moments = [x for name, x in load_file(file).items() if name.endswith("exp_avg")]
-        beta1 = json.loads((out / "config.json").read_text())["config"]["beta1"]
-        gradients = torch.cat([x.flatten() for x in moments]) / (1 - beta1)  # a first moment after one step is (1 − β1) gradient
-        found[file.stem] = log[f"grad_norm_{file.stem}"][0], float(gradients.norm())
+        moments = [x.flatten() for name, x in load_file(file).items() if name.endswith("exp_avg")]
+        norm = float(torch.cat(moments).norm()) / (1 - beta1)  # a first moment is (1 − β1) g
+        found[file.stem] = log[f"grad_norm_{file.stem}"][0], norm
     return found
 
 
 @pytest.mark.parametrize("clip", [1e-4, 1e4])
-def test_each_network_is_clipped_and_the_log_has_the_norm_before(clip, encoded, sdxl_pairs, tmp_path):
+def test_each_network_is_clipped_and_logs_the_norm_before(clip, encoded, sdxl_pairs, tmp_path):
     call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "adm", iterations=1), "--clip", clip)
-    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", tmp_path / "adp", "--iterations", 1,
-         "--mse-iterations", 0, *QUICK, "--clip", clip)
+    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs,
+         "--out", tmp_path / "adp", "--iterations", 1, "--mse-iterations", 0, *QUICK,
+         "--clip", clip)
     for stage, networks in (("adm", {"student", "fake", "heads"}), ("adp", {"student", "heads"})):
         found = clipped(tmp_path / stage)
         assert found.keys() == networks
@@ -272,7 +278,7 @@ def test_each_network_is_clipped_and_the_log_has_the_norm_before(clip, encoded, 
 
 
 def test_adp_skips_an_update_that_is_not_finite(sdxl_pairs, tmp_path):
-    """A pair that is no number costs the updates of the iterations that draw it, and nothing else."""
+    """A pair that is no number costs the updates of iterations that draw it, and nothing else."""
     bad, out = shutil.copytree(sdxl_pairs, tmp_path / "pairs"), tmp_path / "out"
     manifest = json.loads((bad / "manifest.json").read_text())
     manifest["prompts"] = str(sdxl_pairs / manifest["prompts"])
@@ -280,8 +286,8 @@ def test_adp_skips_an_update_that_is_not_finite(sdxl_pairs, tmp_path):
     rows = load_file(bad / "000001.safetensors")
     rows["x_0"][-1] = float("nan")
     save_file(rows, bad / "000001.safetensors")
-    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", bad, "--out", out, "--iterations", 6,
-         "--mse-iterations", 3, *QUICK)
+    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", bad, "--out", out,
+         "--iterations", 6, "--mse-iterations", 3, *QUICK)
     log = read_log(out)
     hit = [value != value for value in log["loss_mse"]]
     assert True in hit[:3] and True in hit[3:] and False in hit  # in both phases, and not always
@@ -439,9 +445,11 @@ def test_other_models_data_is_refused(sdxl_pairs, sdxl_adp, sd3_adm, encoded, tm
     assert "holds no run to resume" in refused(capsys, adm.main, adm.Config, "--out", tmp_path, "--resume")
     check("one of tiny-sdxl, not of tiny-sd3", adm.main, adm.Config, "--model", "tiny-sd3", "--init", sdxl_adp)
     check("another --lora-rank than 4", adm.main, adm.Config, "--model", "tiny-sd3", "--init", sd3_adm, "--lora-rank", "4")
-    unfinished = shutil.copytree(sdxl_adp, tmp_path / "unfinished", ignore=shutil.ignore_patterns("pipeline"))
+    no_pipeline = shutil.ignore_patterns("pipeline")
+    unfinished = shutil.copytree(sdxl_adp, tmp_path / "unfinished", ignore=no_pipeline)
     check("not finished", adm.main, adm.Config, "--model", "tiny-sdxl", "--init", unfinished)
-    for says, *flags in (("holds no run of adp.py", "--init", tmp_path), ("one of tiny-sd3, not of tiny-sdxl", "--init", sd3_adm),
+    for says, *flags in (("holds no run of adp.py", "--init", tmp_path),
+                         ("one of tiny-sd3, not of tiny-sdxl", "--init", sd3_adm),
                          ("another --lora-rank than 4", "--init", sdxl_adp, "--lora-rank", "4"),
                          ("not finished", "--init", unfinished)):
         check(says, adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, *flags)

@@ -1,7 +1,8 @@
 """torchrun --nproc_per_node=2 tests/two_ranks.py runs.json: several runs in one launch, by the scripts' own main functions.
 
 runs.json: [[stage, {field of its Config: value}], ...], with a third entry where a copy of that run, less its last checkpoint, is
-to be resumed; the stage "pairs" is data.py's. Beside each run's files: held-<rank>.json, the bytes that this rank held.
+to be resumed; the stage "pairs" is data.py's. Beside a run's files: held-<rank>.json, the bytes
+that this rank held.
 """
 
 import json
@@ -20,7 +21,8 @@ import adm
 import adp
 import data
 
-STAGES = {"adm": (adm.main, adm.Config), "adp": (adp.main, adp.Config), "pairs": (data.pairs, data.PairsConfig)}
+STAGES = {"adm": (adm.main, adm.Config), "adp": (adp.main, adp.Config),
+          "pairs": (data.pairs, data.PairsConfig)}
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
