@@ -22,7 +22,7 @@ def blocks_of(net):
 @pytest.mark.parametrize("model", ["tiny-sd3", "tiny-sdxl"])
 def test_passes_of_one_iteration(model, fake_gradient, teachers, few_prompts, tmp_path, monkeypatch):
     """One-step student, CFG on, TTUR 1. A pass goes once through blocks of a network. Counted,
-    a visit of a block: (direction, network, batch, is there a graph, do weights take gradients, block)."""
+    a visit of a block: (direction, network, batch, is there a graph, do weights train, block)."""
     visits = Counter()
 
     def watch(name, net):
