@@ -21,8 +21,9 @@ from toy import full, plan
 SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0)
 LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
 EMA = dict(ema=0.75, checkpoint_every=1)
-OFFLOADED = dict(offload=True, sample_every=1, gradient_checkpointing=True)
-RUNS = {"adp": ("adp", dict(model="tiny-sd3", mse_iterations=1, **EMA)),  # SAM loads without ranks
+OFFLOADED = dict(offload=True, gradient_checkpointing=True)
+# adp is first: SAM loads before there are ranks.
+RUNS = {"adp": ("adp", dict(model="tiny-sd3", mse_iterations=1, sample_every=1, **EMA)),
         "sdxl": ("adm", dict(model="tiny-sdxl")),
         "ema": ("adm", dict(model="tiny-cogvideox-5b", **EMA, **OFFLOADED)),
         "lora": ("adm", dict(model="tiny-sd3", **LORA))}

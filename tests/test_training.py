@@ -80,6 +80,7 @@ def test_sdxl_end_to_end(sdxl_adp, encoded, tmp_path):
 def test_cogvideox_adm_with_other_frames(encoded, tmp_path):
     args = adm_args(encoded, tmp_path / "out", "tiny-cogvideox-2b", 2)
     call(adm.main, adm.Config, *args, "--frames", 17)
+    assert "num_frames=17" in (tmp_path / "out" / "pipeline" / "README.md").read_text()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     latents = pipe("a red fox", num_inference_steps=4, guidance_scale=1.0, num_frames=17,
                    output_type="latent").frames
