@@ -5,6 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same everywhere
 
+import atexit
+import multiprocessing
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +22,8 @@ import models
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny networks gain nothing from a second thread, and lose much beside another busy process
+FORK = multiprocessing.get_context("forkserver")  # of a process that has computed nothing
+FORK.set_forkserver_preload(["adm", "adp", "toy.tiny", "peft"])
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +76,43 @@ def shell(*command):
     """Run `python …` or `torchrun …` as a user would; returns the finished process."""
     tool = [sys.executable] if command[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
     return subprocess.run([*tool, *map(str, command[1:])], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def script(tmp_path, *argv, cwd=ROOT):
+    """`python script.py flags…`, as shell runs it, in a child of the fork server.
+
+    It costs no import of torch and diffusers; this project's own modules are imported anew, from
+    where the script looks. What it says passes through files in tmp_path.
+    """
+    said = {name: tmp_path / name for name in ("stdout", "stderr")}
+    argv = [str(ROOT / argv[0]), *map(str, argv[1:])]
+    process = FORK.Process(target=as_main, args=(argv, cwd, said))
+    process.start()
+    process.join(240)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"{argv} hangs")
+    stdout, stderr = (file.read_text() for file in said.values())
+    return subprocess.CompletedProcess(argv, process.exitcode, stdout, stderr)
+
+
+def as_main(argv, cwd, said):
+    """What `python *argv` does. said: {"stdout": file, "stderr": file}."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(said[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    tests = ROOT / "tests"
+    ours = {"toy", *(file.stem for folder in (ROOT, tests) for file in folder.glob("*.py"))}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
+    elsewhere = [folder for folder in sys.path if folder not in (str(ROOT), str(tests))]
+    sys.path[:] = [str(Path(argv[0]).parent), *elsewhere]
+    sys.argv = argv
+    os.chdir(cwd)
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # tiny models remove their folders; a forked child leaves that out
 
 
 def read_log(folder):

@@ -14,7 +14,7 @@ import adm
 import adp
 import data
 import models
-from conftest import call, read_log, shell
+from conftest import call, read_log, script
 from ode import student_sample
 from toy import digits
 
@@ -34,8 +34,9 @@ def distilled(tmp_path_factory):
     """A short ADP run, and a short ADM run from it, on a few pairs."""
     at = tmp_path_factory.mktemp("digits")
     call(data.pairs, data.PairsConfig, "--out", at / "pairs", "--count", 300, "--steps", 8)
-    call(adp.main, adp.Config, "--pairs", at / "pairs", "--iterations", 160, "--mse-iterations", 150, "--lr-mse", 3e-4,
-         "--ema", 0.9, "--sample-every", 0, "--out", at / "adp")
+    call(adp.main, adp.Config, "--pairs", at / "pairs", "--iterations", 110,
+         "--mse-iterations", 100, "--lr-mse", 3e-4, "--ema", 0.9, "--sample-every", 0,
+         "--out", at / "adp")
     call(adm.main, adm.Config, "--init", at / "adp", "--student-steps", 1, "--iterations", 20, "--warmup", 8, "--checkpoint-every", 8,
          "--keep-checkpoints", 3, "--sample-every", 20, "--out", at / "adm")
     return at
@@ -174,7 +175,8 @@ def test_the_exported_student_is_ours_in_stock_diffusers(family, distilled):
 
 
 def test_eval_writes_table_and_picture(distilled, tmp_path):
-    done = shell("python", "toy/digits.py", "eval", distilled / "adp", distilled / "adm", "--out", tmp_path / "eval")
+    runs = distilled / "adp", distilled / "adm"
+    done = script(tmp_path, "toy/digits.py", "eval", *runs, "--out", tmp_path / "eval")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "eval" / "table.json").read_text())
     assert done.stdout.strip() == (tmp_path / "eval" / "table.md").read_text().strip()
@@ -209,8 +211,8 @@ def test_curve_and_steps_of_a_run(distilled, family, teacher, capsys):
     assert capsys.readouterr().out.splitlines()[2:] == digits.table({"step 1 of 1": end})[2:]
 
 
-def test_tables_of_the_readme_are_what_the_script_prints():
-    done = shell("python", "toy/digits.py", "readme")
+def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):
+    done = script(tmp_path, "toy/digits.py", "readme")
     tables = done.stdout.strip().split("\n\n")
     text = (digits.TEACHER.parent.parent / "README.md").read_text()
     assert done.returncode == 0 and len(tables) == 2 and all(table in text for table in tables), done.stderr

@@ -1,7 +1,6 @@
 """What clusters do to a run: processes killed at every step, signals, damaged and hostile checkpoints, full disks, NaNs, dying ranks."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -24,12 +22,11 @@ from torch.testing import assert_close
 import adm
 import data
 import models
-from conftest import ROOT, call, read_log
+from conftest import FORK, call, read_log
 
 TINY = ["--head-width", 8, "--sample-every", 0, "--student-steps", 1]  # as quick as it gets
 RUN4 = ["--iterations", 4, "--batch-size", 2, "--checkpoint-every", 2]
-FORK = multiprocessing.get_context("forkserver")  # children of a process that has imported everything and computed nothing
-FORK.set_forkserver_preload(["adm", "adp", "toy.tiny", "peft"])
+LONG = 150  # iterations of the long run
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +39,10 @@ def here(tmp_path_factory, teachers, few_prompts):
 
 @pytest.fixture(scope="module", autouse=True)
 def long_run(here, tmp_path_factory):
-    """A run of 500 iterations that goes on beside the tests: (its process and errors, where it writes what it holds)."""
+    """A long run beside the tests: (its process and errors, where it writes what it holds)."""
     folder = tmp_path_factory.mktemp("long")
-    args = [*here, "--iterations", 500, "--batch-size", 1, "--checkpoint-every", 50, "--out", folder / "out"]
+    args = [*here, "--iterations", LONG, "--batch-size", 1, "--checkpoint-every", LONG // 5,
+            "--out", folder / "out"]
     return start(folder, args, 1, (watched, folder / "seen")), folder / "seen"
 
 
@@ -85,7 +83,10 @@ def ended(ranks, errors, timeout=60):
     """([exit code], [what each rank said]); a rank that outlives the timeout is an error."""
     for p in ranks:
         p.join(timeout)
-        assert p.exitcode is not None or p.kill(), "a rank hangs"
+        if p.exitcode is None:
+            for other in ranks:
+                other.kill()
+            pytest.fail("a rank hangs")
     return [p.exitcode for p in ranks], [e.read_text() for e in errors]
 
 
@@ -138,13 +139,16 @@ def die_at(rank, step, who):
         data.save_file = half
 
 
-@pytest.mark.parametrize("world, steps", [(1, range(1, 999, 3)), (2, (8, 17, 999))])
+@pytest.mark.parametrize("world, steps", [
+    (1, range(1, 999, 3)), (2, (44, 999))])  # 44: in the middle of the second checkpoint
 def test_kill_9_at_any_step(world, steps, run4, here, tmp_path):
     """A run that is killed again and again, each time a little later in what it does to its folder, is one that never was."""
-    args, whole, out = [*here, *RUN4[:1], 2 * world, *RUN4[2:]], tmp_path / "whole", tmp_path / "out"
+    out = tmp_path / "out"
     if world == 2:
-        whole = run4
+        args, whole = [*here, *RUN4], run4
     else:
+        args = [*here, "--iterations", 2, "--batch-size", 1, "--checkpoint-every", 2]
+        whole = tmp_path / "whole"
         assert ranks(tmp_path, [*args, "--out", whole])[0] == [0]
     for killed, step in enumerate(steps):
         resume = ["--resume"] if (out / "config.json").exists() else []
@@ -152,7 +156,7 @@ def test_kill_9_at_any_step(world, steps, run4, here, tmp_path):
         assert codes[0] in (0, -signal.SIGKILL) and "damaged" not in said[0], said
         if codes == [0] * world:
             break
-    assert killed >= (2 if world == 2 else 7)
+    assert killed >= (1 if world == 2 else 7)
     same_run(whole, out)
 
 
@@ -176,9 +180,12 @@ def test_a_signal_to_one_rank_ends_all_after_the_iteration(world, number, run4, 
     assert codes == [0] * world and said[1:] == [""] * (world - 1), said
     assert said[0].count("\n") == 1 and "stopped after iteration 3, as asked: the same command with --resume goes on" in said[0]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000002", "000003"]
-    if world == 2:
-        assert ranks(tmp_path, [*here, *RUN4, "--out", out, "--resume"], world)[0] == [0, 0]
-        assert rows(out) == rows(run4)
+    if world == 2:  # then on one rank: what an iteration draws does not depend on their number
+        codes, said = ranks(tmp_path, [*here, *RUN4, "--out", out, "--resume"])
+        assert codes == [0], said
+        whole, parts = read_log(run4), read_log(out)
+        for name in whole.keys() - {"seconds", "peak_memory_gb"}:
+            assert_close(parts[name], whole[name], atol=1e-4, rtol=1e-3, msg=lambda m: name + m)
 
 
 def test_a_second_ctrl_c_ends_at_once(here, tmp_path):
@@ -286,15 +293,21 @@ def checkpoint(run4, tmp_path):
     return shutil.copytree(run4 / "checkpoints" / "000004", tmp_path / "000004")
 
 
-def test_no_byte_of_a_checkpoint_may_change(checkpoint, networks):
+def test_a_flipped_bit_is_found(checkpoint, networks):
+    """In each byte of state.json; in a network's header and its first, middle and last number."""
     data.check_checkpoint(checkpoint, networks)
     state = checkpoint / "state.json"
-    for file, places in ((state, range(state.stat().st_size)), *((checkpoint / f"{name}.safetensors", (0, 9, 200, -1)) for name in networks)):
-        for at in places:
-            flip(file, at)
-            with pytest.raises((ValueError, OSError), match="checksums|state.json"):
-                data.check_checkpoint(checkpoint, networks)
-            flip(file, at)
+    places = [(state, at) for at in range(state.stat().st_size)]
+    for name in networks:
+        file = checkpoint / f"{name}.safetensors"
+        numbers = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        middle = (numbers + file.stat().st_size) // 2
+        places += [(file, at) for at in (0, 9, numbers - 1, numbers, middle, -1)]
+    for file, at in places:
+        flip(file, at)
+        with pytest.raises((ValueError, OSError), match="checksums|state.json"):
+            data.check_checkpoint(checkpoint, networks)
+        flip(file, at)
     data.check_checkpoint(checkpoint, networks)
 
 
@@ -385,30 +398,17 @@ def test_a_full_disk_costs_nothing_that_was_there(kind, run4, here, tmp_path):
         found = files(disk / "out")
         assert {k.split("/")[0] for k in found} == {"config.json", "log.csv", "checkpoints"} and not [k for k in found if "partial" in k]
         assert [p.name for p in (disk / "out" / "checkpoints").iterdir()] == ["000002"]
-        for k in (k for k in found if "000002" in k):
-            assert world == 1 or found[k] == (run4 / k).read_bytes()
+        kept = [k for k in found if "000002" in k]
+        assert len(kept) == 4  # three networks and state.json
+        if world == 2:
+            assert all(found[k] == (run4 / k).read_bytes() for k in kept)
         if world == 1:  # with room again
             subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
             codes, said = ranks(tmp_path, [*args, "--resume"])
             assert codes == [0] and len(rows(disk / "out")) == 5, said
     finally:
-        world == 1 and subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_resume_on_another_world_size(world, run4, here, tmp_path):
-    """The same global batch: what an iteration draws does not depend on the number of ranks. Two iterations by 3 - world ranks first."""
-    out = tmp_path / "out"
-    if world == 2:
-        assert ranks(tmp_path, [*here, "--iterations", 2, *RUN4[2:], "--out", out])[0] == [0]
-    else:
-        shutil.copytree(run4, out)
-        shutil.rmtree(out / "checkpoints" / "000004")
-    codes, said = ranks(tmp_path, [*here, *RUN4, "--out", out, "--resume"], world)
-    assert set(codes) == {0}, said
-    whole, parts = read_log(run4), read_log(out)
-    for name in whole.keys() - {"seconds", "peak_memory_gb"}:
-        assert_close(parts[name], whole[name], atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+        if world == 1:
+            subprocess.run(["umount", disk], check=True)
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
@@ -421,28 +421,19 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 
 # --- A rank that dies ------------------------------------------------------------------------------------------------
 
+def killed(rank, who, at):
+    """SIGKILL of rank `who` in the middle of an iteration, before its update number `at`."""
+    signalled(rank, who, at, signal.SIGKILL)
+
+
 def test_a_rank_that_dies_ends_the_others(here, tmp_path):
-    """SIGKILL of one of torchrun's ranks: the other ends with an error, and torchrun too."""
-    out, args = tmp_path / "out", [*map(str, here), "--iterations", "5000", "--batch-size", "2", "--checkpoint-every", "5000"]
-    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "adm.py", *args,
-                                 "--out", out], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        wait(lambda: (out / "log.csv").exists() and len(rows(out)) > 3 or launcher.poll() is not None)
-        workers = [int(p) for p in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-        assert len(workers) == 2 and launcher.poll() is None, launcher.communicate()[1]
-        os.kill(workers[1], signal.SIGKILL)
-        said = launcher.communicate(timeout=60)[1]
-    finally:
-        launcher.kill()
-    wait(lambda: not any(Path(f"/proc/{p}").exists() for p in workers))
-    assert launcher.returncode != 0 and "SIGKILL" in said.upper() and "as asked" not in said, said
-
-
-def wait(until, seconds=60):
-    end = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
+    """The other one, waiting for it in an all-reduce, ends with an error, and saves nothing."""
+    out = tmp_path / "out"
+    args = [*here, "--iterations", 5000, "--batch-size", 2, "--checkpoint-every", 5000]
+    codes, said = ranks(tmp_path, [*args, "--out", out], 2, (killed, 1, 8))
+    assert codes == [1, -signal.SIGKILL] and "as asked" not in said[0], said
+    assert len(rows(out)) == 3  # the header and two iterations
+    assert not (out / "checkpoints").exists()
 
 
 # --- Long runs -------------------------------------------------------------------------------------------------------
@@ -459,9 +450,12 @@ def watched(rank, seen):
     data.Run.record = spy
 
 
-def test_500_iterations_keep_memory_and_file_handles(long_run):
+def test_a_long_run_keeps_memory_and_file_handles(long_run):
     process, seen = long_run
     codes, said = ended(*process, timeout=200)
     assert codes == [0], said
     memory, handles = zip(*(map(int, line.split()) for line in seen.read_text().splitlines()))
-    assert len(memory) == 500 and max(memory[100:]) <= 1.02 * memory[100] and max(handles[100:]) == handles[100]
+    warm = LONG // 3
+    assert len(memory) == LONG
+    assert max(memory[warm:]) <= 1.005 * memory[warm]  # 20 kB an iteration
+    assert max(handles[warm:]) == handles[warm]

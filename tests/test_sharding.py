@@ -20,10 +20,14 @@ from toy import full, plan
 
 SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0)
 LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
-RUNS = {"adp": ("adp", dict(model="tiny-sdxl", mse_iterations=1, ema=0.75, checkpoint_every=1)),  # first: SAM loads before there are ranks
-        **{name: ("adm", dict(model=name)) for name in models.TINY if name != "tiny-sd3"},
-        "ema": ("adm", dict(model="tiny-sd3", ema=0.75, offload=True, sample_every=1, checkpoint_every=1, gradient_checkpointing=True)),
+EMA = dict(ema=0.75, checkpoint_every=1)
+OFFLOADED = dict(offload=True, gradient_checkpointing=True)
+# adp is first: SAM loads before there are ranks.
+RUNS = {"adp": ("adp", dict(model="tiny-sd3", mse_iterations=1, sample_every=1, **EMA)),
+        "sdxl": ("adm", dict(model="tiny-sdxl")),
+        "ema": ("adm", dict(model="tiny-cogvideox-5b", **EMA, **OFFLOADED)),
         "lora": ("adm", dict(model="tiny-sd3", **LORA))}
+PAIRS = dict(model="tiny-sd3", count=5, steps=2, shard_size=1)
 
 
 def checkpoint(folder, iteration, name):
@@ -31,14 +35,21 @@ def checkpoint(folder, iteration, name):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, encoded, sdxl_pairs):
-    """{ranks: folder of its runs}. Two ranks also resume: one-two and two-two, from ema's first checkpoint."""
+def runs(tmp_path_factory, encoded):
+    """{ranks: folder of its runs and pairs}. Two ranks also resume: one-two and two-two, from ema's
+    first checkpoint."""
     folder = tmp_path_factory.mktemp("sharding")
     one, two = folder / "one", folder / "two"
 
     def config(stage, changes, out, **more):
-        source = {"pairs": str(sdxl_pairs)} if stage == "adp" else {"prompts": str(encoded[changes["model"]])}
+        source = {"prompts": str(encoded[changes["model"]])}
+        if stage == "adp":
+            source = {"pairs": str(one / "pairs")}
         return {**SMALL, **source, **changes, "out": str(out), **more}
+
+    def pairs(out):
+        return {**PAIRS, "prompts": str(encoded[PAIRS["model"]]), "out": str(out)}
+    data.pairs(data.PairsConfig(**pairs(one / "pairs")))
 
     for name, (stage, changes) in RUNS.items():
         module = {"adm": adm, "adp": adp}[stage]
@@ -48,6 +59,7 @@ def runs(tmp_path_factory, encoded, sdxl_pairs):
     stage, changes = RUNS["ema"]
     specs.append((stage, config(stage, changes, folder / "one-two", resume=True)))
     specs.append((stage, config(stage, changes, folder / "two-two", resume=True), str(two / "ema")))
+    specs.append(("pairs", pairs(two / "pairs")))
     (folder / "runs.json").write_text(json.dumps(specs))
     done = shell("torchrun", "--standalone", "--nproc_per_node=2", "tests/two_ranks.py", folder / "runs.json")
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line]
@@ -62,6 +74,7 @@ def test_two_ranks_are_one(runs, name):
     for network in ("student", "heads"):
         a, b = checkpoint(one, 2, network), checkpoint(two, 2, network)
         assert a.keys() == b.keys() and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype for k in a)
+        assert any(key.endswith("exp_avg") for key in a)
         for key in a:  # Adam turns a rounding error in a gradient near 0 into a step of up to the learning rate: moments, not weights
             if key.endswith("exp_avg"):
                 assert_close(a[key], b[key], atol=1e-5, rtol=1e-3)
@@ -69,6 +82,13 @@ def test_two_ranks_are_one(runs, name):
     a, b = (family.denoiser(folder=f / "pipeline").net.state_dict() for f in (one, two))
     rate = RUNS[name][1].get("lr_student", (adm if RUNS[name][0] == "adm" else adp).Config.lr_student)
     assert all((a[k] - b[k]).abs().max() <= 4 * rate for k in a)
+
+
+def test_two_ranks_make_the_same_pairs(runs):
+    family = models.load_teacher(PAIRS["model"])
+    one, two = (data.Rows(runs / ranks / "pairs", "pairs", family) for ranks in ("one", "two"))
+    every = range(PAIRS["count"])
+    assert_close(one[every], two[every], atol=1e-4, rtol=1e-4)
 
 
 def test_resume_with_two_ranks_is_bitwise_and_with_other_numbers_close(runs, encoded, tmp_path):
@@ -80,14 +100,17 @@ def test_resume_with_two_ranks_is_bitwise_and_with_other_numbers_close(runs, enc
     same_log(one, runs / "one-two", atol=1e-4, rtol=1e-3)
     shutil.copytree(two, tmp_path / "two-one")
     shutil.rmtree(tmp_path / "two-one" / "checkpoints" / "000002")
-    config = {**SMALL, **RUNS["ema"][1], "prompts": str(encoded["tiny-sd3"]), "out": str(tmp_path / "two-one")}
+    flags = RUNS["ema"][1]
+    prompts = str(encoded[flags["model"]])
+    config = {**SMALL, **flags, "prompts": prompts, "out": str(tmp_path / "two-one")}
     adm.main(adm.Config(**{**config, "accumulate": 2, "offload": False}, resume=True))  # memory flags may change too
     same_log(one, tmp_path / "two-one", atol=1e-4, rtol=1e-3)
 
 
 def test_the_average_is_exported(runs):
     """ema = decay · ema + (1 − decay) · student after each update, float32, from the student's first weights."""
-    for name, first in (("ema", models.load_teacher("tiny-sd3").denoiser()), ("adp", models.load_teacher("tiny-sdxl").denoiser())):
+    for name in ("ema", "adp"):
+        first = models.load_teacher(RUNS[name][1]["model"]).denoiser()
         for folder in (runs / "one" / name, runs / "two" / name):
             exported = first.family.denoiser(folder=folder / "pipeline").net.state_dict()
             saved = [checkpoint(folder, i, network) for i in (1, 2) for network in ("student", "ema")]
@@ -218,7 +241,7 @@ def gradients(monkeypatch, main, config):
 
 
 @pytest.mark.parametrize("stage, model, flags, updates", [
-    ("adm", "tiny-sd3", dict(ttur=2, damping=0.1, t_weight="1/alpha"), 10), ("adm", "tiny-sd3", dict(lora_rank=2), 6),
+    ("adm", "tiny-sd3", dict(ttur=2, damping=0.1, t_weight="1/alpha", lora_rank=2), 10),
     ("adm", "tiny-cogvideox-5b", dict(loss="dmd"), 4), ("adp", "tiny-sdxl", dict(mse_iterations=1), 3)])
 def test_micro_batches_add_up_to_one_batch(stage, model, flags, updates, encoded, sdxl_pairs, tmp_path, monkeypatch, in_double):
     module = {"adm": adm, "adp": adp}[stage]

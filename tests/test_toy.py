@@ -2,10 +2,7 @@
 the claims that must not break: DMDX covers all modes of a small mixture, and DMD's gradient is the score difference."""
 
 import json
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch.testing import assert_close
 
 import adm
 import toy.run as toy
+from conftest import script
 from data import run
 from ode import Draw, T
 from toy import claims, gmm, plot
@@ -22,7 +20,6 @@ from toy.gmm import LINE, Mixture
 from toy.run import Config, World, one_step, train
 
 torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(params=[2, 5])
@@ -225,7 +222,7 @@ def refused(capsys, word, *argv):
 
 
 def test_the_command_itself_refuses_with_one_line(tmp_path):
-    result = subprocess.run([sys.executable, "toy/run.py", "--seeds", "0"], cwd=ROOT, capture_output=True, text=True)
+    result = script(tmp_path, "toy/run.py", "--seeds", "0")
     assert result.returncode == 2 and "--seeds 0" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 

@@ -1,7 +1,8 @@
 """torchrun --nproc_per_node=2 tests/two_ranks.py runs.json: several runs in one launch, by the scripts' own main functions.
 
 runs.json: [[stage, {field of its Config: value}], ...], with a third entry where a copy of that run, less its last checkpoint, is
-to be resumed. Beside each run's files: held-<rank>.json, the bytes that this rank held.
+to be resumed; the stage "pairs" is data.py's. Beside a run's files: held-<rank>.json, the bytes
+that this rank held.
 """
 
 import json
@@ -18,6 +19,8 @@ import adm
 import adp
 import data
 
+STAGES = {"adm": (adm.main, adm.Config), "adp": (adp.main, adp.Config),
+          "pairs": (data.pairs, data.PairsConfig)}
 torch.set_num_threads(1)
 data.quiet()
 
@@ -60,7 +63,7 @@ for stage, config, *interrupted in json.loads(Path(sys.argv[1]).read_text()):
         shutil.rmtree(sorted(Path(config["out"], "checkpoints").iterdir())[-1])
     if interrupted:
         torch.distributed.barrier()
-    module = {"adm": adm, "adp": adp}[stage]
-    module.main(module.Config(**config))
+    main, config_class = STAGES[stage]
+    main(config_class(**config))
     (Path(config["out"]) / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
 torch.distributed.destroy_process_group()
