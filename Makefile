@@ -5,7 +5,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO := out/demo-$(NOW)
 TOY := out/toy-$(NOW)
 
-.PHONY: demo test toy
+.PHONY: demo test mutants toy
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 300 --out $(DEMO)/toy
@@ -19,8 +19,17 @@ demo: $(VENV)/.installed
 		'    pipe = DiffusionPipeline.from_pretrained("$(DEMO)/adm/pipeline")' \
 		'    image = pipe("a handwritten seven", num_inference_steps=1, guidance_scale=1.0, height=8, width=8, max_sequence_length=4).images[0]'
 
+# Two halves side by side, one on each core; the first says what it found when the second is through.
+HALF := tests/test_reference.py tests/test_training.py tests/test_faults.py tests/test_digits.py
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	@log=$$(mktemp); $(PYTEST) $(HALF) > $$log 2>&1 & half=$$!; \
+	$(PYTEST) $(HALF:%=--ignore=%); others=$$?; \
+	wait $$half; code=$$?; cat $$log; rm $$log; exit $$((code | others))
+
+mutants: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutants.py
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 500 --out $(TOY)

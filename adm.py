@@ -13,18 +13,16 @@ Expect d_accuracy between 0.5 and 1, neither end for long. Writes config.json, l
 
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch, torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DIGITS_PROMPTS, PROMPTS, OffloadedAdamW, Ranks, Run, at_least, encode_prompts
-from data import option, read_json, run, text_sha256
+from data import option, run, starting_point, text_sha256
 from models import LatentDiscriminator, backward, follow, frozen, load_teacher, make_roles
 from models import require, step
-from ode import Draw, T, common, on_the_line, student_input, student_sample, with_guidance
+from ode import Draw, T, common, student_input, student_sample, with_guidance
 
 
 @dataclass
@@ -136,21 +134,6 @@ def check(cfg):
     for name in ("beta1", "ema"):
         require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
     require(cfg.head_width >= 8 and cfg.head_width % 8 == 0, f"--head-width {cfg.head_width}: a multiple of 8")
-
-
-def starting_point(init, family, lora_rank):
-    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
-    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
-    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
-    if init == "teacher":
-        return family.schedule, None
-    pipeline = Path(init) / "pipeline"
-    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config")
-    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
-            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
-    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
-    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
-    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
 
 
 def main(cfg):

@@ -12,6 +12,7 @@ import shutil, signal, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from models import DIGITS, BadInput, aside, assign, export_pipeline, file_sha256, gather, like, load_teacher, option, remove, require
-from ode import Draw, teacher_sample, with_guidance
+from ode import Draw, on_the_line, teacher_sample, with_guidance
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
@@ -401,6 +402,21 @@ def collect_pairs(cfg, teacher, ranks):
 
 
 # --- A run's folder --------------------------------------------------------------------------------------------------
+def starting_point(init, family, lora_rank):
+    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
+    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
+    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
+    if init == "teacher":
+        return family.schedule, None
+    pipeline = Path(init) / "pipeline"
+    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config")
+    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
+            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
+    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
+    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
+    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
+
+
 # When a run is resumed; the last three change where and how numbers are made, not which.
 MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
               "accumulate", "gradient_checkpointing", "offload")

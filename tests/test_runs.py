@@ -1,16 +1,19 @@
 """A run's folder and the collections it reads: resuming, what may change then, growing pairs, and
 what scripts say."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
 import adm
@@ -273,21 +276,17 @@ def test_adp_notes_its_regressions_rate(sdxl_pairs, tmp_path, capsys):
 def test_saving_only_saves_and_the_loop_ends(
         script, encoded, sdxl_pairs, tmp_path, monkeypatch, capsys):
     """A run that is asked to stop: its checkpoint is written, and then it ends."""
-    update, save, saved = script.update, data.Run.save, []
-
-    def asked(*args):
-        signal.raise_signal(signal.SIGTERM)
-        return update(*args)
+    save, saved = data.Run.save, []
+    asked = register_optimizer_step_pre_hook(lambda *args: signal.raise_signal(signal.SIGTERM))
 
     def spy(run, iteration, *args):
         save(run, iteration, *args)
         saved.append(iteration)
-    monkeypatch.setattr(script, "update", asked)
     monkeypatch.setattr(data.Run, "save", spy)
     reads = ["--pairs", sdxl_pairs] if script is adp else ["--prompts", encoded["tiny-sdxl"]]
     out = tmp_path / "out"
     flags = ["--model", "tiny-sdxl", *reads, "--out", out, "--iterations", 5, *QUICK]
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as e, contextlib.closing(SimpleNamespace(close=asked.remove)):
         call(script.main, script.Config, *flags)
     assert e.value.code == 0 and saved == [1] and len(read_log(out)["iteration"]) == 1
     assert "stopped after iteration 1, as asked" in capsys.readouterr().err

@@ -13,7 +13,6 @@ import adm
 import adp
 import data
 import models
-import ode
 from conftest import call, read_log, refused, same_log, script, tree
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
@@ -122,118 +121,6 @@ def test_the_student_that_is_exported_is_the_one_that_trained(sd3_adm, teachers)
 
 
 # --- Phases ----------------------------------------------------------------------------------------------------------
-
-ABLATIONS = [["--student-steps", "1"], ["--gradient-checkpointing"], ["--fake-gradient", "straight-through"], ["--loss", "dmd"],
-             ["--fake-samples", "last"], ["--ttur", "2"], ["--lora-rank", "2"], ["--lora-rank", "2", "--gradient-checkpointing"], ["--damping", "0.1"],
-             ["--t-weight", "1/alpha", "--dt", "0.25", "--guidance", "1"], ["--init", "adp", "--model", "tiny-sdxl"]]
-
-
-@pytest.mark.parametrize("flags", ABLATIONS, ids=" ".join)
-def test_every_ablation_runs_and_each_phase_trains_one_network(flags, encoded, sdxl_adp, tmp_path, monkeypatch):
-    """In the loop itself: at each update exactly one network has gradients, and it is the right one."""
-    roles, phases = {}, []
-
-    def spy_roles(*args, **kwargs):
-        made = make_roles(*args, **kwargs)
-        roles.update(zip(("teacher", "student", "fake"), made))
-        return made
-
-    def spy_discriminator(*args):
-        roles["heads"] = models.LatentDiscriminator(*args)
-        return roles["heads"]
-
-    def spy_clip(parameters, limit):
-        parameters = list(parameters)
-        with_grad = {id(p) for r in roles.values() for p in r.parameters() if p.grad is not None}
-        owners = {name: r.own_parameters().values() for name, r in roles.items() if name in ("student", "fake")}
-        owners["heads"] = list(roles["heads"].heads.parameters())
-        owned = {id(p) for ps in owners.values() for p in ps}
-        assert with_grad <= {id(p) for p in parameters}, "a gradient outside the network that trains"
-        assert with_grad and not with_grad - owned
-        phases.append([name for name, ps in owners.items() if {id(p) for p in ps} & with_grad])
-        return clip(parameters, limit)
-    make_roles, clip = adm.make_roles, torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(adm, "make_roles", spy_roles)
-    monkeypatch.setattr(adm, "LatentDiscriminator", spy_discriminator)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy_clip)
-
-    model = "tiny-sdxl" if "tiny-sdxl" in flags else "tiny-sd3"
-    args = adm_args(encoded, tmp_path / "out", model, 2)
-    flags = [str(sdxl_adp) if f == "adp" else f for f in flags]
-    call(adm.main, adm.Config, *args, *flags)
-    one = [["student"], ["heads"], ["fake"]]
-    expected = [["student"], ["fake"]] if "dmd" in flags else one + one[1:] if "--ttur" in flags else one
-    assert phases == expected * 2
-    log = read_log(tmp_path / "out")
-    needed = [c for c in ADM_COLUMNS if "dmd" not in flags or c not in ("loss_discriminator", "d_accuracy", "grad_norm_heads")]
-    for column in needed:
-        assert all(x is not None and x == x and abs(x) < float("inf") for x in log[column]), column
-
-
-@pytest.mark.parametrize("flags", [["--loss", "mse"], ["--no-pixel"], ["--pixel-backbone", "tiny-dinov2", "--schedule", "uniform"],
-                                   ["--lambda-latent", "1", "--lambda-pixel", "0", "--gradient-checkpointing"],
-                                   ["--lora-rank", "2"], ["--student-steps", "2"]], ids=" ".join)
-def test_every_adp_ablation_trains_the_student_then_the_heads(flags, sdxl_pairs, tmp_path, monkeypatch):
-    """In the loop itself: whose weights an update moves, and that it leaves no gradient behind."""
-    networks, steps = {"heads": []}, []
-    make_roles, update = adp.make_roles, adp.update
-    for kind in ("LatentDiscriminator", "PixelDiscriminator"):
-        def make(*args, kind=getattr(models, kind)):
-            made = kind(*args)
-            networks["heads"] += made.heads.parameters()
-            return made
-        monkeypatch.setattr(adp, kind, make)
-
-    def spy_roles(*args):
-        teacher, student = make_roles(*args)
-        trained = list(student.own_parameters().values())
-        own = {id(p) for p in trained}
-        networks["student"] = trained
-        networks["teacher"] = [p for p in teacher.net.parameters() if id(p) not in own]
-        return teacher, student
-
-    def spy(*args):
-        before = {name: [p.clone() for p in parameters] for name, parameters in networks.items()}
-        norm = update(*args)
-        same = {name: all(map(torch.equal, old, networks[name])) for name, old in before.items()}
-        steps.append([name for name in networks if not same[name]])
-        assert all(p.grad is None for parameters in networks.values() for p in parameters)
-        return norm
-    monkeypatch.setattr(adp, "make_roles", spy_roles)
-    monkeypatch.setattr(adp, "update", spy)
-    call(adp.main, adp.Config, "--model", "tiny-sdxl", "--pairs", sdxl_pairs, "--out", tmp_path / "out", "--iterations", 2,
-         "--mse-iterations", 1, *QUICK, *flags)
-    assert steps == ([["student"], ["student"]] if "mse" in flags else [["student"], ["student"], ["heads"]])
-    pixel = read_log(tmp_path / "out")["d_accuracy_pixel"][1]
-    assert (pixel is None) == ("mse" in flags or "--no-pixel" in flags)
-
-
-@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-sdxl"])
-@pytest.mark.parametrize("fake_samples", ["each", "last"])
-def test_the_fake_score_learns_the_steps_mixture_or_what_the_sampler_emits(model, fake_samples, teachers, encoded, sdxl_adp, tmp_path, monkeypatch):
-    """While the student rests, and with noises that are all alike: a student with fresh noise, and one with its own ε."""
-    expected, learnt, ks = [], [], []
-
-    def spy_input(predict, schedule, x_T, times, k, randn):
-        ks.append(k)
-        expected.append(ode.student_sample(predict, schedule, x_T, times if fake_samples == "last" else times[:k + 1], randn))
-        return ode.student_input(predict, schedule, x_T, times, k, randn)
-
-    def spy_out(self, x0, eps, t):
-        learnt.append(x0)
-        return to_out(self, x0, eps, t)
-    kind = type(teachers[model].schedule)
-    to_out = kind.to_out
-    monkeypatch.setattr(adm, "student_input", spy_input)
-    monkeypatch.setattr(kind, "to_out", spy_out)
-    monkeypatch.setattr(ode.Draw, "normal", lambda self, shape: torch.full((len(self.generators), *shape), 0.5))
-    init = ["--init", sdxl_adp] if model == "tiny-sdxl" else []
-    call(adm.main, adm.Config, *adm_args(encoded, tmp_path / "out", model, 6), "--student-steps", 3, "--warmup", 6, "--fake-samples",
-         fake_samples, *init)
-    assert set(ks) == {0, 1, 2} and len(learnt) == len(expected) == 6
-    for got, wanted in zip(learnt, expected):
-        assert_close(got, wanted)
-
 
 def test_real_and_fake_step_from_the_same_noisy_sample_by_dt(encoded, tmp_path, monkeypatch):
     """x_real and x_fake start at one x_t and land Δt lower, within the range; on a fresh run, fake is the teacher without CFG."""

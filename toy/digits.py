@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import adm
 import adp
 import data
-from adm import starting_point
-from data import claim, quiet, read_json, run, write_json
+
+from data import claim, quiet, read_json, run, starting_point, write_json
 from models import BadInput, LatentDiscriminator, load_teacher, make_roles, require
 from ode import Draw, T, student_sample, teacher_sample, with_guidance
 from toy import tiny
