@@ -104,6 +104,14 @@ def at_least(least, cfg, *names):
         require(value is None or value >= least, f"--{flag} {value}: at least {least}")
 
 
+def positive(cfg, *names):
+    """Raises BadInput for a setting among `names` that is given and is no positive number."""
+    for name in names:
+        value = getattr(cfg, name)
+        fine = value is None or 0 < value < float("inf")
+        require(fine, f"--{name.replace('_', '-')} {value}: a positive number")
+
+
 class Ranks:
     """This process among the others; plain python is one rank of one. Batch sizes are global and split evenly."""
     def __init__(self):
@@ -180,6 +188,15 @@ class OffloadedAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.place(on_device=False)
+
+
+def make_optimizers(networks, rates, cfg):
+    """{name: AdamW} of {name: {parameter's name: parameter}}, each with its own rate; β2 and decay as
+    peers have them (ours)."""
+    kind = OffloadedAdamW if cfg.offload else torch.optim.AdamW
+    betas = (cfg.beta1, 0.999)
+    return {name: kind(networks[name].values(), rates[name], betas, weight_decay=0.01, fused=True)
+            for name in rates}
 
 
 # --- Sharded collections: text embeddings and ODE pairs --------------------------------------------------------------
@@ -363,6 +380,33 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
         collect(Path(folder) / "unconditional", {**manifest, "count": 1, "shard_size": 1}, ranks,
                 lambda rows: teacher.unconditional(pipe()))
     return Prompts(folder, teacher, ranks.device)
+
+
+class Pairs(Rows):
+    """ODE pairs and their prompts.
+
+    Raises BadInput if they are of another model, or differ from what the user asked for.
+    """
+
+    def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
+        super().__init__(folder, "pairs", teacher, device)
+        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
+        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
+        require(
+            wanted == self.shape,
+            f"{folder} holds latents of shape {self.shape}, "
+            f"but --resolution and --frames ask for {wanted}",
+        )
+        require(
+            guidance in (None, made_with),
+            f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs",
+        )
+        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
+
+    def batch(self, numbers):
+        """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
+        rows = self[numbers]
+        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
 
 
 def collect_pairs(cfg, teacher, ranks):

@@ -6,7 +6,7 @@ tensors; t is (B,) float32 or int64 and never cast; predictions come back float3
 
 import hashlib, json, shutil
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -621,6 +621,11 @@ class Discriminator(nn.Module):
         return torch.stack([head(h) for head, h in zip(self.heads, maps, strict=True)]).mean(0)
 
 
+def accuracy(real, fake):
+    """The share of logits (B,) that are on their side of 0: real above, fake below."""
+    return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+
+
 class LatentDiscriminator(Discriminator):
     """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, conditioned on prompt and t, without CFG."""
     def __init__(self, teacher, width=256, mesh=None):
@@ -652,6 +657,39 @@ class PixelDiscriminator(Discriminator):
         maps = [hidden[layers * k // 4] for k in (1, 2, 3, 4)]  # SAM's are (N, H, W, C), a ViT's (N, 1 + H·W, C)
         maps = [h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side)) for h in maps]
         return [h.permute(0, 3, 1, 2) for h in maps]
+
+
+def load_pixel_backbone(name, random_init=False):
+    """The frozen vision encoder tiny-sam or tiny-dinov2, of a hub id, or in a local folder.
+
+    random_init: SAM-B with random weights. Raises BadInput for what is no plain vision transformer.
+    """
+    if random_init:
+        # The config's defaults are SAM-B's, but for this scale, at which features would vanish.
+        config = transformers.SamVisionConfig(initializer_range=0.02)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return transformers.SamVisionModel(config).eval().requires_grad_(False)
+    folder = name
+    if name in ("tiny-sam", "tiny-dinov2"):
+        from toy.tiny import build
+        folder = build(name)
+    flag = f"--pixel-backbone {name}"
+    try:
+        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        is_sam = kind in ("sam", "sam_vision_model")
+        loader = transformers.SamVisionModel if is_sam else transformers.AutoModel
+        backbone = loader.from_pretrained(folder)
+    except Exception as e:  # of hub, file and class alike
+        said = f"{flag}: cannot load it ({type(e).__name__}); tiny-sam runs offline"
+        raise BadInput(said) from None
+    sizes = [getattr(backbone.config, n, None) for n in ("image_size", "patch_size", "hidden_size")]
+    require(all(isinstance(size, int) for size in sizes),
+            f"{flag}: a {kind} is no plain vision transformer")
+    side = sizes[0] // sizes[1]
+    require(side >= Head2d.smallest,
+            f"{flag}: its {side}x{side} feature maps are too small for the heads")
+    return backbone.eval().requires_grad_(False)
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------

@@ -94,9 +94,9 @@ def test_dmd_runs_teacher_and_fake_branch_where_the_student_learns_alone(passes_
     assert passes_of("tiny-sd3", "--loss", "dmd", "--ttur", 3) == Counter({
         ("forward", "student", B, True, True, "all"): 1,
         ("backward", "student", B, True, True, "all"): 1,
-        ("forward", "student", B, False, True, "all"): 2,
+        ("forward", "student", B, False, False, "all"): 2,
         ("forward", "teacher", 2 * B, False, False, "all"): 1,
-        ("forward", "fake", B, False, False, "all"): 1,
+        ("forward", "fake", B, False, True, "all"): 1,
         ("forward", "fake", B, True, True, "all"): 3,
         ("backward", "fake", B, True, True, "all"): 3,
     })

@@ -248,7 +248,7 @@ def test_logits_are_means_over_positions_then_heads():
 
 @pytest.mark.parametrize("name", ["tiny-sam", "tiny-dinov2"])
 def test_pixel_discriminator(name):
-    from adp import load_pixel_backbone
+    from models import load_pixel_backbone
     disc = models.PixelDiscriminator(load_pixel_backbone(name), width=32)
     images = (torch.rand(2, 3, 40, 56) * 2 - 1).requires_grad_()
     maps = disc.features(images)
@@ -264,7 +264,7 @@ def test_pixel_discriminator(name):
 
 
 def test_bad_pixel_backbones(tmp_path):
-    from adp import load_pixel_backbone
+    from models import load_pixel_backbone
     from transformers import Dinov2Config, Dinov2Model
     Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56)).save_pretrained(tmp_path / "small")
     for name in ("facebook/sam-vit-base", str(tmp_path), str(build("tiny-sd3") / "text_encoder"), str(tmp_path / "small")):

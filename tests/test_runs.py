@@ -330,7 +330,7 @@ def test_pairs_grow_to_what_they_would_have_been_at_once(six, grown, encoded, tm
     assert (grown / SHARDS[0]).stat().st_mtime_ns == (six / SHARDS[0]).stat().st_mtime_ns
     before, after = rows(six, 6), rows(grown, 6)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert len(adp.Pairs(grown, teachers["tiny-sdxl"])) == 11
+    assert len(data.Pairs(grown, teachers["tiny-sdxl"])) == 11
     assert sorted(p.name for p in grown.iterdir()) == [*SHARDS, "manifest.json"]
 
 

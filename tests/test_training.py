@@ -230,10 +230,10 @@ def test_pairs_resume_and_do_not_depend_on_batches(sdxl_pairs, encoded, tmp_path
     (out / "000000.safetensors").write_bytes((out / "000000.safetensors").read_bytes()[:-100])  # killed while writing
     kept = (out / "000001.safetensors").stat().st_mtime_ns
     with pytest.raises(models.BadInput, match="half-written"):
-        adp.Pairs(out, teachers["tiny-sdxl"])
+        data.Pairs(out, teachers["tiny-sdxl"])
     call(data.pairs, data.PairsConfig, *args, "--batch-size", 3)
     assert (out / "000001.safetensors").stat().st_mtime_ns == kept
-    before, after = adp.Pairs(sdxl_pairs, teachers["tiny-sdxl"]), adp.Pairs(out, teachers["tiny-sdxl"])
+    before, after = data.Pairs(sdxl_pairs, teachers["tiny-sdxl"]), adp.Pairs(out, teachers["tiny-sdxl"])
     for a, b in zip(before.batch(range(6))[:2], after.batch(range(6))[:2]):
         assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -242,7 +242,7 @@ def test_pairs_are_the_teachers_guided_ode(sdxl_pairs, teachers):
     """Against diffusers' DDIM with the stock UNet: pair 4 has prompt 0 again, other noise."""
     from diffusers import DDIMScheduler
     family = teachers["tiny-sdxl"]
-    pairs = adp.Pairs(sdxl_pairs, family)
+    pairs = data.Pairs(sdxl_pairs, family)
     assert pairs.manifest["guidance"] == 5.0 and pairs.manifest["steps"] == 3 and pairs[[4]]["prompt"].tolist() == [0]
     x_T, x_0, cond = pairs.batch([0, 4])
     assert not torch.equal(x_T[0], x_T[1])
