@@ -59,11 +59,11 @@ def passes_of(teachers, few_prompts, tmp_path, monkeypatch):
         whole, tapped = range(len(blocks_of(net))), range(last + 1)
         passes = Counter()
         for *kind, i in visits:
-            n = visits[*kind, i]
-            whole_ones = visits[*kind, whole[-1]]
-            assert n == visits[*kind, 0] if i in tapped else n == whole_ones, "half a pass"
-            passes[*kind, "all"] = whole_ones
-            passes[*kind, "tapped"] = visits[*kind, 0] - whole_ones
+            n = visits[(*kind, i)]
+            whole_ones = visits[(*kind, whole[-1])]
+            assert n == visits[(*kind, 0)] if i in tapped else n == whole_ones, "half a pass"
+            passes[(*kind, "all")] = whole_ones
+            passes[(*kind, "tapped")] = visits[(*kind, 0)] - whole_ones
         return +passes
 
     return run
