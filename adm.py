@@ -17,17 +17,23 @@ checkpoints/ and pipeline/.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DIGITS_PROMPTS, PROMPTS, Ranks, Run, at_least, encode_prompts, make_optimizers
-from data import option, positive, run, starting_point, text_sha256
-from models import Denoiser, LatentDiscriminator, accuracy, backward, follow, frozen
-from models import load_teacher, make_roles, require, step
+from data import DIGITS_PROMPTS, PROMPTS, encode_prompts, text_sha256
+from families import load_teacher
+from families.export import export_pipeline
+from models import Denoiser, LatentDiscriminator, accuracy, frozen, make_roles
 from ode import Draw, Schedule, T, common, per_sample, student_input, student_sample, with_guidance
+from runtime.folder import Run, starting_point
+from runtime.optimize import backward, follow, make_optimizers, step
+from runtime.ranks import Ranks
+from runtime.script import run
+from runtime.settings import at_least, option, positive, require
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits and weights are (B,), latents (B, ...), all float32. Each loss is a scalar.
@@ -484,7 +490,7 @@ def main(cfg):
             here.save(iteration + 1, networks, optimizers)
         if here.stop:
             raise here.stop  # on all ranks: one line, and the exit code
-    here.finish(student, networks, shape)
+    here.finish(networks, partial(export_pipeline, student, student_schedule, steps, shape))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Pairs, Ranks, Run, at_least, make_optimizers, option, positive, run
-from data import starting_point
-from models import Denoiser, LatentDiscriminator, PixelDiscriminator, accuracy, backward, follow
-from models import frozen, load_pixel_backbone, load_teacher, make_roles, require, step
-from models import tensors_sha256
+from data import Pairs
+from families import load_teacher
+from families.export import export_pipeline
+from models import Denoiser, LatentDiscriminator, PixelDiscriminator, accuracy, frozen
+from models import load_pixel_backbone, make_roles
 from ode import Draw, Schedule, T, common, on_the_line, student_sample
+from runtime.files import tensors_sha256
+from runtime.folder import Run, starting_point
+from runtime.optimize import backward, follow, make_optimizers, step
+from runtime.ranks import Ranks
+from runtime.script import run
+from runtime.settings import at_least, option, positive, require
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits are lists of (B,) or (N,) float32, one a discriminator, each with its λ.
@@ -328,7 +334,7 @@ def main(cfg):
             here.save(iteration + 1, networks, optimizers)
         if here.stop:
             raise here.stop  # on all ranks: one line, and the exit code
-    here.finish(student, networks, pairs.shape)
+    here.finish(networks, partial(export_pipeline, student, line, cfg.student_steps, pairs.shape))
 
 
 @torch.no_grad()

@@ -17,18 +17,26 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import families
+import families.base
+import families.export
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import data
-import models
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny networks gain nothing from a second thread, and lose much beside another busy process
 FORK = multiprocessing.get_context("forkserver")  # of a process that has computed nothing
-FORK.set_forkserver_preload(["adm", "adp", "toy.tiny", "peft"])
+FORK.set_forkserver_preload(["adm", "adp", "families.tiny", "peft"])
 
 
 @pytest.fixture(scope="session")
 def teachers():
-    return {name: models.load_teacher(name) for name in models.TINY}
+    return {name: families.load_teacher(name) for name in families.TINY}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +56,7 @@ def few_prompts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoded(tmp_path_factory, few_prompts):
     """{model: folder of encoded prompts}"""
-    folders = {name: tmp_path_factory.mktemp("encoded") / name for name in models.TINY}
+    folders = {name: tmp_path_factory.mktemp("encoded") / name for name in families.TINY}
     for name, folder in folders.items():
         call(data.encode, data.EncodeConfig, "--model", name, "--prompts", few_prompts, "--out", folder)
     return folders
@@ -66,7 +74,7 @@ def call(main, config_class, *args):
     """Run a script's main in this process, through its command line."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        data.run(main, config_class, [str(a) for a in args], prog=main.__module__ + ".py")
+        runtime.script.run(main, config_class, [str(a) for a in args], prog=main.__module__ + ".py")
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)

@@ -25,9 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import adp
-import data
 
 aten = torch.ops.aten
 RETURNS_NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
@@ -127,12 +132,12 @@ def make_the_device():
     library.impl("_copy_from", copy_from, "PrivateUse1")
     torch.Generator = Generator
     torch.Tensor.pin_memory = pin
-    begin = data.Ranks.__init__
+    begin = runtime.ranks.Ranks.__init__
 
     def begin_far(ranks):
         begin(ranks)
         ranks.device = torch.device("far", 0)
-    data.Ranks.__init__ = begin_far
+    runtime.ranks.Ranks.__init__ = begin_far
     return library
 
 
@@ -142,14 +147,14 @@ def main(path):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     library = make_the_device()  # kept: its implementations would go with it
-    iterations, record = [], data.Run.record
+    iterations, record = [], runtime.folder.Run.record
 
     def spy_record(*args):
         record(*args)
         iterations.append({kind: list(where) for kind, where in seen.items()})
         for where in seen.values():
             where.clear()
-    data.Run.record = spy_record
+    runtime.folder.Run.record = spy_record
     for stage, config in json.loads(Path(path).read_text()):
         iterations.clear()
         module = {"adm": adm, "adp": adp}[stage]

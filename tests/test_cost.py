@@ -6,8 +6,15 @@ from collections import Counter
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
-import bench_step
+import models
+from tools import bench as bench_step
 import data
 from conftest import call
 
@@ -53,7 +60,7 @@ def passes_of(teachers, few_prompts, tmp_path, monkeypatch):
         args += ["--iterations", 1, "--batch-size", B, "--student-steps", 1, "--head-width", 8]
         call(adm.main, adm.Config, *args, "--sample-every", 0, *flags)
         family = teachers[model]
-        net = family.denoiser().net
+        net = models.load_denoiser(family).net
         last = [*blocks_of(net)].index(family.taps(net)[0][-1])  # the backbone's pass ends with it
         assert last + 1 < len(blocks_of(net))
         whole, tapped = range(len(blocks_of(net))), range(last + 1)
@@ -105,7 +112,7 @@ def test_dmd_runs_teacher_and_fake_branch_where_the_student_learns_alone(passes_
 def test_bench_step(few_prompts, tmp_path, capsys):
     """Its parts are there, they add up, and they are the work that an iteration does, up to the heads'."""
     args = ["--model", "tiny-sd3", "--prompts", str(few_prompts), "--batch-size", "1", "--head-width", "8"]
-    results, before = [], (dict(vars(adm)), dict(vars(data.Run)))
+    results, before = [], (dict(vars(adm)), dict(vars(runtime.folder.Run)))
     measure = bench_step.measure
 
     def spy(*args):
@@ -119,7 +126,7 @@ def test_bench_step(few_prompts, tmp_path, capsys):
     assert list(line) == ["model", "batch_size", "ratio", "ms_iteration", "ms_passes", *parts, "ms_dmd", "ms_finetune"]
     assert all(line[p] > 0 for p in list(line)[2:]) and line["ms_passes"] == pytest.approx(sum(line[p] for p in parts))
     assert line["ratio"] == pytest.approx(line["ms_iteration"] / line["ms_passes"])
-    assert (dict(vars(adm)), dict(vars(data.Run))) == before  # it leaves what it patches as it was
+    assert (dict(vars(adm)), dict(vars(runtime.folder.Run))) == before  # it leaves what it patches as it was
 
     call(data.encode, data.EncodeConfig, "--model", "tiny-sd3", "--prompts", few_prompts, "--out", tmp_path / "prompts")
     args[3] = tmp_path / "prompts"

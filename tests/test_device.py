@@ -10,6 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+import families
+import families.base
+import families.export
 import models
 from conftest import shell
 
@@ -20,7 +23,7 @@ FLOAT32_ON_CUDA = {
     "__pow__", "__rpow__", "__rtruediv__", "cosine_similarity", "cumprod", "cumsum", "exp", "expm1",
     "group_norm", "layer_norm", "log", "log1p", "log_softmax", "mse_loss", "norm", "normalize", "pow",
     "prod", "reciprocal", "rsqrt", "softmax", "softplus", "sum"}
-MODELS = [*models.TINY, "tiny-sd3.5", "digits"]
+MODELS = [*families.TINY, "tiny-sd3.5", "digits"]
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -40,13 +43,13 @@ def in_float32(x):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Networks compute in bf16 as CUDA would."""
-    denoiser = models.Family.denoiser
+    load_denoiser = models.load_denoiser
 
     def in_bf16(*args, **kwargs):
-        made = denoiser(*args, **kwargs)
+        made = load_denoiser(*args, **kwargs)
         made.bf16 = True
         return made
-    monkeypatch.setattr(models.Family, "denoiser", in_bf16)
+    monkeypatch.setattr(models, "load_denoiser", in_bf16)
     with CudaAutocast():
         yield
 
@@ -54,10 +57,11 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """{model: Family}, of tiny models too with weights that bf16 cannot hold, as after training."""
-    folder, families = tmp_path_factory.mktemp("trained"), {"digits": models.load_teacher("digits")}
+    folder = tmp_path_factory.mktemp("trained")
+    opened = {"digits": families.load_teacher("digits")}
     for name in MODELS[:-1]:
-        shutil.copytree(models.load_teacher(name.removesuffix(".5")).folder, folder / name)
-        family = models.load_teacher(folder / name)
+        shutil.copytree(families.load_teacher(name.removesuffix(".5")).folder, folder / name)
+        family = families.load_teacher(folder / name)
         config = dict(family.config)
         if name == "tiny-sd3.5":  # its difference from SD3: attention normalises queries and keys
             config["qk_norm"] = "rms_norm"
@@ -66,8 +70,8 @@ def trained(tmp_path_factory):
             for p in net.parameters():
                 p += (0.1 if p.ndim == 1 else 0.02) * torch.randn(p.shape, generator=generator)
         net.save_pretrained(folder / name / family.net_name)
-        families[name] = models.load_teacher(folder / name)
-    return families
+        opened[name] = families.load_teacher(folder / name)
+    return opened
 
 
 @pytest.fixture
@@ -99,15 +103,15 @@ def test_all_roles_start_as_the_teacher_bit_by_bit(
             assert (its_out - out).abs().max() == 0
             for a, b in zip(its_maps, maps, strict=True):
                 assert (a - b).abs().max() == 0
-        exact = models.Denoiser(family, models.Family.denoiser(family).net)(x, t, cond)[0]
+        exact = models.Denoiser(family, family.network())(x, t, cond)[0]
     assert 1e-4 < (out - exact).norm() / exact.norm() < 0.1  # it was bf16
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_frozen_matrices_are_held_in_half_the_memory(name, trained):
-    teacher = trained[name].denoiser(dtype=torch.bfloat16).net
-    exact = trained[name].denoiser().net
-    planned = trained[name].denoiser("meta", torch.bfloat16).net
+    teacher = models.load_denoiser(trained[name], dtype=torch.bfloat16).net
+    exact = models.load_denoiser(trained[name]).net
+    planned = models.load_denoiser(trained[name], "meta", torch.bfloat16).net
     for n, p in teacher.named_parameters():
         dtype = torch.bfloat16 if p.ndim > 1 else torch.float32
         assert p.dtype == planned.get_parameter(n).dtype == dtype

@@ -10,6 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import families
+import families.base
+import families.export
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import adp
 import data
@@ -21,7 +30,7 @@ from toy import digits
 
 @pytest.fixture(scope="module")
 def family():
-    return models.load_teacher("digits")
+    return families.load_teacher("digits")
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +159,12 @@ def test_short_adp_and_adm_beat_the_teacher_in_one_step(family, teacher, distill
 def test_the_student_rests_during_the_warm_up(family, distilled):
     """Fake score and heads train from the first iteration, the student after --warmup iterations."""
     load = lambda step, name: load_file(distilled / f"adm/checkpoints/{step:06d}/{name}.safetensors")  # noqa: E731
-    start = family.denoiser(folder=distilled / "adp" / "pipeline").own_parameters()
+    start = models.load_denoiser(family, folder=distilled / "adp" / "pipeline").own_parameters()
     warm, done = ({k.removeprefix("weight/"): w for k, w in load(step, "student").items() if k.startswith("weight/")} for step in (8, 20))
     assert all(torch.equal(warm[name], p) for name, p in start.items())
     assert not all(torch.equal(done[name], p) for name, p in start.items())
     fake = load(8, "fake")
-    assert any(not torch.equal(fake[f"weight/{name}"], p) for name, p in family.denoiser().own_parameters().items())
+    assert any(not torch.equal(fake[f"weight/{name}"], p) for name, p in models.load_denoiser(family).own_parameters().items())
     log = read_log(distilled / "adm")
     assert log["grad_norm_student"][:8] == [None] * 8 and None not in log["grad_norm_student"][8:] + log["grad_norm_heads"]
 
@@ -188,13 +197,13 @@ def test_eval_writes_table_and_picture(distilled, tmp_path):
 @pytest.mark.parametrize("arguments, said", [
     (["evil"], "no command"), (["eval", "nowhere"], "nowhere"), (["eval", "--what"], "--what"), (["eval", "--out"], "--out")])
 def test_mistakes(arguments, said):
-    with pytest.raises(models.BadInput, match=said):
+    with pytest.raises(runtime.settings.BadInput, match=said):
         digits.main(*arguments)
 
 
 def test_eval_writes_over_nothing(tmp_path):
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(models.BadInput, match="not empty"):
+    with pytest.raises(runtime.settings.BadInput, match="not empty"):
         digits.main("eval", "--out", str(tmp_path))
 
 

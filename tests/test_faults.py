@@ -19,6 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import data
 import models
@@ -115,7 +121,7 @@ def same_run(a, b):
 
 def die_at(rank, step, who):
     """SIGKILL at the step-th thing that is done to the run's folder, just before it is done; of safetensors' writing, in its middle."""
-    done, save = [0], data.save_file
+    done, save = [0], runtime.files.save_file
 
     def count():
         done[0] += 1
@@ -136,7 +142,7 @@ def die_at(rank, step, who):
         save(tensors, path)
     if rank == who:
         sys.addaudithook(audit)
-        data.save_file = half
+        runtime.files.save_file = half
 
 
 @pytest.mark.parametrize("world, steps", [
@@ -295,7 +301,7 @@ def checkpoint(run4, tmp_path):
 
 def test_a_flipped_bit_is_found(checkpoint, networks):
     """In each byte of state.json; in a network's header and its first, middle and last number."""
-    data.check_checkpoint(checkpoint, networks)
+    runtime.folder.check_checkpoint(checkpoint, networks)
     state = checkpoint / "state.json"
     places = [(state, at) for at in range(state.stat().st_size)]
     for name in networks:
@@ -306,9 +312,9 @@ def test_a_flipped_bit_is_found(checkpoint, networks):
     for file, at in places:
         flip(file, at)
         with pytest.raises((ValueError, OSError), match="checksums|state.json"):
-            data.check_checkpoint(checkpoint, networks)
+            runtime.folder.check_checkpoint(checkpoint, networks)
         flip(file, at)
-    data.check_checkpoint(checkpoint, networks)
+    runtime.folder.check_checkpoint(checkpoint, networks)
 
 
 class Evil:
@@ -352,9 +358,9 @@ def test_a_checkpoint_from_elsewhere_is_data(kind, checkpoint, networks, monkeyp
     says, change = HOSTILE[kind]
     state = change(checkpoint)
     if says != "other files":
-        data.write_json(checkpoint / "state.json", state or data.checkpoint_state(4, checkpoint, networks))
-    with pytest.raises((ValueError, data.SafetensorError)) as e:
-        data.check_checkpoint(checkpoint, networks)
+        runtime.files.write_json(checkpoint / "state.json", state or runtime.folder.checkpoint_state(4, checkpoint, networks))
+    with pytest.raises((ValueError, runtime.folder.SafetensorError)) as e:
+        runtime.folder.check_checkpoint(checkpoint, networks)
     assert (says in str(e.value) or "checksums" in str(e.value) and state) and not Path("evil").exists(), e.value
 
 
@@ -364,7 +370,7 @@ def test_a_run_without_one_whole_checkpoint_is_refused_and_left_as_it_is(run4, h
         shutil.rmtree(newest.with_name("000002"))
         tensors_changed(newest, "heads", lambda t: t.pop("weight/0.to_logit.bias"))
         names = ("student", "fake", "heads")
-        data.write_json(newest / "state.json", data.checkpoint_state(4, newest, names))
+        runtime.files.write_json(newest / "state.json", runtime.folder.checkpoint_state(4, newest, names))
     out, codes, said = resumed(run4, here, tmp_path, change)
     assert codes[0] == 2 and codes[1] in (1, 2) and said[1] == "" and said[0].count("\n") == 1 and "to_logit.bias" in said[0], said
     assert rows(out) == rows(run4) and (out / "checkpoints" / "000004").is_dir()
@@ -372,14 +378,14 @@ def test_a_run_without_one_whole_checkpoint_is_refused_and_left_as_it_is(run4, h
 
 def full(rank, *_):
     """From the second checkpoint on the operating system refuses rank 0 files of more than 100 kB."""
-    save, saved = data.Run.save, [0]
+    save, saved = runtime.folder.Run.save, [0]
 
     def spy(self, *args):
         saved[0] += 1
         if saved[0] == 2 and rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         save(self, *args)
-    data.Run.save = spy
+    runtime.folder.Run.save = spy
 
 
 @pytest.mark.parametrize("kind", ["File too large", "No space left on device"])
@@ -414,7 +420,7 @@ def test_a_full_disk_costs_nothing_that_was_there(kind, run4, here, tmp_path):
 def test_checkpoints_are_ordered_by_number(tmp_path):
     for name in ("999999", "1000000", "000002", "1000001.partial", ".000003", "12x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    run = data.Run.__new__(data.Run)
+    run = runtime.folder.Run.__new__(runtime.folder.Run)
     run.folder = tmp_path
     assert [p.name for p in run.checkpoints()] == ["000002", "999999", "1000000"]
 
@@ -440,14 +446,14 @@ def test_a_rank_that_dies_ends_the_others(here, tmp_path):
 
 def watched(rank, seen):
     """Writes resident bytes and open files after each iteration."""
-    record = data.Run.record
+    record = runtime.folder.Run.record
 
     def spy(self, *args):
         record(self, *args)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         with open(seen, "a") as f:
             f.write(f"{pages * resource.getpagesize()} {len(os.listdir('/proc/self/fd'))}\n")
-    data.Run.record = spy
+    runtime.folder.Run.record = spy
 
 
 def test_a_long_run_keeps_memory_and_file_handles(long_run):

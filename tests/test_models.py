@@ -8,12 +8,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.testing import assert_close
 
+import families
+import families.base
+import families.export
 import models
 import ode
-from models import BadInput, load_teacher
-from toy.tiny import build
+from families import load_teacher
+from runtime.settings import BadInput
+from families.tiny import build
 
-FAMILIES = models.TINY
+FAMILIES = families.TINY
 TIMES = torch.tensor([999.0, 437.5])
 
 
@@ -78,7 +82,7 @@ def test_missing_and_damaged_weights_are_refused(tmp_path):
     (weights,) = (folder / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(BadInput, match="cannot load its transformer"):
-        load_teacher(folder).denoiser()
+        models.load_denoiser(load_teacher(folder))
     weights.unlink()
     with pytest.raises(BadInput, match="no weights"):
         load_teacher(folder)
@@ -99,10 +103,10 @@ def test_unknown_models_and_an_unreachable_hub(tmp_path):
         load_teacher("sd9")
     with pytest.raises(BadInput, match="no complete diffusers pipeline folder"):
         load_teacher(tmp_path)
-    for name in models.HUB:
+    for name in families.HUB:
         with pytest.raises(BadInput, match="cannot fetch.*--model tiny-") as e:
             load_teacher(name)
-        assert str(e.value).split("--model ")[1].split()[0] in models.TINY and "\n" not in str(e.value)
+        assert str(e.value).split("--model ")[1].split()[0] in families.TINY and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("name, resolution, frames, says", [
@@ -122,7 +126,7 @@ def test_sizes_out_of_reach(teachers, name, resolution, frames, says):
 def test_other_sizes_run_through_the_discriminator(teachers, conditionings, name, resolution, frames, shape):
     family = teachers[name]
     assert family.latent_shape(resolution, frames) == shape
-    discriminator = models.LatentDiscriminator(family.denoiser(), width=32)
+    discriminator = models.LatentDiscriminator(models.load_denoiser(family), width=32)
     maps = discriminator.features(torch.randn(2, *shape), TIMES, conditionings[name])
     assert discriminator.logits(maps).shape == (2,)
 
@@ -161,14 +165,14 @@ def test_call_is_the_stock_pipelines(teachers, name):
         cond, none = family.encode(text, prompts), family.unconditional(text)
         both = {k: torch.cat([none[k].expand_as(cond[k]), cond[k]]) for k in cond}  # the pipelines put "no prompt" first
         t = seen["t"].float().reshape(-1).expand(4)
-        out, _ = family.denoiser()(seen["in"], t, both)
+        out, _ = models.load_denoiser(family)(seen["in"], t, both)
     assert_close(out, seen["out"].float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_early_stop_equals_full_forward(teachers, conditionings, name):
     family, cond = teachers[name], conditionings[name]
-    denoiser, x = family.denoiser(), latents(teachers[name])
+    denoiser, x = models.load_denoiser(family), latents(teachers[name])
     ran = []
     for block in family.taps(denoiser.net)[1:2]:
         block.register_forward_hook(lambda *_: ran.append(1))
@@ -188,7 +192,7 @@ def test_early_stop_equals_full_forward(teachers, conditionings, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_batch_equals_samples_and_maps_lie_where_the_image_does(teachers, conditionings, name):
     family, cond = teachers[name], conditionings[name]
-    denoiser, x = family.denoiser(), latents(teachers[name])
+    denoiser, x = models.load_denoiser(family), latents(teachers[name])
     with torch.no_grad():
         out, maps = denoiser(x, TIMES, cond, want="both")
         for i in range(2):
@@ -204,7 +208,7 @@ def test_batch_equals_samples_and_maps_lie_where_the_image_does(teachers, condit
 
 def test_times_reach_the_network_unrounded(teachers, conditionings):
     for name, family in teachers.items():
-        denoiser, seen = family.denoiser(), []
+        denoiser, seen = models.load_denoiser(family), []
         denoiser.bf16 = True  # as on a GPU
         denoiser.net.time_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0])) if hasattr(denoiser.net, "time_proj") else \
             denoiser.net.time_text_embed.time_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
@@ -390,7 +394,7 @@ def test_lora_roles_share_one_base(teachers, conditionings):
     family, cond, x = teachers["tiny-sd3"], conditionings["tiny-sd3"], latents(teachers["tiny-sd3"])
     teacher, student, fake = models.make_roles(family, ("student", "fake"), 4)
     assert teacher.net is student.net is fake.net
-    original = family.denoiser()(x, TIMES, cond)[0]
+    original = models.load_denoiser(family)(x, TIMES, cond)[0]
     for role in (teacher, student, fake):
         assert_close(role(x, TIMES, cond)[0], original)  # an adapter starts as nothing
     with torch.no_grad():
@@ -418,7 +422,7 @@ def our_sample(family, denoiser, schedule, steps, cond, generator):
 def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path, name, after_adp):
     """For several numbers of steps; what exports share, all but the scheduler, is opened once."""
     family = teachers[name]
-    denoiser = family.denoiser()
+    denoiser = models.load_denoiser(family)
     with torch.no_grad():
         for p in denoiser.parameters():
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))  # a student, not the teacher
@@ -426,7 +430,7 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
     opened = {}
     for steps in (1, 2, 3, 4, 8):
         folder = tmp_path / f"pipeline-{steps}"
-        models.export_pipeline(denoiser, schedule, steps, family.latent_shape(), folder)
+        families.export.export_pipeline(denoiser, schedule, steps, family.latent_shape(), folder)
         pipe = DiffusionPipeline.from_pretrained(folder, **opened)
         opened = {part: module for part, module in pipe.components.items() if part != "scheduler"}
         pipe.set_progress_bar_config(disable=True)
@@ -449,8 +453,8 @@ def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path)
             for p in student.own_parameters().values():
                 p += 0.05
             ours = student(x, TIMES, cond)[0]
-            models.export_pipeline(student, family.schedule, 4, family.latent_shape(), tmp_path / name)
-            assert_close(family.denoiser(folder=tmp_path / name)(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
+            families.export.export_pipeline(student, family.schedule, 4, family.latent_shape(), tmp_path / name)
+            assert_close(models.load_denoiser(family, folder=tmp_path / name)(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
             pipe = DiffusionPipeline.from_pretrained(family.folder)
             pipe.load_lora_weights(tmp_path / name / "lora")
             assert_close(models.Denoiser(family, getattr(pipe, family.net_name))(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)

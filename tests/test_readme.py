@@ -14,13 +14,13 @@ import adm
 import adp
 import data
 from conftest import ROOT, call, script
-from toy import plan
+from tools import plan
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
 COMMANDS = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
 SCRIPTS = {"adm.py": (adm.Config, adm.check), "adp.py": (adp.Config, adp.check), "data.py encode": (data.EncodeConfig, None),
-           "data.py pairs": (data.PairsConfig, None), "models.py": (plan.Config, None)}
+           "data.py pairs": (data.PairsConfig, None), "tools/plan.py": (plan.Config, None)}
 OFFLINE = [c for c in COMMANDS if "tiny-" in c]
 
 
@@ -115,7 +115,7 @@ def test_the_toys_table_is_what_its_script_prints(tmp_path):
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 6 and done.stdout.strip() in TEXT, done.stderr
 
 
-def test_plans_are_what_models_py_prints(capsys):
+def test_plans_are_what_the_tool_prints(capsys):
     """The whole output that the README shows, and of its table one column of each kind."""
     table = TEXT.split("### Sizing a run")[1]
 

@@ -22,14 +22,16 @@ import transformers
 from safetensors.torch import load_file
 from torch.func import functional_call
 
+import families
+import families.base
+import families.export
 import adm
 import adp
 import data
-import models
 import ode
 import reference
 from conftest import call, read_log
-from toy.tiny import build
+from families.tiny import build
 
 FAMILIES = ["tiny-sd3", "tiny-sdxl", "tiny-cogvideox-2b", "tiny-cogvideox-5b"]
 COMMON = {
@@ -60,7 +62,7 @@ class Stock:
     """A stock pipeline's denoiser as the reference wants it, and the maps that D_τ taps."""
 
     def __init__(self, name):
-        self.folder = models.load_teacher(name).folder
+        self.folder = families.load_teacher(name).folder
         self.kind = json.loads((self.folder / "model_index.json").read_text())["_class_name"]
         part, network_class = {
             "StableDiffusionXLPipeline": ("unet", diffusers.UNet2DConditionModel),
@@ -82,7 +84,7 @@ class Stock:
         else:
             blocks = self.net.transformer_blocks  # after one, two and three quarters of them
             self.tapped = [blocks[len(blocks) * k // 4 - 1] for k in (1, 2, 3)]
-        self.latent_shape = models.load_teacher(name).latent_shape()
+        self.latent_shape = families.load_teacher(name).latent_shape()
         self.maps = {}
         for i, block in enumerate(self.tapped):
             block.register_forward_hook(

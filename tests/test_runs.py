@@ -16,6 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
+import families
+import families.base
+import families.export
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import adp
 import data
@@ -154,7 +163,7 @@ def test_resume_compares_the_teachers_and_the_first_weights(
 
 
 def test_resume_compares_pairs_and_pixel_backbone(few_prompts, tmp_path, capsys):
-    from toy.tiny import build
+    from families.tiny import build
     here, out = tmp_path / "here", tmp_path / "out"
     make = ["--model", "tiny-sdxl", "--prompts", few_prompts, "--steps", 1, "--guidance", 1]
     call(data.pairs, data.PairsConfig, *make, "--count", 6, "--out", here / "pairs")
@@ -220,7 +229,7 @@ def test_a_change_whose_iterations_come_again_is_forgotten(few_prompts, run2, ca
 
 def test_the_average_may_begin_and_end(few_prompts, run2, teachers, tmp_path):
     def exported(run):
-        return teachers["tiny-sd3"].denoiser(folder=run / "pipeline").net.state_dict()
+        return models.load_denoiser(teachers["tiny-sd3"], folder=run / "pipeline").net.state_dict()
     fast = ["--resume", "--lr-student", 1e-2]
     call(adm.main, adm.Config, *adm_flags(few_prompts, run2, 3), *fast, "--ema", 0.75)
     before, after, average = weights(run2, 2), weights(run2, 3), weights(run2, 3, "ema")
@@ -254,7 +263,7 @@ def test_an_average_too_many_or_too_few_is_damage(had, few_prompts, tmp_path, ca
     else:
         save_file(weights(tmp_path / "out", 2), newest / "ema.safetensors")
     names = sorted(file.stem for file in newest.glob("*.safetensors"))
-    data.write_json(newest / "state.json", data.checkpoint_state(2, newest, names))
+    runtime.files.write_json(newest / "state.json", runtime.folder.checkpoint_state(2, newest, names))
     call(adm.main, adm.Config, *flags, "--resume", "--ema", 0.25)
     assert "000002 is damaged (other files than a checkpoint's)" in capsys.readouterr().err
 
@@ -276,13 +285,13 @@ def test_adp_notes_its_regressions_rate(sdxl_pairs, tmp_path, capsys):
 def test_saving_only_saves_and_the_loop_ends(
         script, encoded, sdxl_pairs, tmp_path, monkeypatch, capsys):
     """A run that is asked to stop: its checkpoint is written, and then it ends."""
-    save, saved = data.Run.save, []
+    save, saved = runtime.folder.Run.save, []
     asked = register_optimizer_step_pre_hook(lambda *args: signal.raise_signal(signal.SIGTERM))
 
     def spy(run, iteration, *args):
         save(run, iteration, *args)
         saved.append(iteration)
-    monkeypatch.setattr(data.Run, "save", spy)
+    monkeypatch.setattr(runtime.folder.Run, "save", spy)
     reads = ["--pairs", sdxl_pairs] if script is adp else ["--prompts", encoded["tiny-sdxl"]]
     out = tmp_path / "out"
     flags = ["--model", "tiny-sdxl", *reads, "--out", out, "--iterations", 5, *QUICK]
@@ -320,7 +329,7 @@ def grown(six, encoded):
 
 
 def rows(folder, count):
-    return data.Rows(folder, "pairs", models.load_teacher("tiny-sdxl"))[range(count)]
+    return data.Rows(folder, "pairs", families.load_teacher("tiny-sdxl"))[range(count)]
 
 
 def test_pairs_grow_to_what_they_would_have_been_at_once(six, grown, encoded, tmp_path, teachers):
@@ -399,7 +408,7 @@ def test_fewer_or_other_pairs_are_refused_and_the_same_are_left(grown, encoded, 
 def test_a_shard_with_too_few_rows_is_damage(grown, six, teachers, tmp_path):
     out = shutil.copytree(grown, tmp_path / "pairs")
     shutil.copy(six / SHARDS[1], out)
-    with pytest.raises(models.BadInput, match="half-written or damaged"):
+    with pytest.raises(runtime.settings.BadInput, match="half-written or damaged"):
         data.Rows(out, "pairs", teachers["tiny-sdxl"])
 
 

@@ -11,13 +11,23 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import families
+import families.base
+import families.export
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import adp
 import data
 import models
 from conftest import call, same_log, shell
 from test_reference import check_adm, check_adp
-from toy import full, plan
+from families import full
+from tools import plan
 
 SMALL = dict(iterations=2, batch_size=4, head_width=32, sample_every=0, checkpoint_every=1)
 LORA = dict(lora_rank=2, gradient_checkpointing=True, accumulate=2, lr_student=1e-4, lr_fake=1e-4)
@@ -81,14 +91,14 @@ def test_two_ranks_are_one(runs, name):
         for key in a:  # Adam turns a rounding error in a gradient near 0 into a step of up to the learning rate: moments, not weights
             if key.endswith("exp_avg"):
                 assert_close(a[key], b[key], atol=1e-5, rtol=1e-3)
-    family = models.load_teacher(RUNS[name][1]["model"])
-    a, b = (family.denoiser(folder=f / "pipeline").net.state_dict() for f in (one, two))
+    family = families.load_teacher(RUNS[name][1]["model"])
+    a, b = (models.load_denoiser(family, folder=f / "pipeline").net.state_dict() for f in (one, two))
     rate = RUNS[name][1].get("lr_student", (adm if RUNS[name][0] == "adm" else adp).Config.lr_student)
     assert all((a[k] - b[k]).abs().max() <= 4 * rate for k in a)
 
 
 def test_two_ranks_make_the_same_pairs(runs):
-    family = models.load_teacher(PAIRS["model"])
+    family = families.load_teacher(PAIRS["model"])
     one, two = (data.Rows(runs / ranks / "pairs", "pairs", family) for ranks in ("one", "two"))
     every = range(PAIRS["count"])
     assert_close(one[every], two[every], atol=1e-4, rtol=1e-4)
@@ -119,9 +129,9 @@ def test_resume_with_two_ranks_is_bitwise_and_with_other_numbers_close(runs, enc
 def test_the_average_is_exported(runs):
     """ema = decay · ema + (1 − decay) · student after each update, float32, from the student's first weights."""
     for name in ("ema", "adp"):
-        first = models.load_teacher(RUNS[name][1]["model"]).denoiser()
+        first = models.load_denoiser(families.load_teacher(RUNS[name][1]["model"]))
         for folder in (runs / "one" / name, runs / "two" / name):
-            exported = first.family.denoiser(folder=folder / "pipeline").net.state_dict()
+            exported = models.load_denoiser(first.family, folder=folder / "pipeline").net.state_dict()
             saved = [checkpoint(folder, i, network) for i in (1, 2) for network in ("student", "ema")]
             for n, start in first.own_parameters().items():
                 s1, e1, s2, e2 = (tensors[f"weight/{n}"] for tensors in saved)
@@ -136,11 +146,11 @@ def test_adapters_alone_are_saved_and_load_into_the_stock_pipeline(runs):
     for folder in (runs / "one" / "lora", runs / "two" / "lora"):
         for network in ("student", "fake"):
             assert all(".lora_" in key for key in checkpoint(folder, 2, network) if key.startswith("weight/"))
-        family = models.load_teacher("tiny-sd3")
+        family = families.load_teacher("tiny-sd3")
         pipe = DiffusionPipeline.from_pretrained(family.folder)
         pipe.load_lora_weights(folder / "pipeline" / "lora")
         pipe.fuse_lora(), pipe.unload_lora_weights()
-        merged, teacher = family.denoiser(folder=folder / "pipeline").net.state_dict(), family.denoiser().net.state_dict()
+        merged, teacher = models.load_denoiser(family, folder=folder / "pipeline").net.state_dict(), models.load_denoiser(family).net.state_dict()
         for name, w in pipe.transformer.state_dict().items():
             assert_close(w, merged[name], atol=1e-6, rtol=1e-6)
         assert any(not torch.equal(w, teacher[name]) for name, w in merged.items())
@@ -150,7 +160,7 @@ def test_adapters_alone_are_saved_and_load_into_the_stock_pipeline(runs):
 def test_the_plan_is_what_ranks_hold(runs, name):
     """Every entry, summed over the parts that a rank of a real run held, to 1%."""
     flags = RUNS[name][1]
-    family = models.load_teacher(flags["model"])
+    family = families.load_teacher(flags["model"])
     rows = plan.states(plan.build(family, flags.get("lora_rank", 0), 32, torch.float32), 2, flags.get("ema", 0))
     for rank in (0, 1):
         held = json.loads((runs / "two" / name / f"held-{rank}.json").read_text())
@@ -168,7 +178,7 @@ def test_the_plan_is_what_ranks_hold(runs, name):
 
 def test_planned_activations_are_what_autograd_saves():
     """On a real CPU pass of the student in bf16 and on its meta twin; the batch and straight-through count."""
-    family = models.load_teacher("tiny-sd3")
+    family = families.load_teacher("tiny-sd3")
     count = {}
     for batch in (1, 2):
         count[batch] = plan.activations(family, plan.build(family), family.latent_shape(), batch)[0]
@@ -178,7 +188,7 @@ def test_planned_activations_are_what_autograd_saves():
     assert less["fake"] == 0 < count[1]["fake"] and less["student"] == count[1]["student"]
     checkpointed = plan.activations(family, plan.build(family, gradient_checkpointing=True), family.latent_shape(), 1)[0]
     assert checkpointed["student"] < count[1]["student"] / 3
-    real = family.denoiser()
+    real = models.load_denoiser(family)
     real.net.bfloat16().requires_grad_(True)
     x, t, cond = torch.randn(1, *family.latent_shape()).bfloat16(), torch.tensor([500.0]), family.random_cond(["a"])
     with plan.FlashAttention(), plan.Saved(real) as saved:
@@ -192,12 +202,12 @@ def test_full_size_configs_are_the_published_ones():
     sizes = {"sdxl": 2_567_463_684, "sd3": 2_028_328_000, "sd3.5-large": 8_056_627_520, "cogvideox-2b": 1_693_783_872,
              "cogvideox-5b": 5_570_283_072}
     for name, n in sizes.items():
-        family = models.load_teacher(name, random_init=True)
+        family = families.load_teacher(name, random_init=True)
         assert sum(p.numel() for p in family.meta_net.parameters()) == n
     assert family.latent_shape() == (13, 16, 60, 90)
 
 
-@pytest.mark.parametrize("name", models.TINY)
+@pytest.mark.parametrize("name", families.TINY)
 def test_random_conditioning_has_the_real_ones_shape(name, conditionings, teachers):
     noise = teachers[name].random_cond(["a red fox", "two dogs"])
     assert {k: c.shape for k, c in noise.items()} == {k: c.shape for k, c in conditionings[name].items()}
@@ -218,18 +228,18 @@ def test_random_init_goes_through_every_script(tmp_path, few_prompts, monkeypatc
     call(adp.main, adp.Config, *training, "--pairs", tmp_path / "pairs", "--no-pixel", "--mse-iterations", 0, "--out", tmp_path / "adp")
     call(adm.main, adm.Config, *training, "--prompts", tmp_path / "prompts", "--init", tmp_path / "adp", "--resolution", 128,
          "--out", tmp_path / "adm")
-    one, two = (models.load_teacher("sd3", random_init=True).denoiser().net.state_dict() for _ in range(2))
+    one, two = (models.load_denoiser(families.load_teacher("sd3", random_init=True)).net.state_dict() for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
     full.skeleton.cache_clear()
-    with pytest.raises(models.BadInput, match="--random-init is for sdxl"):
-        models.load_teacher("tiny-sd3", random_init=True)
+    with pytest.raises(runtime.settings.BadInput, match="--random-init is for sdxl"):
+        families.load_teacher("tiny-sd3", random_init=True)
 
 
 def test_offloaded_moments_are_the_same_moments():
     """On a CPU nothing moves, bit for bit; state_dict and load_state_dict too."""
     weights = torch.randn(5, 3)
     found = []
-    for kind in (torch.optim.AdamW, data.OffloadedAdamW):
+    for kind in (torch.optim.AdamW, runtime.optimize.OffloadedAdamW):
         p = torch.nn.Parameter(weights.clone())
         optimizer = kind([p], 0.1)
         for i in range(4):
@@ -244,9 +254,9 @@ def test_offloaded_moments_are_the_same_moments():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    ranks = data.Ranks()
+    ranks = runtime.ranks.Ranks()
     assert ranks.mine(6, 3) == [range(0, 2), range(2, 4), range(4, 6)]
-    with pytest.raises(models.BadInput, match="--batch-size 6: no multiple of 1 ranks x --accumulate 4"):
+    with pytest.raises(runtime.settings.BadInput, match="--batch-size 6: no multiple of 1 ranks x --accumulate 4"):
         ranks.mine(6, 4)
     ranks.rank, ranks.world = 1, 2
     assert ranks.mine(8, 2) == [range(4, 6), range(6, 8)]

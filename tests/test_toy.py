@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import adm
 import toy.run as toy
 from conftest import script
-from data import run
+from runtime.script import run
 from ode import Draw, T
 from toy import claims, gmm, plot
 from toy.gmm import LINE, Mixture

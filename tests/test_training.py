@@ -9,6 +9,15 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import families
+import families.base
+import families.export
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import adp
 import data
@@ -111,10 +120,10 @@ def test_log_and_output_folder(sd3_adm):
 
 
 def test_the_student_that_is_exported_is_the_one_that_trained(sd3_adm, teachers):
-    exported = models.load_teacher("tiny-sd3").denoiser(folder=sd3_adm / "pipeline").net.state_dict()
+    exported = models.load_denoiser(families.load_teacher("tiny-sd3"), folder=sd3_adm / "pipeline").net.state_dict()
     checkpoint = load_file(sd3_adm / "checkpoints" / "000004" / "student.safetensors")
     moved = 0
-    for name, p in teachers["tiny-sd3"].denoiser().net.named_parameters():
+    for name, p in models.load_denoiser(teachers["tiny-sd3"]).net.named_parameters():
         assert torch.equal(exported[name], checkpoint[f"weight/{name}"])
         moved += not torch.equal(exported[name], p)
     assert moved > 10
@@ -125,7 +134,7 @@ def test_the_student_that_is_exported_is_the_one_that_trained(sd3_adm, teachers)
 def test_real_and_fake_step_from_the_same_noisy_sample_by_dt(encoded, tmp_path, monkeypatch):
     """x_real and x_fake start at one x_t and land Δt lower, within the range; on a fresh run, fake is the teacher without CFG."""
     steps = []
-    real_step = type(models.load_teacher("tiny-sd3").schedule).pf_ode_step
+    real_step = type(families.load_teacher("tiny-sd3").schedule).pf_ode_step
 
     def spy(self, x_t, out, t, s):
         steps.append((x_t, t, s))
@@ -225,11 +234,11 @@ def test_pairs_resume_and_do_not_depend_on_batches(sdxl_pairs, encoded, tmp_path
     args = ["--model", "tiny-sdxl", "--prompts", encoded["tiny-sdxl"], "--out", out, "--count", 6, "--steps", 3, "--shard-size", 4]
     shutil.copytree(sdxl_pairs, out)
     manifest = json.loads((out / "manifest.json").read_text())
-    prompts = data.os.path.relpath(encoded["tiny-sdxl"], out)
+    prompts = runtime.folder.os.path.relpath(encoded["tiny-sdxl"], out)
     (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "prompts": prompts}))
     (out / "000000.safetensors").write_bytes((out / "000000.safetensors").read_bytes()[:-100])  # killed while writing
     kept = (out / "000001.safetensors").stat().st_mtime_ns
-    with pytest.raises(models.BadInput, match="half-written"):
+    with pytest.raises(runtime.settings.BadInput, match="half-written"):
         data.Pairs(out, teachers["tiny-sdxl"])
     call(data.pairs, data.PairsConfig, *args, "--batch-size", 3)
     assert (out / "000001.safetensors").stat().st_mtime_ns == kept
@@ -246,7 +255,7 @@ def test_pairs_are_the_teachers_guided_ode(sdxl_pairs, teachers):
     assert pairs.manifest["guidance"] == 5.0 and pairs.manifest["steps"] == 3 and pairs[[4]]["prompt"].tolist() == [0]
     x_T, x_0, cond = pairs.batch([0, 4])
     assert not torch.equal(x_T[0], x_T[1])
-    scheduler, net = DDIMScheduler.from_pretrained(family.folder / "scheduler", clip_sample=False, set_alpha_to_one=True), family.denoiser()
+    scheduler, net = DDIMScheduler.from_pretrained(family.folder / "scheduler", clip_sample=False, set_alpha_to_one=True), models.load_denoiser(family)
     scheduler.set_timesteps(3)
     x, none = x_T, pairs.prompts.unconditional(2)
     for t, s in ((999, 666), (666, 333), (333, -1)):

@@ -15,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+import runtime.script
+import runtime.settings
 import adm
 import adp
 import data
@@ -22,7 +28,7 @@ import data
 STAGES = {"adm": (adm.main, adm.Config), "adp": (adp.main, adp.Config),
           "pairs": (data.pairs, data.PairsConfig)}
 torch.set_num_threads(1)
-data.quiet()
+runtime.script.quiet()
 
 
 def nbytes(tensors):
@@ -44,14 +50,14 @@ def observe(held):
         held.setdefault("gradients", []).append(nbytes(p.grad for p in parameters))
         return clip(parameters, limit)
 
-    def spy_save(run, iteration, networks, optimizers, *args, save=data.Run.save, **kwargs):
+    def spy_save(run, iteration, networks, optimizers, *args, save=runtime.folder.Run.save, **kwargs):
         for name, parameters in networks.items():
             held[name] = {"weights": nbytes(parameters.values())}
             if name in optimizers:
                 slots = [slot for slots in optimizers[name].state.values() for slot in slots.values() if slot.ndim]
                 held[name]["optimizer"] = nbytes(slots)
         return save(run, iteration, networks, optimizers, *args, **kwargs)
-    adm.make_roles, torch.nn.utils.clip_grad_norm_, data.Run.save = spy_roles, spy_clip, spy_save
+    adm.make_roles, torch.nn.utils.clip_grad_norm_, runtime.folder.Run.save = spy_roles, spy_clip, spy_save
 
 
 held = {}

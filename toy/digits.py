@@ -38,13 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import adm
 import adp
 import data
-
-from data import claim, quiet, read_json, run, starting_point, write_json
-from models import BadInput, LatentDiscriminator, load_teacher, make_roles, require
+from families import load_teacher, tiny
+from models import LatentDiscriminator, load_denoiser, make_roles
 from ode import Draw, T, student_sample, teacher_sample, with_guidance
-from toy import tiny
+from runtime.files import claim, read_json, write_json
+from runtime.folder import starting_point
+from runtime.script import quiet, run
+from runtime.settings import BadInput, require
 
-import diffusers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 TEACHER, RESULTS = Path(__file__).with_name("digits-teacher"), Path(__file__).with_name("results")
@@ -248,7 +249,7 @@ def opened(family):
 def open_run(folder, family):
     """(denoiser, its Schedule, number of steps) of an adp.py or adm.py run."""
     schedule, pipeline = starting_point(str(folder), family, 0)
-    return family.denoiser(folder=pipeline), schedule, len(read_json(Path(folder) / "config.json", "run", "student")["student"]["times"])
+    return load_denoiser(family, folder=pipeline), schedule, len(read_json(Path(folder) / "config.json", "run", "student")["student"]["times"])
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def teacher_samples(family):
 def samples():
     """Write the teacher's samples by which students are measured: 28 steps, and by the same noises as theirs at two CFG scales."""
     family = load_teacher("digits")
-    denoiser = family.denoiser()
+    denoiser = load_denoiser(family)
     made = {name: sample(family, denoiser, family.schedule, steps, key, NUMBERS, w) for name, (key, steps, w) in KINDS.items()}
     save_file({name: torch.tensor(x, dtype=torch.float16) for name, x in made.items()}, SAMPLES,
               {"weights_sha256": family.weights_sha256})
@@ -335,7 +336,7 @@ def evaluate(runs, out):
     images, labels = scans()[0]
     some = np.concatenate([np.flatnonzero(labels == digit)[:60] for digit in range(10)]).reshape(10, 60).T.flatten()
     rows = {"scans of the training set": {**measure(pixels(images[some]), LABELS, teacher["reference"]), "nfe": None, "ms": None}}
-    shown, denoiser = {"held-out scans": some_scans()}, family.denoiser()
+    shown, denoiser = {"held-out scans": some_scans()}, load_denoiser(family)
     drawn = {name: (denoiser, family.schedule, steps, w) for name, (_, steps, w) in KINDS.items() if name != "reference"}
     drawn |= {name: (*network, None) for name, network in students.items()}
     for name, (network, schedule, steps, w) in drawn.items():
@@ -435,7 +436,7 @@ def curve(row):
     def point(iteration, denoiser):
         now = judge(sample(family, denoiser, schedule, steps, 0, NUMBERS), teacher)
         return [iteration, now["fd_teacher"], now["coverage"]]
-    points = [point(0, family.denoiser() if init == "teacher" else open_run(init, family)[0])]
+    points = [point(0, load_denoiser(family) if init == "teacher" else open_run(init, family)[0])]
     for checkpoint in sorted((run_folder / "checkpoints").iterdir()):
         average = checkpoint / "ema.safetensors"
         read_weights(network.own_parameters(), average if average.exists() else checkpoint / "student.safetensors")

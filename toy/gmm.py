@@ -10,8 +10,8 @@ import json
 
 import torch
 
-from models import BadInput, require
 from ode import FlowSchedule
+from runtime.settings import BadInput, require
 
 LINE = FlowSchedule()  # of teacher, fake score, discriminator and student alike
 STD = 0.3  # of a mode in the named mixtures

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 
 import adm
 import adp
-from data import at_least, option, run
-from models import BadInput, Discriminator, frozen, require
+from models import Discriminator, frozen
 from ode import Draw, T, student_sample, teacher_sample
+from runtime.script import run
+from runtime.settings import BadInput, at_least, option, require
 from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
 
 METHODS = ("mse", "adp", "dmd", "adm", "adp+dmd", "adp+adm", "dmd2")

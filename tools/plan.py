@@ -1,20 +1,26 @@
 """What an ADM run needs of each GPU, counted on networks without storage: nothing is loaded or fetched.
 
-    python models.py --model sd3.5-large --world-size 8 --gpu-gb 80
+    python tools/plan.py --model sd3.5-large --world-size 8 --gpu-gb 80
 
 Weights, gradients, moments and the average are exact. Activations are those that autograd saves in the generator's step, from
 its own passes in bf16 with memory-efficient attention; kernels' workspace and fragmentation come on top.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from data import at_least, option, run
-from models import HUB, LatentDiscriminator, frozen, load_teacher, make_roles, require
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from families import HUB, load_teacher
+from models import LatentDiscriminator, frozen, make_roles
+from runtime.script import run
+from runtime.settings import at_least, option, require
 
 
 @dataclass
@@ -169,11 +175,15 @@ def plan(cfg):
         print((f"{name:14}{count:>11}" + "".join(f"{row[c] / 1e9:11.2f}" if row.get(c) else f"{'':11}" for c in columns)).rstrip())
     print(f"{'activations':14}{waiting / 1e9:.2f} in the generator's step, most of it {largest} ({full[largest] / 1e9:.2f})")
     print(f"{what:14}{passing / 1e9:.2f} of weights, for a pass" + "; moments are in main memory between steps" * cfg.offload)
-    if cfg.world_size > 1:  # see Family.denoiser
+    if cfg.world_size > 1:  # see Family.network
         whole = 4 * cfg.world_size * max(row["parameters"] for row in rows.values())
         print(f"{'loading':14}{whole / 1e9:.0f} of main memory, if all ranks are on one node")
     print(f"{'peak':14}{peak / 1e9:.2f} of {cfg.gpu_gb:g}: {'it fits' if peak <= cfg.gpu_gb * 1e9 else 'it does not fit'}")
 
 
 def main():
-    run(plan, Config, prog="models.py", description=__doc__)
+    run(plan, Config, prog="plan.py", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

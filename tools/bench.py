@@ -1,7 +1,7 @@
 """Times whole iterations of adm.py and, in turn with them, the passes through whole networks that an iteration cannot do without.
 
-    python tests/bench_step.py --model tiny-cogvideox-5b --head-width 8 --batch-size 2
-    python tests/bench_step.py --model sd3 --gradient-checkpointing --batch-size 8 --json      # a GPU; any flag of adm.py
+    python tools/bench.py --model tiny-cogvideox-5b --head-width 8 --batch-size 2
+    python tools/bench.py --model sd3 --gradient-checkpointing --batch-size 8 --json      # a GPU; any flag of adm.py
 
 The iterations are adm.py's own, as its log.csv has them; after each one the same networks make the passes alone. Medians, after a
 warm-up. `ratio` is iteration / sum of passes: what heads, losses, random draws, AdamW and Python add. Beside it a DMD step, and a plain
@@ -24,9 +24,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import adm
-import data
-from models import backward, frozen, step
+from models import frozen
 from ode import with_guidance
+from runtime.folder import Run
+from runtime.optimize import backward, step
+from runtime.script import run
 
 
 class Enough(Exception):
@@ -94,7 +96,7 @@ def passes(cfg, roles, discriminator, optimizers, family, prompts, ranks):
 def measure(cfg, warm_up, repeats):
     """One run of adm.main with `cfg`: {"iteration": ms, "passes": {name: ms}, "finetune": ms, "flops", "peak_memory_gb"}."""
     seen, times, flops = {}, {}, []
-    make_roles, restore, record, encode = adm.make_roles, data.Run.restore, data.Run.record, adm.encode_prompts
+    make_roles, restore, record, encode = adm.make_roles, Run.restore, Run.record, adm.encode_prompts
     make_discriminator = adm.LatentDiscriminator
 
     def keep(name, function):
@@ -122,14 +124,14 @@ def measure(cfg, warm_up, repeats):
 
     adm.make_roles, adm.LatentDiscriminator, adm.encode_prompts = (
         keep("roles", make_roles), keep("discriminator", make_discriminator), keep("prompts", encode))
-    data.Run.restore, data.Run.record = spy_restore, spy_record
+    Run.restore, Run.record = spy_restore, spy_record
     try:
         adm.main(cfg)
     except Enough:
         pass
     finally:
         adm.make_roles, adm.LatentDiscriminator, adm.encode_prompts = make_roles, make_discriminator, encode
-        data.Run.restore, data.Run.record = restore, record
+        Run.restore, Run.record = restore, record
     with open(Path(cfg.out) / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))[warm_up:]
     medians = {name: statistics.median(ms[warm_up:]) for name, ms in times.items()}
@@ -174,7 +176,7 @@ def main(argv=None):
         print(json.dumps(line) if own.json else "\n".join(
             f"{name:24} {value if isinstance(value, (str, int)) else format(value, '.2f')}" for name, value in line.items()))
 
-    data.run(bench, adm.Config, rest, prog="bench_step.py")
+    run(bench, adm.Config, rest, prog="bench.py")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""Files that are whole or absent, json and safetensors, and hashes of what is in them.
+"""
+
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from runtime.settings import BadInput, require
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def aside(path):
+    """A path to write a file or folder to, which becomes `path` when all went well, and is gone when not: whole or absent."""
+    path, partial = Path(path), Path(f"{path}.partial")
+    remove(partial)  # of a process that was killed
+    try:
+        yield partial
+        if partial.is_dir():
+            remove(path)  # a file is replaced in one go, a folder cannot be
+        partial.replace(path)
+    finally:
+        remove(partial)
+
+
+def file_sha256(path):
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+
+
+def tensors_sha256(tensors):
+    """Hash of {name: tensor}: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_json(path, value):
+    with aside(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path, what, *keys):
+    """A json object that has these keys. Raises BadInput, naming `what` should have been there."""
+    try:
+        content = json.loads(Path(path).read_text())
+        return content | {key: content[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(f"{Path(path).parent} holds no {what}: {Path(path).name} is missing or damaged") from None
+
+
+def write_tensors(path, tensors):
+    with aside(path) as partial:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
+
+
+def claim(folder):
+    """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        require(all(p.suffix == ".partial" for p in folder.iterdir()), f"{folder} is not empty: choose another --out")
+    except OSError as e:
+        raise BadInput(f"cannot create the folder {folder}: {e.strerror}") from None

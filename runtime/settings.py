@@ -1,0 +1,39 @@
+"""Settings: their flags, and the mistakes in them that a user is told of in one line.
+"""
+
+import difflib
+from dataclasses import field
+
+
+class BadInput(ValueError):
+    """A mistake in what the user passed: one line on stderr and exit code 2."""
+
+
+def option(default, help):
+    """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def at_least(least, cfg, *names):
+    """Raises BadInput for a setting among `names` that is given and below `least`."""
+    for flag, value in ((name.replace("_", "-"), getattr(cfg, name)) for name in names):
+        require(value is None or value >= least, f"--{flag} {value}: at least {least}")
+
+
+def positive(cfg, *names):
+    """Raises BadInput for a setting among `names` that is given and is no positive number."""
+    for name in names:
+        value = getattr(cfg, name)
+        fine = value is None or 0 < value < float("inf")
+        require(fine, f"--{name.replace('_', '-')} {value}: a positive number")
+
+
+def did_you_mean(word, known):
+    """The end of a sentence on `word`: which of the known words is near it, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
