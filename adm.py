@@ -462,7 +462,7 @@ def main(cfg):
         for r in range(cfg.ttur):
             learns = r == 0 and iteration >= cfg.warmup  # the student
             if cfg.loss == "adm":
-                algorithm, trained = adm_round, ("fake", "heads")
+                algorithm, trained = adm_round, ("heads", "fake")
             else:
                 algorithm, trained = (fake_round if r else dmd_round), ("fake",)
             # The student's step that trains is the same on all ranks.

@@ -94,7 +94,7 @@ MUTANTS = [
          "STAGE, iteration, 0), samples"),
         ("the same samples in every iteration", "STAGE, iteration, r), samples",
          "STAGE, 0, r), samples"),
-        ("heads rest", '("fake", "heads")', '("fake",)'),
+        ("heads rest", '("heads", "fake")', '("fake",)'),
         ("exchanged rates", '"fake": cfg.lr_fake, "heads": cfg.lr_heads',
          '"fake": cfg.lr_heads, "heads": cfg.lr_fake'),
         ("average of the fake score", 'networks["student"], cfg.ema)', 'networks["fake"], cfg.ema)'),

@@ -6,9 +6,21 @@ from pathlib import Path
 from conftest import ROOT
 
 # A file imports from rooms on floors below its own, or from its own room.
-FLOORS = [["ode"], ["runtime"], ["families"], ["models"], ["data"], ["adp", "adm"], ["tools", "toy"]]
+FLOORS = [
+    ["ode"],
+    ["runtime"],
+    ["families"],
+    ["models"],
+    ["data"],
+    ["adp", "adm"],
+    ["tools", "toy"],
+]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in FLOOR]
+FILES = [
+    p
+    for p in sorted(ROOT.rglob("*.py"))
+    if p.relative_to(ROOT).parts[0].removesuffix(".py") in FLOOR
+]
 
 
 def name_of(path):
@@ -63,4 +75,7 @@ def function(file, name):
 def test_the_algorithm_is_one_page_near_the_top():
     for file, name in (("adm.py", "adm_round"), ("adp.py", "adp_iteration")):
         found = function(file, name)
-        assert found.end_lineno <= 150 and found.end_lineno - found.lineno < 60, (file, found.lineno)
+        assert found.end_lineno <= 150 and found.end_lineno - found.lineno < 60, (
+            file,
+            found.lineno,
+        )
