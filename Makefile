@@ -24,6 +24,7 @@ HALF := tests/test_reference.py tests/test_training.py tests/test_faults.py test
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 test: $(VENV)/.installed
+	@$(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check
 	@log=$$(mktemp); $(PYTEST) $(HALF) > $$log 2>&1 & half=$$!; \
 	$(PYTEST) $(HALF:%=--ignore=%); others=$$?; \
 	wait $$half; code=$$?; cat $$log; rm $$log; exit $$((code | others))

@@ -27,8 +27,15 @@ from tqdm import tqdm
 from data import Pairs
 from families import load_teacher
 from families.export import export_pipeline
-from models import Denoiser, LatentDiscriminator, PixelDiscriminator, accuracy, frozen
-from models import load_pixel_backbone, make_roles
+from models import (
+    Denoiser,
+    LatentDiscriminator,
+    PixelDiscriminator,
+    accuracy,
+    frozen,
+    load_pixel_backbone,
+    make_roles,
+)
 from ode import Draw, Schedule, T, common, on_the_line, student_sample
 from runtime.files import tensors_sha256
 from runtime.folder import Run, starting_point

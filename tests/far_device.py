@@ -25,19 +25,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import adm
+import adp
 import runtime.files
 import runtime.folder
 import runtime.optimize
 import runtime.ranks
 import runtime.script
 import runtime.settings
-import adm
-import adp
 
 aten = torch.ops.aten
 RETURNS_NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
-SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
-                   aten.bincount.default, aten.repeat_interleave.Tensor}
+SIZED_BY_VALUES = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+}
 seen = {"waits": [], "copies": []}
 pinned = set()  # ids of tensors in pinned memory
 kept = []  # these tensors, so that no id comes twice
@@ -49,8 +54,14 @@ class Far(torch.Tensor):
     @staticmethod
     def __new__(cls, near):
         return torch.Tensor._make_wrapper_subclass(
-            cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(),
-            dtype=near.dtype, layout=near.layout, device="far:0")
+            cls,
+            near.size(),
+            strides=near.stride(),
+            storage_offset=near.storage_offset(),
+            dtype=near.dtype,
+            layout=near.layout,
+            device="far:0",
+        )
 
     def __init__(self, near):
         self.near = near
@@ -137,6 +148,7 @@ def make_the_device():
     def begin_far(ranks):
         begin(ranks)
         ranks.device = torch.device("far", 0)
+
     runtime.ranks.Ranks.__init__ = begin_far
     return library
 
@@ -154,6 +166,7 @@ def main(path):
         iterations.append({kind: list(where) for kind, where in seen.items()})
         for where in seen.values():
             where.clear()
+
     runtime.folder.Run.record = spy_record
     for stage, config in json.loads(Path(path).read_text()):
         iterations.clear()

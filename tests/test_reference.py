@@ -16,21 +16,21 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import call, read_log
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-import families
-import families.base
-import families.export
 import adm
 import adp
 import data
+import families
+import families.base
+import families.export
 import ode
-import reference
-from conftest import call, read_log
 from families.tiny import build
 
 FAMILIES = ["tiny-sd3", "tiny-sdxl", "tiny-cogvideox-2b", "tiny-cogvideox-5b"]
@@ -265,7 +265,7 @@ def rows(folder, numbers):
 
 
 def agree(ours, theirs, before, beta1):
-    """The gradients that moved `before` to `ours` and `theirs`, and the steps: in all, one by one."""
+    """The gradients that moved `before` to `ours` and `theirs`, and the steps taken."""
     assert all(ours[n][3] == theirs[n][3] for n in before), "another number of steps"
     for what, slot, tolerance in (
         ("gradient", 1, 2e-3),
