@@ -187,6 +187,7 @@ MUTANTS = [
 
 # fmt: on
 
+
 def try_one(mutant, folder):
     """The first test that fails under it, or None."""
     copy = Path(tempfile.mkdtemp(dir=folder)) / "project"
@@ -204,6 +205,7 @@ def try_one(mutant, folder):
     failed = [line.split(" - ")[0] for line in said if line.startswith(("FAILED", "ERROR"))]
     return failed[0] if failed else f"BROKEN: {(done.stdout + done.stderr)[-500:]}"
 
+
 def main(wanted):
     chosen = [m for m in MUTANTS if not wanted or any(part in m.name for part in wanted)]
     bad = 0
@@ -213,6 +215,7 @@ def main(wanted):
             print(f"{m.name} | {verdict or 'LIVES'}", flush=True)
     print(f"{len(chosen) - bad} of {len(chosen)} killed")
     return bad > 0
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
