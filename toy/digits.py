@@ -41,7 +41,7 @@ import data
 from families import load_teacher, tiny
 from models import LatentDiscriminator, load_denoiser, make_roles
 from ode import Draw, T, student_sample, teacher_sample, with_guidance
-from runtime.files import claim, read_json, write_json
+from runtime.files import claim, file_sha256, read_json, write_json
 from runtime.folder import starting_point
 from runtime.script import quiet, run
 from runtime.settings import BadInput, require
@@ -281,7 +281,7 @@ def samples():
 def fingerprint():
     """One SHA-256 of all files of toy/digits-teacher/ but its README."""
     files = [f for f in sorted(TEACHER.rglob("*")) if f.is_file() and f.name != "README.md"]
-    return hashlib.sha256("".join(f"{f.relative_to(TEACHER)} {data.file_sha256(f)}\n" for f in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{f.relative_to(TEACHER)} {file_sha256(f)}\n" for f in files).encode()).hexdigest()
 
 
 def describe():
