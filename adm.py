@@ -24,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DIGITS_PROMPTS, PROMPTS, encode_prompts, text_sha256
-from families import load_teacher
+from data import PROMPTS, encode_prompts, text_sha256
+from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import Denoiser, LatentDiscriminator, accuracy, frozen, make_roles
 from ode import Draw, Schedule, T, common, per_sample, student_input, student_sample, with_guidance
+from runtime.flags import option
 from runtime.folder import Run, starting_point
 from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
-from runtime.settings import at_least, option, positive, require
+from runtime.settings import at_least, positive, require
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits and weights are (B,), latents (B, ...), all float32. Each loss is a scalar.
@@ -272,111 +273,140 @@ class Config:
         "digits",
         "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline "
         "folder",
+        "what to distil",
     )
     random_init: bool = option(
         False,
         "random weights instead of the hub's, at full size, and noise for text embeddings",
+        "what to distil",
     )
     prompts: str = option(
-        PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`"
+        PROMPTS,
+        "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`",
+        "what to distil",
     )
-    out: str = option("out/adm", "folder to write; must be empty, or a run to --resume")
     init: str = option(
-        "teacher", "where the student starts: teacher, or the folder of an adp.py (or adm.py) run"
+        "teacher",
+        "where the student starts: teacher, or the folder of an adp.py (or adm.py) run",
+        "what to distil",
     )
-    iterations: int = option(50, "generator updates; paper: 8000 to 16000 for CogVideoX")
-    batch_size: int = option(4, "global, whatever the number of ranks (ours)")
-    seed: int = option(0, "of everything random")
     resolution: str | None = option(
-        None, "pixels, 1024 or 480x720 (height x width); default: the model's own"
+        None, "pixels, 1024 or 480x720 (height x width); default: the model's own", "what to distil"
     )
-    frames: int | None = option(None, "video frames; default: the model's own")
-    loss: Literal["adm", "dmd"] = option(
-        "adm", "how the student learns: the paper's adversary, or DMD's reverse KL"
+    frames: int | None = option(None, "video frames; default: the model's own", "what to distil")
+    guidance: float | None = option(
+        None,
+        "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
+        "what to distil",
     )
     student_steps: int | None = option(
-        None, "student's steps; default: the paper's for the model, SDXL 1, others 4"
+        None,
+        "student's steps; default: the paper's for the model, SDXL 1, others 4",
+        "what to distil",
     )
-    guidance: float | None = option(
-        None, "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model"
+    paper: bool = option(
+        False,
+        "the paper's method where the model's recipe has another: no damping, no warm-up ...",
+        "the method",
+    )
+    loss: Literal["adm", "dmd"] = option(
+        "adm", "how the student learns: the paper's adversary, or DMD's reverse KL", "the method"
     )
     ttur: int = option(
-        1, "discriminator and fake-score updates for each generator update (paper: 1)"
+        1, "discriminator and fake-score updates for each generator update (paper: 1)", "the method"
     )
     warmup: int = option(
         0,
         "the first iterations, in which the student rests and fake score and discriminator learn "
         "it (ours)",
+        "the method",
     )
-    dt: float = option(1 / 64, "ADM: length of the PF-ODE step, as a fraction of T (paper: 1/64)")
-    t_min: float = option(0.02, "least time that a PF-ODE step lands on, as a fraction of T (ours)")
+    dt: float = option(
+        1 / 64, "ADM: length of the PF-ODE step, as a fraction of T (paper: 1/64)", "the method"
+    )
+    t_min: float = option(
+        0.02, "least time that a PF-ODE step lands on, as a fraction of T (ours)", "the method"
+    )
     t_max: float = option(
-        0.98, "greatest time that a PF-ODE step starts from, as a fraction of T (ours)"
+        0.98,
+        "greatest time that a PF-ODE step starts from, as a fraction of T (ours)",
+        "the method",
     )
     fake_gradient: Literal["exact", "straight-through"] = option(
         "exact",
         "through the frozen fake network, as in the paper, or around it (ours: cheaper)",
+        "the method",
     )
     fake_samples: Literal["each", "last"] = option(
         "each",
         "several steps: fake learns x̂_0 of the step that trains, or the last's (ours)",
+        "the method",
     )
     t_weight: Literal["none", "1/alpha"] = option(
-        "none", "weight of the generator loss in t (ours; the paper has none)"
+        "none", "weight of the generator loss in t (ours; the paper has none)", "the method"
     )
     damping: float = option(
         0.0,
         "weight of a zero-centred gradient penalty on D, by finite differences (ours; paper: none)",
+        "the method",
     )
-    damping_sigma: float = option(0.01, "length of that finite difference, in units of x_t")
-    head_width: int = option(256, "channels of the discriminator's heads (paper: 256)")
-    lora_rank: int = option(
-        0, "train LoRA adapters of this rank on one shared base; 0: full networks"
+    damping_sigma: float = option(
+        0.01, "length of that finite difference, in units of x_t", "the method"
     )
-    lr_student: float = option(1e-6, "learning rate of the student (ours: well below the heads')")
-    lr_fake: float = option(2e-6, "learning rate of the fake score (ours)")
-    lr_heads: float = option(1e-4, "learning rate of the discriminator's heads (ours)")
+    head_width: int = option(
+        256, "channels of the discriminator's heads (paper: 256)", "the method"
+    )
+    iterations: int = option(
+        50, "generator updates; paper: 8000 to 16000 for CogVideoX", "training"
+    )
+    batch_size: int = option(4, "global, whatever the number of ranks (ours)", "training")
+    seed: int = option(0, "of everything random", "training")
+    lr_student: float = option(
+        1e-6, "learning rate of the student (ours: well below the heads')", "training"
+    )
+    lr_fake: float = option(2e-6, "learning rate of the fake score (ours)", "training")
+    lr_heads: float = option(1e-4, "learning rate of the discriminator's heads (ours)", "training")
     beta1: float = option(
-        0.9, "AdamW's β1 (ours; peers use 0 or 0.9, and heads learnt too little at 0)"
+        0.9, "AdamW's β1 (ours; peers use 0 or 0.9, and heads learnt too little at 0)", "training"
     )
     ema: float = option(
         0.0,
         "decay of an average of the student's weights, which is what is exported; 0: none (ours; "
         "paper: none)",
+        "training",
     )
-    clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
-    accumulate: int = option(
-        1, "micro-batches that the batch is split into: less memory, the same updates"
+    clip: float = option(
+        1.0, "gradient norm at which each network's update is clipped (ours)", "training"
+    )
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank on one shared base; 0: full networks", "memory"
+    )
+    samples: int | None = option(
+        None,
+        "samples a GPU at a time (ours): micro-batches follow from it; default: all at once",
+        "memory",
+    )
+    accumulate: int | None = option(
+        None,
+        "micro-batches that the batch is split into, whatever --samples says: less memory, the "
+        "same updates; default: by --samples",
+        "memory",
     )
     gradient_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, more time"
+        False, "recompute activations in backward: less memory, more time", "memory"
     )
     offload: bool = option(
-        False, "keep AdamW's moments in main memory between steps: less GPU memory, more time"
+        False,
+        "keep AdamW's moments in main memory between steps: less GPU memory, more time",
+        "memory",
     )
-    checkpoint_every: int = option(25, "iterations between checkpoints")
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
-    sample_every: int = option(25, "iterations between picture grids; 0: none")
-    resume: bool = option(False, "continue the run in --out")
-    DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
-        "prompts": DIGITS_PROMPTS,
-        "iterations": 250,
-        "batch_size": 16,
-        "guidance": 1.0,
-        "warmup": 60,
-        "dt": 1 / 4,
-        "fake_gradient": "straight-through",
-        "fake_samples": "last",
-        "damping": 0.1,
-        "damping_sigma": 0.05,
-        "head_width": 64,
-        "lr_student": 3e-6,
-        "lr_fake": 3e-4,
-        "lr_heads": 2e-4,
-        "ema": 0.99,
-        "checkpoint_every": 125,
-        "sample_every": 125,
-    }
+    out: str = option("out/adm", "folder to write; must be empty, or a run to --resume", "output")
+    checkpoint_every: int = option(25, "iterations between checkpoints", "output")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay", "output")
+    sample_every: int = option(25, "iterations between picture grids; 0: none", "output")
+    resume: bool = option(False, "continue the run in --out", "output")
+    RECIPES: ClassVar = recipes.ADM  # defaults of a model: families/recipes.py
+    PAPER: ClassVar = recipes.ADM_PAPER
 
 
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
@@ -389,7 +419,7 @@ COLUMNS = (
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "batch_size", "ttur", "student_steps", "accumulate")
+    at_least(1, cfg, "iterations", "batch_size", "ttur", "student_steps", "samples", "accumulate")
     at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "warmup", "lora_rank", "guidance", "damping", "sample_every")
     positive(cfg, "lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma")
@@ -412,7 +442,7 @@ def main(cfg):
     ranks = Ranks()
     text = text_sha256(cfg.prompts, family)
     shape = family.latent_shape(cfg.resolution, cfg.frames)
-    parts = ranks.mine(cfg.batch_size, cfg.accumulate)
+    parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     steps = cfg.student_steps or family.student_steps
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)
@@ -450,7 +480,7 @@ def main(cfg):
 
     def learn(loss):
         if loss.requires_grad:  # not so where the student rests
-            backward(loss, cfg.accumulate)
+            backward(loss, len(parts))
 
     iterations = range(first, cfg.iterations)
     bar = tqdm(iterations, cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar)

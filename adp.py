@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Pairs
-from families import load_teacher
+from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import (
     Denoiser,
@@ -38,11 +38,12 @@ from models import (
 )
 from ode import Draw, Schedule, T, common, on_the_line, student_sample
 from runtime.files import tensors_sha256
+from runtime.flags import option
 from runtime.folder import Run, starting_point
 from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
-from runtime.settings import at_least, option, positive, require
+from runtime.settings import at_least, positive, require
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits are lists of (B,) or (N,) float32, one a discriminator, each with its λ.
@@ -156,84 +157,115 @@ class Config:
         "digits",
         "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline "
         "folder",
+        "what to distil",
     )
     random_init: bool = option(
         False,
         "random weights instead of the hub's, at full size, and noise for text embeddings",
+        "what to distil",
     )
-    pairs: str = option("out/pairs", "folder made by `data.py pairs` with the same model")
-    out: str = option("out/adp", "folder to write; must be empty, or a run to --resume")
+    pairs: str = option(
+        "out/pairs", "folder made by `data.py pairs` with the same model", "what to distil"
+    )
     init: str = option(
-        "teacher", "where the student starts: teacher, or the folder of another adp.py run"
+        "teacher",
+        "where the student starts: teacher, or the folder of another adp.py run",
+        "what to distil",
     )
-    iterations: int = option(50, "student updates in all")
-    mse_iterations: int = option(
-        25, "the first of them, by velocity regression (the paper does not say how many: ours)"
+    resolution: str | None = option(
+        None, "pixels, 1024 or 480x720: checked against the pairs", "what to distil"
     )
-    batch_size: int = option(4, "global, whatever the number of ranks (ours)")
-    seed: int = option(0, "of everything random")
-    resolution: str | None = option(None, "pixels, 1024 or 480x720: checked against the pairs")
-    frames: int | None = option(None, "video frames: checked against the pairs")
+    frames: int | None = option(None, "video frames: checked against the pairs", "what to distil")
     guidance: float | None = option(
-        None, "CFG scale: checked against the pairs, which have it in them"
+        None, "CFG scale: checked against the pairs, which have it in them", "what to distil"
+    )
+    student_steps: int = option(
+        1, "steps of the exported student's sampler; ADP is made for 1", "what to distil"
+    )
+    paper: bool = option(
+        False,
+        "the paper's method where the model's recipe has another: no damping, no warm-up ...",
+        "the method",
     )
     loss: Literal["adp", "mse"] = option(
-        "adp", "regression, then adversaries; or regression throughout (ablation A1)"
+        "adp", "regression, then adversaries; or regression throughout (ablation A1)", "the method"
     )
     schedule: Literal["cubic", "uniform"] = option(
-        "cubic", "where on the line the student trains (paper: cubic)"
+        "cubic", "where on the line the student trains (paper: cubic)", "the method"
     )
-    pixel: bool = option(True, "use the pixel discriminator, which needs the VAE decoder in memory")
+    pixel: bool = option(
+        True, "use the pixel discriminator, which needs the VAE decoder in memory", "the method"
+    )
     pixel_backbone: str | None = option(
         None,
         "its vision encoder, hub id or folder (DINOv2: ablation A2); default: "
         "facebook/sam-vit-base, for tiny teachers tiny-sam",
+        "the method",
     )
-    lambda_latent: float = option(0.85, "λ_1, weight of the latent discriminator (paper: 0.85)")
-    lambda_pixel: float = option(0.15, "λ_2, weight of the pixel discriminator (paper: 0.15)")
-    head_width: int = option(256, "channels of the discriminators' heads (paper: 256)")
-    student_steps: int = option(1, "steps of the exported student's sampler; ADP is made for 1")
-    lora_rank: int = option(
-        0, "train a LoRA adapter of this rank on the frozen teacher; 0: a full network"
+    lambda_latent: float = option(
+        0.85, "λ_1, weight of the latent discriminator (paper: 0.85)", "the method"
     )
-    lr_student: float = option(1e-5, "learning rate of the student (ours)")
+    lambda_pixel: float = option(
+        0.15, "λ_2, weight of the pixel discriminator (paper: 0.15)", "the method"
+    )
+    mse_iterations: int = option(
+        25,
+        "the first of them, by velocity regression (the paper does not say how many: ours)",
+        "the method",
+    )
+    head_width: int = option(
+        256, "channels of the discriminators' heads (paper: 256)", "the method"
+    )
+    iterations: int = option(50, "student updates in all", "training")
+    batch_size: int = option(4, "global, whatever the number of ranks (ours)", "training")
+    seed: int = option(0, "of everything random", "training")
+    lr_student: float = option(1e-5, "learning rate of the student (ours)", "training")
     lr_mse: float | None = option(
         None,
         "the student's in regression, which bears more than adversaries do; default: --lr-student "
         "(ours)",
+        "training",
     )
-    lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)")
-    beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)")
+    lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)", "training")
+    beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)", "training")
     ema: float = option(
         0.0,
         "decay of an average of the student's weights, which is what is exported; 0: none (ours; "
         "paper: none)",
+        "training",
     )
-    clip: float = option(1.0, "gradient norm at which each network's update is clipped (ours)")
-    accumulate: int = option(
-        1, "micro-batches that the batch is split into: less memory, the same updates"
+    clip: float = option(
+        1.0, "gradient norm at which each network's update is clipped (ours)", "training"
+    )
+    lora_rank: int = option(
+        0, "train a LoRA adapter of this rank on the frozen teacher; 0: a full network", "memory"
+    )
+    samples: int | None = option(
+        None,
+        "samples a GPU at a time (ours): micro-batches follow from it; default: all at once",
+        "memory",
+    )
+    accumulate: int | None = option(
+        None,
+        "micro-batches that the batch is split into, whatever --samples says: less memory, the "
+        "same updates; default: by --samples",
+        "memory",
     )
     gradient_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, more time"
+        False, "recompute activations in backward: less memory, more time", "memory"
     )
     offload: bool = option(
-        False, "keep AdamW's moments in main memory between steps: less GPU memory, more time"
+        False,
+        "keep AdamW's moments in main memory between steps: less GPU memory, more time",
+        "memory",
     )
-    checkpoint_every: int = option(25, "iterations between checkpoints")
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay")
-    sample_every: int = option(25, "iterations between picture grids; 0: none")
-    resume: bool = option(False, "continue the run in --out")
-    DIGITS: ClassVar = {  # defaults with --model digits: see the README, what we learnt
-        "iterations": 800,
-        "mse_iterations": 600,
-        "batch_size": 16,
-        "head_width": 64,
-        "lr_student": 3e-6,
-        "lr_mse": 1e-4,
-        "ema": 0.99,
-        "checkpoint_every": 200,
-        "sample_every": 200,
-    }
+    out: str = option("out/adp", "folder to write; must be empty, or a run to --resume", "output")
+    checkpoint_every: int = option(25, "iterations between checkpoints", "output")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay", "output")
+    sample_every: int = option(25, "iterations between picture grids; 0: none", "output")
+    resume: bool = option(False, "continue the run in --out", "output")
+    RECIPES: ClassVar = recipes.ADP  # defaults of a model: families/recipes.py
+    PAPER: ClassVar = recipes.ADP_PAPER
 
 
 STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
@@ -245,7 +277,7 @@ COLUMNS = (
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "batch_size", "student_steps", "accumulate")
+    at_least(1, cfg, "iterations", "batch_size", "student_steps", "samples", "accumulate")
     at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "mse_iterations", "lora_rank", "guidance", "sample_every")
     at_least(0, cfg, "lambda_latent", "lambda_pixel")
@@ -268,7 +300,7 @@ def main(cfg):
         named = cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base")
         backbone = load_pixel_backbone(named, cfg.random_init)
     ranks = Ranks()
-    parts = ranks.mine(cfg.batch_size, cfg.accumulate)
+    parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     pairs = Pairs(cfg.pairs, family, ranks.device, cfg.resolution, cfg.frames, cfg.guidance)
     line = on_the_line(family.schedule)  # the student's process
     _, weights = starting_point(cfg.init, family, cfg.lora_rank)
@@ -309,7 +341,7 @@ def main(cfg):
     first = here.restore(networks, optimizers)
 
     def learn(loss):
-        backward(loss, cfg.accumulate)
+        backward(loss, len(parts))
 
     iterations = range(first, cfg.iterations)
     bar = tqdm(iterations, cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar)

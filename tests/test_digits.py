@@ -20,6 +20,7 @@ import runtime.ranks
 import runtime.script
 import runtime.settings
 import adm
+from families import recipes
 import adp
 import data
 import models
@@ -83,7 +84,9 @@ def test_held_out_scans_are_not_trained_on():
 
 
 def test_help_shows_the_defaults_that_hold(capsys):
-    for argv, warmup in (([], adm.Config.DIGITS["warmup"]), (["--model", "sd3"], 0)):
+    for argv, warmup in (([], recipes.ADM["digits"]["warmup"]),
+                         (["--model", "sd3"], recipes.ADM["sd3"]["warmup"]),
+                         (["--paper"], 0), (["--model", "tiny-sd3"], 0)):
         with pytest.raises(SystemExit):
             call(adm.main, adm.Config, *argv, "--help")
         shown = " ".join(capsys.readouterr().out.split("--warmup WARMUP")[-1].split("--dt")[0].split())
@@ -91,7 +94,7 @@ def test_help_shows_the_defaults_that_hold(capsys):
 
 
 def test_one_guidance_scale_everywhere():
-    assert {digits.GUIDANCE} == {config.DIGITS["guidance"] for config in (adm.Config, data.PairsConfig)}
+    assert {digits.GUIDANCE} == {made["digits"]["guidance"] for made in (recipes.ADM, recipes.PAIRS)}
 
 
 def test_text_is_as_long_as_its_tokenizer_says(family, teachers):

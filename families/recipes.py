@@ -1,0 +1,102 @@
+"""Recipes: the settings that a model's runs have where no flag says otherwise. One place for all.
+
+The paper (arXiv 2507.18569) says: steps, Δt = T/64, TTUR 1, λ, heads of 256 channels, 8,000
+iterations for CogVideoX, SD3-Medium by LoRA and the others in full. Those are defaults of adm.py
+and adp.py, or are marked `paper` here. All else is ours, after peers and what the digits taught:
+nobody has confirmed it at full size.
+"""
+
+from families import DIGITS
+
+DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
+
+# A full-size run on GPUs. The global batch does not depend on the hardware: micro-batches follow.
+LARGE = {
+    "iterations": 8000,  # paper: of CogVideoX
+    "batch_size": 32,
+    "samples": 1,
+    "gradient_checkpointing": True,
+    "ema": 0.999,
+    "checkpoint_every": 500,
+    "sample_every": 500,
+}
+VIDEO = {"batch_size": 8}
+LORA = {"lora_rank": 64}  # paper: SD3-Medium is tuned by LoRA
+
+ADM_LARGE = {**LARGE, "warmup": 100}
+ADM_LORA = {**LORA, "lr_student": 5e-6, "lr_fake": 1e-5}
+ADM = {
+    "digits": {
+        "prompts": DIGITS_PROMPTS,
+        "iterations": 250,
+        "batch_size": 16,
+        "guidance": 1.0,
+        "warmup": 60,
+        "dt": 1 / 4,
+        "fake_gradient": "straight-through",
+        "fake_samples": "last",
+        "damping": 0.1,
+        "damping_sigma": 0.05,
+        "head_width": 64,
+        "lr_student": 3e-6,
+        "lr_fake": 3e-4,
+        "lr_heads": 2e-4,
+        "ema": 0.99,
+        "checkpoint_every": 125,
+        "sample_every": 125,
+    },
+    "sdxl": ADM_LARGE,
+    "sd3": {**ADM_LARGE, **ADM_LORA},
+    "sd3.5-large": ADM_LARGE,
+    "cogvideox-2b": {**ADM_LARGE, **VIDEO},
+    "cogvideox-5b": {**ADM_LARGE, **VIDEO},
+}
+# --paper: what the recipes above leave of it, and the heads' width, which is the paper's too.
+ADM_PAPER = {
+    "warmup": 0,
+    "dt": 1 / 64,
+    "fake_gradient": "exact",
+    "fake_samples": "each",
+    "damping": 0.0,
+    "head_width": 256,
+    "ema": 0.0,
+}
+
+ADP_LARGE = {**LARGE, "iterations": 10_000, "mse_iterations": 5000}
+ADP = {
+    "digits": {
+        "iterations": 800,
+        "mse_iterations": 600,
+        "batch_size": 16,
+        "head_width": 64,
+        "lr_student": 3e-6,
+        "lr_mse": 1e-4,
+        "ema": 0.99,
+        "checkpoint_every": 200,
+        "sample_every": 200,
+    },
+    "sdxl": ADP_LARGE,
+    "sd3": {**ADP_LARGE, **LORA},
+    "sd3.5-large": ADP_LARGE,
+    "cogvideox-2b": {**ADP_LARGE, **VIDEO},
+    "cogvideox-5b": {**ADP_LARGE, **VIDEO},
+}
+ADP_PAPER = {"head_width": 256, "ema": 0.0}
+
+ENCODE = {"digits": {"prompts": DIGITS_PROMPTS}}
+PAIRS_LARGE = {"count": 10_000}
+PAIRS = {
+    "digits": {
+        "prompts": DIGITS_PROMPTS,
+        "count": 3000,
+        "steps": 28,
+        "guidance": 1.0,
+        "batch_size": 100,
+        "shard_size": 500,
+    },
+    "sdxl": PAIRS_LARGE,
+    "sd3": PAIRS_LARGE,
+    "sd3.5-large": PAIRS_LARGE,
+    "cogvideox-2b": {**PAIRS_LARGE, "batch_size": 1},
+    "cogvideox-5b": {**PAIRS_LARGE, "batch_size": 1},
+}
