@@ -1,5 +1,4 @@
-"""Files that are whole or absent, json and safetensors, and hashes of what is in them.
-"""
+"""Files that are whole or absent, json and safetensors, and hashes of what is in them."""
 
 import hashlib
 import json
@@ -15,13 +14,21 @@ from runtime.settings import BadInput, require
 
 
 def remove(path):
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    """Delete a file, a link or a folder with all it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def aside(path):
-    """A path to write a file or folder to, which becomes `path` when all went well, and is gone when not: whole or absent."""
-    path, partial = Path(path), Path(f"{path}.partial")
+    """A path to write a file or folder to: `path` itself is whole or absent.
+
+    It becomes `path` when all went well, and is gone when not.
+    """
+    path = Path(path)
+    partial = Path(f"{path}.partial")
     remove(partial)  # of a process that was killed
     try:
         yield partial
@@ -33,6 +40,7 @@ def aside(path):
 
 
 def file_sha256(path):
+    """Hash of a file's bytes, which are mapped and not read into memory at once."""
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
@@ -46,28 +54,37 @@ def tensors_sha256(tensors):
 
 
 def write_json(path, value):
+    """Write a value as json, whole or not at all."""
     with aside(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path, what, *keys):
     """A json object that has these keys. Raises BadInput, naming `what` should have been there."""
+    path = Path(path)
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(path.read_text())
         return content | {key: content[key] for key in keys}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise BadInput(f"{Path(path).parent} holds no {what}: {Path(path).name} is missing or damaged") from None
+        problem = f"{path.name} is missing or damaged"
+        raise BadInput(f"{path.parent} holds no {what}: {problem}") from None
 
 
 def write_tensors(path, tensors):
+    """Write {name: tensor} as safetensors, whole or not at all."""
+    on_cpu = {name: x.contiguous().cpu() for name, x in tensors.items()}
     with aside(path) as partial:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
+        save_file(on_cpu, partial)
 
 
 def claim(folder):
-    """Create `folder`, or raise BadInput if it holds anything: nothing of the user's is written over."""
+    """Create `folder`, so that nothing of the user's is written over.
+
+    Raises BadInput if it holds anything but what a killed process left, or cannot be created.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        require(all(p.suffix == ".partial" for p in folder.iterdir()), f"{folder} is not empty: choose another --out")
+        empty = all(p.suffix == ".partial" for p in folder.iterdir())
+        require(empty, f"{folder} is not empty: choose another --out")
     except OSError as e:
         raise BadInput(f"cannot create the folder {folder}: {e.strerror}") from None

@@ -1,21 +1,19 @@
-"""From a loss to a step: gradients that add up, clipping, AdamW, the average.
-"""
-
+"""From a loss to a step: gradients that add up, clipping, AdamW, the average."""
 
 import torch
 from torch.distributed.tensor import DTensor
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW whose moments are in main memory except while it steps: a network's are not beside another's, nor beside activations."""
+    """AdamW whose moments are in main memory except while it steps.
+
+    A network's moments are then not beside another's, nor beside activations (ours).
+    """
+
     def place(self, on_device):
         for p, slots in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
-                own = slots[name].to_local() if isinstance(slots[name], DTensor) else slots[name]  # this rank's part
-                own = own.to(p.device if on_device else "cpu")
-                if on_device and isinstance(p, DTensor):
-                    own = DTensor.from_local(own, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-                slots[name] = own
+                slots[name] = placed(slots[name], p, on_device)
 
     def step(self, closure=None):
         self.place(on_device=True)
@@ -25,7 +23,8 @@ class OffloadedAdamW(torch.optim.AdamW):
     def state_dict(self):
         self.place(on_device=True)
         state = super().state_dict()
-        state["state"] = {i: dict(slots) for i, slots in state["state"].items()}  # these stay on the device, while they are in use
+        # The copies' moments stay on the device, while they are in use.
+        state["state"] = {i: dict(slots) for i, slots in state["state"].items()}
         self.place(on_device=False)
         return state
 
@@ -34,31 +33,56 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.place(on_device=False)
 
 
+def placed(moment, p, on_device):
+    """A moment of parameter p, beside p or, this rank's part of it, in main memory."""
+    own = moment.to_local() if isinstance(moment, DTensor) else moment
+    if not on_device:
+        return own.to("cpu")
+    own = own.to(p.device)
+    if not isinstance(p, DTensor):
+        return own
+    layout = {"shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(own, p.device_mesh, p.placements, **layout)
+
+
 def make_optimizers(networks, rates, cfg):
-    """{name: AdamW} of {name: {parameter's name: parameter}}, each with its own rate; β2 and decay as
-    peers have them (ours)."""
+    """{name: AdamW} of {name: {parameter's name: parameter}}, each with its own rate.
+
+    β2 and decay as peers have them (ours).
+    """
     kind = OffloadedAdamW if cfg.offload else torch.optim.AdamW
     betas = (cfg.beta1, 0.999)
-    return {name: kind(networks[name].values(), rates[name], betas, weight_decay=0.01, fused=True)
-            for name in rates}
+    optimizers = {}
+    for name, rate in rates.items():
+        parameters = networks[name].values()
+        optimizers[name] = kind(parameters, rate, betas, weight_decay=0.01, fused=True)
+    return optimizers
 
 
 def backward(loss, accumulate=1):
-    """Add the gradient of a micro-batch's `loss`, one of `accumulate`, to the others'; over the ranks it is averaged."""
-    one = 0 * loss.detach() + 1  # NaN where the loss is not finite: then its whole gradient is NaN too, which `step` sees
+    """Add the gradient of a micro-batch's `loss`, one of `accumulate`, to the others'.
+
+    The loss is a scalar. Over the ranks the gradient is averaged.
+    """
+    # NaN where the loss is not finite: then its whole gradient is NaN too, which `step` sees.
+    one = 0 * loss.detach() + 1  # ()
     (loss / accumulate).backward(one)
 
 
 def step(optimizer, clip):
-    """Clip the gradient of this network's parameters, let AdamW step, leave no gradient behind. Returns the norm before clipping.
+    """Clip the gradient of this network's parameters, let AdamW step, leave no gradient behind.
 
-    Where a loss or gradient is not finite on some rank, the average tells all ranks, and none takes the step; the host is not asked.
+    Returns the norm before clipping, (). Where a loss or gradient is not finite on some rank, the
+    average tells all ranks, and none takes the step; the host is not asked.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += [p for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)  # ()
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # 1: fused AdamW leaves weights and moments as they are
+    # 1 where the norm is not finite: fused AdamW then leaves weights and moments as they are.
+    optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # ()
     optimizer.skipped.append(optimizer.found_inf)  # for Run.record
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -67,6 +91,9 @@ def step(optimizer, clip):
 
 @torch.no_grad()
 def follow(average, parameters, decay):
-    """An exponential moving average, in place and sharded as the parameters are: average ← decay · average + (1 − decay) · p."""
+    """An exponential moving average, in place: average ← decay · average + (1 − decay) · p.
+
+    Both are {name: tensor} of the same shapes, the average sharded as the parameters are.
+    """
     for name, p in parameters.items():
         average[name].lerp_(p, 1 - decay)

@@ -1,5 +1,4 @@
-"""This process among the others, and networks that are sharded over all of them.
-"""
+"""This process among the others, and networks that are sharded over all of them."""
 
 import datetime
 import os
@@ -14,29 +13,51 @@ from runtime.settings import require
 
 
 class Ranks:
-    """This process among the others; plain python is one rank of one. Batch sizes are global and split evenly."""
+    """This process among the others; plain python is one rank of one.
+
+    Batch sizes are global and split evenly.
+    """
+
     def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, cuda = self.rank == 0, torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        self.frozen_dtype = torch.bfloat16 if cuda else torch.float32  # of weights that are never trained
-        self.no_bar = None if self.main else True  # tqdm's `disable`; None: quiet when stderr is no terminal
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
         if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            # Longer than a shard or a big checkpoint takes. Where torchrun or a socket sees a rank die, the others end at once.
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
-        self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None  # what networks are sharded over
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same run: on CPUs bitwise; fused attention may differ
+        # Of weights that are never trained.
+        self.frozen_dtype = torch.bfloat16 if cuda else torch.float32
+        # tqdm's `disable`; None: quiet when stderr is no terminal.
+        self.no_bar = None if self.main else True
+        self.mesh = None  # what networks are sharded over
+        if self.world > 1:
+            if not dist.is_initialized():
+                # Longer than a shard or a big checkpoint takes. Where torchrun or a socket sees a
+                # rank die, the others end at once.
+                timeout = datetime.timedelta(minutes=30)
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+            self.mesh = init_device_mesh(self.device.type, (self.world,))
+        # Same seed, same run: on CPUs bitwise; fused attention may differ.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
     def mine(self, batch_size, accumulate=1):
-        """The numbers of this rank's samples in a global batch: a range for each of the micro-batches that it is split into."""
+        """The numbers of this rank's samples in a global batch.
+
+        A range for each of the micro-batches that it is split into. Raises BadInput where that does
+        not come out even.
+        """
         parts = self.world * accumulate
-        each, first = batch_size // parts, self.rank * (batch_size // self.world)
-        require(each >= 1 and each * parts == batch_size, f"--batch-size {batch_size}: no multiple of {self.world} ranks"
-                                                          + f" x --accumulate {accumulate}" * (accumulate > 1))
+        each = batch_size // parts
+        wanted = f"{self.world} ranks"
+        if accumulate > 1:
+            wanted += f" x --accumulate {accumulate}"
+        even = each >= 1 and each * parts == batch_size
+        require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
+        first = self.rank * (batch_size // self.world)
         return [range(first + i * each, first + (i + 1) * each) for i in range(accumulate)]
 
     def mean(self, tensor):
@@ -47,15 +68,20 @@ class Ranks:
         return tensor
 
     def barrier(self):
+        """Wait until every rank is here."""
         self.mean(torch.zeros(1, device=self.device)).item()
 
     def first(self, function):
-        """What function() returns on rank 0, on every rank. If it raises, all end: rank 0 by that exception, the others silently."""
+        """What function() returns on rank 0, on every rank.
+
+        If it raises, all end: rank 0 by that exception, the others silently.
+        """
         problem = None
         try:
             box = [function() if self.main else None]
         except Exception as e:
-            box, problem = [SystemExit(1)], e
+            box = [SystemExit(1)]
+            problem = e
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
         if isinstance(box[0], SystemExit):
@@ -64,13 +90,18 @@ class Ranks:
 
 
 def shard(module, units=(), mesh=None):
-    """FSDP2: each rank of `mesh` keeps its part of every parameter of `module`; forward and backward gather them unit by unit, in
-    bf16 where the module computes in it, and gradients are averaged over the ranks in float32. Without a mesh: nothing."""
+    """FSDP2: each rank of `mesh` keeps its part of every parameter. Without a mesh: nothing.
+
+    Forward and backward gather the parameters of `module` unit by unit, in bf16 where the module
+    computes in it, and gradients are averaged over the ranks in float32.
+    """
     if mesh is None:
         return
-    # Inputs are not cast: a time in bf16 would be another time. All is resharded at once, so that between passes parameters are
-    # always the sharded ones, whose requires_grad `frozen` sets.
-    how = MixedPrecisionPolicy(torch.bfloat16 if getattr(module, "bf16", False) else None, torch.float32, cast_forward_inputs=False)
+    dtype = torch.bfloat16 if getattr(module, "bf16", False) else None
+    # Inputs are not cast: a time in bf16 would be another time.
+    how = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    # All is resharded at once, so that between passes parameters are always the sharded ones, whose
+    # requires_grad `frozen` sets.
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)
     # At its first forward FSDP settles what it will reduce: this one, before anything is `frozen`.
@@ -80,18 +111,24 @@ def shard(module, units=(), mesh=None):
 
 
 def gather(tensors, keep=True):
-    """{name: the whole of each tensor, on the CPU}. Every rank must call it, in the same order; only those that `keep` get any."""
+    """{name: the whole of each tensor, on the CPU}.
+
+    Every rank must call it, in the same order; only those that `keep` get any.
+    """
     whole = {}
     for name, x in tensors.items():
         x = x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
-        whole |= {name: x.cpu()} if keep else {}
+        if keep:
+            whole[name] = x.cpu()
     return whole
 
 
 def like(p, whole):
     """`whole` where p is, and sharded as p is."""
     whole = whole.to(p.device)
-    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+    if isinstance(p, DTensor):
+        return distribute_tensor(whole, p.device_mesh, p.placements)
+    return whole
 
 
 def assign(p, whole):

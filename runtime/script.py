@@ -1,5 +1,4 @@
-"""How a script is run: its command line, its mistakes in one line, its exit codes.
-"""
+"""How a script is run: its command line, its mistakes in one line, its exit codes."""
 
 import argparse
 import errno
@@ -15,13 +14,19 @@ from safetensors import SafetensorError
 from runtime.settings import BadInput, did_you_mean, require
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with each flag's default, and the script's docstring as it is written."""
+
+
 class Stopped(Exception):
     """All ranks end a run before its time. args: the exit code, and the line that rank 0 prints."""
 
 
 def quiet():
-    """For a process whose stderr is its own, as a script's is: of transformers and diffusers only
-    errors, and no progress bars."""
+    """Of transformers and diffusers only errors, and no progress bars.
+
+    For a process whose stderr is its own, as a script's is.
+    """
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -40,34 +45,62 @@ def no_such(unknown, parser):
     return f"{flags[0]}: no such flag{did_you_mean(flags[0].replace('_', '-'), known)}"
 
 
+def parse(parser, config_class, argv):
+    """The config that the words `argv` of a command line ask for; --help exits.
+
+    Raises BadInput, for an unknown flag too.
+    """
+    # Which model is asked for comes first, also with --help: that shows the defaults that hold.
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    asked, _ = parser.parse_known_args(without_help)
+    if getattr(asked, "model", None) == "digits":
+        parser.set_defaults(**getattr(config_class, "DIGITS", {}))
+    settings, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise BadInput(no_such(unknown, parser))
+    return config_class(**vars(settings))
+
+
+def disk_is_full(error):
+    """The system's words for it where an error says that a disk is full, otherwise None."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        words = os.strerror(code)
+        if words in str(error):  # safetensors' error has no errno
+            return words
+    return None
+
+
 def run(main, config_class, argv=None, **about):
-    """Parse the command line and call main(config). Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one
-    line and 1. A run that is stopped: one line and its exit code. config_class.DIGITS are its defaults with --model digits."""
+    """Parse the command line and call main(config).
+
+    config_class.DIGITS are its defaults with --model digits. Bad input, an unknown flag too: one
+    line on stderr, exit code 2. A full disk: one line and 1. A run that is stopped: one line and
+    its exit code.
+    """
     quiet()
-    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, formatter_class=type(
-        "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}), **about)
+    parser = transformers.HfArgumentParser(
+        config_class, allow_abbrev=False, formatter_class=Help, **about
+    )
     parser.error = lambda message: require(False, message)
-    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    who = parser.prog
+    if "RANK" in os.environ:
+        who = f"{parser.prog} (rank {os.environ['RANK']})"
     try:
-        asked = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]  # help shows the defaults that hold
-        if getattr(parser.parse_known_args(asked)[0], "model", None) == "digits":
-            parser.set_defaults(**getattr(config_class, "DIGITS", {}))
-        settings, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise BadInput(no_such(unknown, parser))
-        main(config_class(**vars(settings)))
+        main(parse(parser, config_class, sys.argv[1:] if argv is None else argv))
     except BadInput as e:
-        print(f"{parser.prog}{rank}: {e}", file=sys.stderr)
+        print(f"{who}: {e}", file=sys.stderr)
         sys.exit(2)
     except Stopped as e:
         code, line = e.args
-        print(f"{parser.prog}: {line}\n" * (os.environ.get("RANK", "0") == "0"), end="", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop, one says so
+            print(f"{parser.prog}: {line}", file=sys.stderr)
         sys.exit(code)
     except (OSError, SafetensorError) as e:
-        full = [m for m in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) if m in str(e)]  # safetensors' has no errno
+        full = disk_is_full(e)
         if not full:
             raise
-        print(f"{parser.prog}{rank}: {full[0]}. What was whole still is: make room, then go on (training: --resume)", file=sys.stderr)
+        advice = "What was whole still is: make room, then go on (training: --resume)"
+        print(f"{who}: {full}. {advice}", file=sys.stderr)
         sys.exit(1)
     finally:
         if dist.is_initialized():

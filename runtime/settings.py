@@ -1,5 +1,4 @@
-"""Settings: their flags, and the mistakes in them that a user is told of in one line.
-"""
+"""Settings: their flags, and the mistakes in them that a user is told of in one line."""
 
 import difflib
 from dataclasses import field
@@ -10,19 +9,27 @@ class BadInput(ValueError):
 
 
 def option(default, help):
-    """A config's field: its default and the help text of its flag (`lr_student` is --lr-student)."""
+    """A config's field: its default, and the help text of its flag."""
     return field(default=default, metadata={"help": help})
 
 
 def require(condition, message):
+    """Raises BadInput with this message unless the condition holds."""
     if not condition:
         raise BadInput(message)
 
 
+def flag(name):
+    """The flag of a setting: --lr-student of `lr_student`."""
+    return "--" + name.replace("_", "-")
+
+
 def at_least(least, cfg, *names):
     """Raises BadInput for a setting among `names` that is given and below `least`."""
-    for flag, value in ((name.replace("_", "-"), getattr(cfg, name)) for name in names):
-        require(value is None or value >= least, f"--{flag} {value}: at least {least}")
+    for name in names:
+        value = getattr(cfg, name)
+        fine = value is None or value >= least
+        require(fine, f"{flag(name)} {value}: at least {least}")
 
 
 def positive(cfg, *names):
@@ -30,10 +37,12 @@ def positive(cfg, *names):
     for name in names:
         value = getattr(cfg, name)
         fine = value is None or 0 < value < float("inf")
-        require(fine, f"--{name.replace('_', '-')} {value}: a positive number")
+        require(fine, f"{flag(name)} {value}: a positive number")
 
 
 def did_you_mean(word, known):
     """The end of a sentence on `word`: which of the known words is near it, or nothing."""
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    if not near:
+        return ""
+    return f"; did you mean {near[0]}?"
