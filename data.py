@@ -22,17 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from families import DIGITS, load_teacher
+from families import load_teacher, recipes
 from models import load_denoiser
 from ode import Draw, teacher_sample, with_guidance
 from runtime.files import claim, read_json, write_json, write_tensors
+from runtime.flags import option
 from runtime.ranks import Ranks
 from runtime.script import run
-from runtime.settings import BadInput, at_least, did_you_mean, option, require
+from runtime.settings import BadInput, at_least, did_you_mean, require
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 
-DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
 
 SHARD = "{:06d}.safetensors"
 
@@ -259,7 +259,7 @@ class EncodeConfig:
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
     out: str = option("out/prompts", "folder to write")
     batch_size: int = option(32, "prompts encoded together, and stored in one shard")
-    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS}
+    RECIPES: ClassVar = recipes.ENCODE
 
 
 @dataclass
@@ -277,7 +277,7 @@ class PairsConfig:
     frames: int | None = option(None, "video frames; default: the model's own")
     batch_size: int = option(8, "pairs sampled together on a rank")
     shard_size: int = option(32, "pairs in a file")
-    DIGITS: ClassVar = {"prompts": DIGITS_PROMPTS, "count": 3000, "steps": 28, "guidance": 1.0, "batch_size": 100, "shard_size": 500}
+    RECIPES: ClassVar = recipes.PAIRS
 
 
 def encode(cfg):

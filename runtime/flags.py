@@ -5,6 +5,8 @@ import types
 from dataclasses import MISSING, field, fields
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+from runtime.settings import flag
+
 
 def option(default, help, group="settings"):
     """A config's field: default, help text of its flag (`lr_student` is --lr-student), group."""
@@ -20,12 +22,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
 def parser_of(config_class, **about):
     """An ArgumentParser with a flag for each field that was made with `option`."""
+    about = {"usage": "%(prog)s [flags]", **about}
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=Help, **about)
     hints = get_type_hints(config_class)
     groups = {}
@@ -35,7 +34,7 @@ def parser_of(config_class, **about):
             groups[title] = parser.add_argument_group(title)
         assert f.default is not MISSING, f"{f.name} has no default"
         how = {"default": f.default, "help": f.metadata.get("help", "").replace("%", "%%")}
-        groups[title].add_argument(flag_of(f.name), dest=f.name, **how, **typed(hints[f.name]))
+        groups[title].add_argument(flag(f.name), dest=f.name, **how, **typed(hints[f.name]))
     return parser
 
 

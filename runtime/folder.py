@@ -54,7 +54,7 @@ def starting_point(init, family, lora_rank):
 
 # When a run is resumed; the last three change where and how numbers are made, not which.
 MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
-              "accumulate", "gradient_checkpointing", "offload")
+              "accumulate", "samples", "gradient_checkpointing", "offload", "paper")
 
 MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 

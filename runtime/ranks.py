@@ -44,21 +44,30 @@ class Ranks:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
-    def mine(self, batch_size, accumulate=1):
-        """The numbers of this rank's samples in a global batch.
+    def mine(self, batch_size, accumulate=None, samples=None):
+        """The numbers of this rank's samples in a global batch, a range for each micro-batch.
 
-        A range for each of the micro-batches that it is split into. Raises BadInput where that does
-        not come out even.
+        There are `accumulate` micro-batches, or as many as it takes for `samples` at a time on a
+        rank, or one. Raises BadInput where that does not come out even.
         """
-        parts = self.world * accumulate
-        each = batch_size // parts
         wanted = f"{self.world} ranks"
-        if accumulate > 1:
+        if accumulate:
             wanted += f" x --accumulate {accumulate}"
+        elif samples:
+            accumulate = max(1, batch_size // (self.world * samples))
+            samples = min(samples, batch_size // self.world)  # of a batch that is smaller than that
+            wanted += f" x --samples {samples}"
+            require(
+                self.world * accumulate * samples == batch_size,
+                f"--batch-size {batch_size}: no multiple of {wanted}",
+            )
+        parts = self.world * (accumulate or 1)
+        each = batch_size // parts
         even = each >= 1 and each * parts == batch_size
         require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
         first = self.rank * (batch_size // self.world)
-        return [range(first + i * each, first + (i + 1) * each) for i in range(accumulate)]
+        starts = range(first, first + each * (accumulate or 1), each)
+        return [range(start, start + each) for start in starts]
 
     def mean(self, tensor):
         """A tensor's mean over ranks, in place."""

@@ -1,6 +1,5 @@
 """How a script is run: its command line, its mistakes in one line, its exit codes."""
 
-import argparse
 import errno
 import os
 import sys
@@ -11,11 +10,8 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 
+from runtime.flags import parser_of
 from runtime.settings import BadInput, did_you_mean, require
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with each flag's default, and the script's docstring as it is written."""
 
 
 class Stopped(Exception):
@@ -41,20 +37,22 @@ def no_such(unknown, parser):
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
         return f"{unknown[0]}: no such argument, all are flags"
-    known = [name for name in parser._option_string_actions if "_" not in name]
+    known = list(parser._option_string_actions)
     return f"{flags[0]}: no such flag{did_you_mean(flags[0].replace('_', '-'), known)}"
 
 
 def parse(parser, config_class, argv):
     """The config that the words `argv` of a command line ask for; --help exits.
 
-    Raises BadInput, for an unknown flag too.
+    config_class.RECIPES {model: {field: value}} are the defaults of a model, and config_class.PAPER
+    {field: value} those with --paper. Raises BadInput, for an unknown flag too.
     """
     # Which model is asked for comes first, also with --help: that shows the defaults that hold.
     without_help = [word for word in argv if word not in ("-h", "--help")]
     asked, _ = parser.parse_known_args(without_help)
-    if getattr(asked, "model", None) == "digits":
-        parser.set_defaults(**getattr(config_class, "DIGITS", {}))
+    parser.set_defaults(**getattr(config_class, "RECIPES", {}).get(asked.model, {}))
+    if getattr(asked, "paper", False):
+        parser.set_defaults(**config_class.PAPER)
     settings, unknown = parser.parse_known_args(argv)
     if unknown:
         raise BadInput(no_such(unknown, parser))
@@ -73,14 +71,11 @@ def disk_is_full(error):
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config).
 
-    config_class.DIGITS are its defaults with --model digits. Bad input, an unknown flag too: one
-    line on stderr, exit code 2. A full disk: one line and 1. A run that is stopped: one line and
+    Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one line and 1. A run that is stopped: one line and
     its exit code.
     """
     quiet()
-    parser = transformers.HfArgumentParser(
-        config_class, allow_abbrev=False, formatter_class=Help, **about
-    )
+    parser = parser_of(config_class, **about)
     parser.error = lambda message: require(False, message)
     who = parser.prog
     if "RANK" in os.environ:

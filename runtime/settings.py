@@ -1,16 +1,10 @@
-"""Settings: their flags, and the mistakes in them that a user is told of in one line."""
+"""Settings, and the mistakes in them that a user is told of in one line."""
 
 import difflib
-from dataclasses import field
 
 
 class BadInput(ValueError):
     """A mistake in what the user passed: one line on stderr and exit code 2."""
-
-
-def option(default, help):
-    """A config's field: its default, and the help text of its flag."""
-    return field(default=default, metadata={"help": help})
 
 
 def require(condition, message):

@@ -89,7 +89,7 @@ def test_help_shows_the_defaults_that_hold(capsys):
                          (["--paper"], 0), (["--model", "tiny-sd3"], 0)):
         with pytest.raises(SystemExit):
             call(adm.main, adm.Config, *argv, "--help")
-        shown = " ".join(capsys.readouterr().out.split("--warmup WARMUP")[-1].split("--dt")[0].split())
+        shown = " ".join(capsys.readouterr().out.split("--warmup INT")[-1].split("--dt")[0].split())
         assert f"(default: {warmup})" in shown
 
 

@@ -14,6 +14,7 @@ import adm
 import adp
 import data
 from conftest import ROOT, call, script
+from runtime.flags import parser_of
 from tools import plan
 
 TEXT = (ROOT / "README.md").read_text()
@@ -36,7 +37,7 @@ def split(command):
 def test_commands_are_accepted(command):
     script, flags = split(command)
     config_class, check = SCRIPTS[script]
-    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False)
+    parser = parser_of(config_class)
     cfg = config_class(**vars(parser.parse_args(flags)))  # exits on an unknown flag or value
     if check:
         check(cfg)

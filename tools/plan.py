@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from families import HUB, load_teacher
 from models import LatentDiscriminator, frozen, make_roles
+from runtime.flags import option
 from runtime.script import run
-from runtime.settings import at_least, option, require
+from runtime.settings import at_least, require
 
 
 @dataclass

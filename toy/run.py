@@ -35,7 +35,8 @@ import adp
 from models import Discriminator, frozen
 from ode import Draw, T, student_sample, teacher_sample
 from runtime.script import run
-from runtime.settings import BadInput, at_least, option, require
+from runtime.flags import option
+from runtime.settings import BadInput, at_least, require
 from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
 
 METHODS = ("mse", "adp", "dmd", "adm", "adp+dmd", "adp+adm", "dmd2")
