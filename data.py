@@ -1,10 +1,10 @@
-"""Prompts, their cached embeddings and ODE pairs: what training reads, and the commands that make it.
+"""Prompts, their cached embeddings and ODE pairs: what training reads, and commands to make it.
 
     python data.py encode --model sd3 --prompts prompts.txt --out out/prompts-sd3
     torchrun --nproc_per_node=8 data.py pairs --model sdxl --count 10000 --out out/pairs-sdxl
 
-Text encoders never sit in memory beside the four networks. All is safetensors and json, written aside
-and renamed: a file is whole or absent. A second call of either command continues the first.
+Text encoders never sit in memory beside the four networks. All is safetensors and json, written
+aside and renamed: a file is whole or absent. A second call of either command continues the first.
 """
 
 import hashlib
@@ -36,16 +36,25 @@ PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written
 
 SHARD = "{:06d}.safetensors"
 
+STAGE = 0  # of the seeds' keys: other random numbers than in adp.py (1) and adm.py (2)
+
 # Where things lie and what they are called, not what they are: another call may say it otherwise.
 SPELLING = ("model", "prompts")
+
 
 def rows_in(path):
     """How many rows a shard holds: none where it is missing or damaged."""
     try:
         with safe_open(path, "pt") as f:
-            return min((f.get_slice(name).get_shape()[0] for name in f.keys()), default=0)
+            names = f.keys()
+            return min((f.get_slice(name).get_shape()[0] for name in names), default=0)
     except (OSError, SafetensorError):
         return 0
+
+
+def shards_of(size, count):
+    """How many shards hold `count` rows, `size` a shard; the last may be shorter."""
+    return -(-count // size)
 
 
 def shard_rows(shard, size, count):
@@ -54,30 +63,37 @@ def shard_rows(shard, size, count):
 
 
 def collect(folder, manifest, ranks, make):
-    """Fill `folder` with shards: make(rows) returns the tensors {name: (len(rows), ...)} of these
-    row numbers, which depend on what `manifest` says. Each rank makes every world-th shard; rows of
-    an earlier call stay, also where that was for fewer. BadInput if it holds others, or more."""
-    folder, size, count = Path(folder), manifest["shard_size"], manifest["count"]
-    fresh = not (folder / "manifest.json").exists()
+    """Fill `folder` with shards of what make(rows) returns, {name: (len(rows), ...)}.
+
+    The tensors of these row numbers depend on what `manifest` says. Each rank makes every world-th
+    shard; rows of an earlier call stay, also where that was for fewer. Raises BadInput if the
+    folder holds others, or more.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    size = manifest["shard_size"]
+    count = manifest["count"]
+    unfinished = {**manifest, "complete": False}
+    fresh = not path.exists()
     if fresh:
         claim(folder)
     ranks.barrier()  # every rank has looked before one writes
     if fresh and ranks.main:
-        write_json(folder / "manifest.json", {**manifest, "complete": False})
+        write_json(path, unfinished)
     ranks.barrier()
-    found = read_json(folder / "manifest.json", manifest["kind"], "count")
+    found = read_json(path, manifest["kind"], "count")
     check_same(found, manifest, folder)
     ranks.barrier()
     if found["count"] < count and ranks.main:
-        write_json(folder / "manifest.json", {**manifest, "complete": False})
+        write_json(path, unfinished)
     ranks.barrier()  # before a row is added, nobody takes the folder for finished
     with tqdm(total=count, unit="", desc=manifest["kind"], disable=ranks.no_bar) as bar:
-        for shard in range(ranks.rank, -(-count // size), ranks.world):
+        for shard in range(ranks.rank, shards_of(size, count), ranks.world):
             complete(folder / SHARD.format(shard), shard_rows(shard, size, count), make)
-            bar.update(min(ranks.world * size, count - bar.n))
+            bar.update(min(ranks.world * size, count - bar.n))  # the others keep pace
     ranks.barrier()
     if ranks.main:
-        write_json(folder / "manifest.json", {**manifest, "complete": True})
+        write_json(path, {**manifest, "complete": True})
     ranks.barrier()
 
 
@@ -85,11 +101,15 @@ def check_same(found, manifest, folder):
     """Raises BadInput unless the manifest `found` is of these settings, and of no more rows."""
     differing = [k for k in manifest if k != "count" and found.get(k) != manifest[k]]
     said = "; ".join(f"{k}: {found.get(k)} there, {manifest[k]} now" for k in differing)
-    require(set(differing) <= set(SPELLING),
-            f"{folder} holds {found.get('kind')} of other settings ({said})")
-    require(found["count"] <= manifest["count"],
-            f"{folder} holds {found['count']} {manifest['kind']}, more than {manifest['count']}: "
-            "for fewer choose another --out")
+    require(
+        set(differing) <= set(SPELLING),
+        f"{folder} holds {found.get('kind')} of other settings ({said})",
+    )
+    require(
+        found["count"] <= manifest["count"],
+        f"{folder} holds {found['count']} {manifest['kind']}, more than {manifest['count']}: "
+        "for fewer choose another --out",
+    )
 
 
 def complete(path, rows, make):
@@ -112,19 +132,33 @@ def to_device(x, device):
 
 
 class Rows:
-    """A finished collection, read row by row. Raises BadInput unless it is of `kind`, whole, and of this teacher."""
+    """A finished collection, read row by row: rows[numbers] is {name: (B, ...)}.
+
+    Floating point comes as float32 on `device`. Raises BadInput unless the collection is of `kind`,
+    whole, and of this teacher.
+    """
+
     def __init__(self, folder, kind, teacher, device="cpu"):
-        self.folder, self.device, self.files = Path(folder), device, {}
+        self.folder = Path(folder)
+        self.device = device
+        self.files = {}  # {shard: its open file}
         keys = ("count", "shard_size", "complete", "weights_sha256", "text_sha256", "model")
         m = read_json(self.folder / "manifest.json", kind, *keys)
         self.manifest = m
         require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
-        require(m["weights_sha256"] == teacher.weights_sha256, f"{folder} was made with {m['model']}, not with {teacher.name}")
-        size, count = m["shard_size"], m["count"]
-        expected = [len(shard_rows(shard, size, count)) for shard in range(-(-count // size))]
-        found = [rows_in(self.folder / SHARD.format(shard)) for shard in range(len(expected))]
-        require(m["complete"] and found == expected,
-                f"{folder} is half-written or damaged: the command that made it will mend it")
+        require(
+            m["weights_sha256"] == teacher.weights_sha256,
+            f"{folder} was made with {m['model']}, not with {teacher.name}",
+        )
+        size = m["shard_size"]
+        count = m["count"]
+        shards = range(shards_of(size, count))
+        expected = [len(shard_rows(shard, size, count)) for shard in shards]
+        found = [rows_in(self.folder / SHARD.format(shard)) for shard in shards]
+        require(
+            m["complete"] and found == expected,
+            f"{folder} is half-written or damaged: the command that made it will mend it",
+        )
 
     def __len__(self):
         return self.manifest["count"]
@@ -134,15 +168,27 @@ class Rows:
         stored = (*SPELLING, "shard_size", "complete")
         return {k: v for k, v in self.manifest.items() if k not in stored}
 
+    def opened(self, shard):
+        """The file of a shard, which stays open."""
+        if shard not in self.files:
+            self.files[shard] = safe_open(self.folder / SHARD.format(shard), "pt")
+        return self.files[shard]
+
     def __getitem__(self, rows):
-        picked = []  # row numbers → {name: (len(rows), ...)}
-        for shard, i in (divmod(row, self.manifest["shard_size"]) for row in rows):
-            f = self.files[shard] = self.files.get(shard) or safe_open(self.folder / SHARD.format(shard), "pt")
-            picked.append({name: f.get_slice(name)[i:i + 1] for name in f.keys()})
-        joined = {name: torch.cat([p[name] for p in picked]) for name in picked[0]}
-        # Whole numbers, a pair's prompt, stay here: a row to look up. The cache may be bf16.
-        return {name: to_device(x, self.device).float() if x.is_floating_point() else x
-                for name, x in joined.items()}
+        picked = []  # {name: (1, ...)} of each row
+        for row in rows:
+            shard, i = divmod(row, self.manifest["shard_size"])
+            f = self.opened(shard)
+            names = f.keys()
+            picked.append({name: f.get_slice(name)[i : i + 1] for name in names})
+        joined = {}
+        for name in picked[0]:
+            x = torch.cat([one[name] for one in picked])  # (B, ...)
+            # Whole numbers, a pair's prompt, stay here: a row to look up. The cache may be bf16.
+            if x.is_floating_point():
+                x = to_device(x, self.device).float()
+            joined[name] = x
+        return joined
 
 
 def read_prompts(path):
@@ -150,7 +196,8 @@ def read_prompts(path):
     try:
         lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"cannot read prompts from {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
+        reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
+        raise BadInput(f"cannot read prompts from {path}: {reason}") from None
     prompts = [line.strip() for line in lines if line.strip()]
     require(prompts, f"{path} holds no prompts: one a line is expected")
     return prompts
@@ -158,34 +205,56 @@ def read_prompts(path):
 
 class Prompts(Rows):
     """Cached conditioning: prompts[numbers] is {name: (B, ...)}."""
+
     def __init__(self, folder, teacher, device="cpu"):
         super().__init__(folder, "prompts", teacher, device)
         self.none = Rows(self.folder / "unconditional", "prompts", teacher, device)[[0]]
 
     def unconditional(self, batch_size):
+        """The conditioning of no prompt, {name: (batch_size, ...)}."""
         return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
 
 
 def text_sha256(path, teacher):
     """Hash of the prompts' text, the same for a text file and a folder that `encode` made of it.
-    Raises BadInput for one that cannot be used, before anything is written."""
+
+    Raises BadInput for one that cannot be used, before anything is written.
+    """
     if Path(path).is_dir():
         return Prompts(path, teacher).manifest["text_sha256"]
-    return hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest()
+    text = "\n".join(read_prompts(path))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encode_prompts(teacher, path, folder, ranks, batch_size=32):
-    """The Prompts of a text file `path`, encoded into `folder`; or of a folder `path` that `encode` made, used as it is."""
+    """The Prompts of a text file `path`, encoded into `folder`.
+
+    Or of a folder `path` that `encode` made, used as it is. Raises BadInput for either.
+    """
     if Path(path).is_dir():
         return Prompts(path, teacher, ranks.device)
-    prompts, pipe = read_prompts(path), cache(lambda: teacher.text_pipeline(ranks.device, ranks.frozen_dtype))  # if needed at all
-    manifest = {"kind": "prompts", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
-                "dtype": str(ranks.frozen_dtype), "text_sha256": text_sha256(path, teacher)}
+    prompts = read_prompts(path)
+    # Text encoders are loaded once, if any are needed at all.
+    pipe = cache(lambda: teacher.text_pipeline(ranks.device, ranks.frozen_dtype))
+    common = {
+        "kind": "prompts",
+        "model": teacher.name,
+        "weights_sha256": teacher.weights_sha256,
+        "dtype": str(ranks.frozen_dtype),
+        "text_sha256": text_sha256(path, teacher),
+    }
+
+    def encode_some(rows):
+        return teacher.encode(pipe(), [prompts[i] for i in rows])
+
+    def encode_none(rows):
+        return teacher.unconditional(pipe())
+
     with torch.no_grad():
-        collect(folder, {**manifest, "count": len(prompts), "shard_size": batch_size}, ranks,
-                lambda rows: teacher.encode(pipe(), [prompts[i] for i in rows]))
-        collect(Path(folder) / "unconditional", {**manifest, "count": 1, "shard_size": 1}, ranks,
-                lambda rows: teacher.unconditional(pipe()))
+        manifest = {**common, "count": len(prompts), "shard_size": batch_size}
+        collect(folder, manifest, ranks, encode_some)
+        manifest = {**common, "count": 1, "shard_size": 1}
+        collect(Path(folder) / "unconditional", manifest, ranks, encode_none)
     return Prompts(folder, teacher, ranks.device)
 
 
@@ -197,8 +266,11 @@ class Pairs(Rows):
 
     def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
         super().__init__(folder, "pairs", teacher, device)
-        self.shape, made_with = tuple(self.manifest["shape"]), self.manifest["guidance"]
-        wanted = teacher.latent_shape(resolution, frames) if resolution or frames else self.shape
+        self.shape = tuple(self.manifest["shape"])  # of one latent
+        made_with = self.manifest["guidance"]
+        wanted = self.shape
+        if resolution or frames:
+            wanted = teacher.latent_shape(resolution, frames)
         require(
             wanted == self.shape,
             f"{folder} holds latents of shape {self.shape}, "
@@ -216,46 +288,91 @@ class Pairs(Rows):
         return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
 
 
-def collect_pairs(cfg, teacher, ranks):
-    """Teacher samples with the noise they came from: x_T ~ N(0, I), x_0 by the PF-ODE with CFG. Pair i has prompt i mod n."""
-    shape, guidance = teacher.latent_shape(cfg.resolution, cfg.frames), teacher.guidance if cfg.guidance is None else cfg.guidance
+def check_room(cfg, shape, ranks):
+    """Say how many pairs of this shape are to be made, and how large they are.
+
+    Raises BadInput where they do not fit on the disk.
+    """
     out = Path(cfg.out).absolute()
-    shards = [out / SHARD.format(shard) for shard in range(-(-cfg.count // cfg.shard_size))]
+    shards = [out / SHARD.format(shard) for shard in range(shards_of(cfg.shard_size, cfg.count))]
     new = max(0, cfg.count - sum(rows_in(shard) for shard in shards))
-    gigabytes = new * 2 * 4 * float(np.prod(shape)) / 1e9
-    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
+    gigabytes = new * 2 * 4 * float(np.prod(shape)) / 1e9  # two float32 latents a pair
+    there = next(p for p in (out, *out.parents) if p.exists())
+    free = shutil.disk_usage(there).free / 1e9
     if ranks.main:
         size = "x".join(map(str, shape))
-        print(f"{cfg.count} pairs of {size} in {cfg.out}, {new} of them new: "
-              f"{gigabytes:.3g} GB, {free:.3g} GB free", flush=True)
+        print(
+            f"{cfg.count} pairs of {size} in {cfg.out}, {new} of them new: "
+            f"{gigabytes:.3g} GB, {free:.3g} GB free",
+            flush=True,
+        )
     require(gigabytes <= free, f"{new} new pairs do not fit in {cfg.out}")
+
+
+def collect_pairs(cfg, teacher, ranks):
+    """Teacher samples with the noise they came from: x_T ~ N(0, I), x_0 by the PF-ODE with CFG.
+
+    Pair i has prompt i mod n. Raises BadInput if they do not fit, or cfg.out holds others.
+    """
+    shape = teacher.latent_shape(cfg.resolution, cfg.frames)
+    guidance = teacher.guidance if cfg.guidance is None else cfg.guidance
+    check_room(cfg, shape, ranks)
     text = text_sha256(cfg.prompts, teacher)
+    out = Path(cfg.out).absolute()
     if not (out / "manifest.json").exists():
         claim(out)  # before prompts are encoded
     prompts = encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks)
-    manifest = {"kind": "pairs", "model": teacher.name, "weights_sha256": teacher.weights_sha256,
-                "solver": "first-order PF-ODE: DDIM, or Euler on a flow", "steps": cfg.steps, "guidance": guidance, "seed": cfg.seed,
-                "shape": list(shape), "dtype": "float32", "prompts": os.path.relpath(prompts.folder, out),
-                "text_sha256": text, "count": cfg.count, "shard_size": cfg.shard_size}
-    denoiser = cache(lambda: load_denoiser(teacher, ranks.device, ranks.frozen_dtype).requires_grad_(False))
+    manifest = {
+        "kind": "pairs",
+        "model": teacher.name,
+        "weights_sha256": teacher.weights_sha256,
+        "solver": "first-order PF-ODE: DDIM, or Euler on a flow",
+        "steps": cfg.steps,
+        "guidance": guidance,
+        "seed": cfg.seed,
+        "shape": list(shape),
+        "dtype": "float32",
+        "prompts": os.path.relpath(prompts.folder, out),
+        "text_sha256": text,
+        "count": cfg.count,
+        "shard_size": cfg.shard_size,
+    }
+
+    @cache
+    def denoiser():
+        found = load_denoiser(teacher, ranks.device, ranks.frozen_dtype)
+        return found.requires_grad_(False)
+
+    @torch.no_grad()
+    def make_some(rows):
+        cond = prompts[[i % len(prompts) for i in rows]]
+        uncond = prompts.unconditional(len(rows))
+        guided = with_guidance(denoiser(), cond, uncond, guidance)
+        x_T = Draw((cfg.seed, STAGE), rows, ranks.device).normal(shape)  # (B, ...) float32
+        return x_T, teacher_sample(guided, teacher.schedule, x_T, cfg.steps)
 
     def make(rows):
-        x_T, x_0, numbers = [], [], [i % len(prompts) for i in rows]
-        for at in range(0, len(rows), cfg.batch_size):
-            some = slice(at, at + cfg.batch_size)
-            cond, uncond = prompts[numbers[some]], prompts.unconditional(len(rows[some]))
-            x_T.append(Draw((cfg.seed, 0), rows[some], ranks.device).normal(shape))
-            with torch.no_grad():
-                x_0.append(teacher_sample(with_guidance(denoiser(), cond, uncond, guidance), teacher.schedule, x_T[-1], cfg.steps))
-        return {"x_T": torch.cat(x_T), "x_0": torch.cat(x_0), "prompt": torch.tensor(numbers)}
+        starts = range(0, len(rows), cfg.batch_size)
+        made = [make_some(rows[at : at + cfg.batch_size]) for at in starts]
+        return {
+            "x_T": torch.cat([x_T for x_T, _ in made]),
+            "x_0": torch.cat([x_0 for _, x_0 in made]),
+            "prompt": torch.tensor([i % len(prompts) for i in rows]),
+        }
 
     collect(cfg.out, manifest, ranks, make)
 
 
 @dataclass
 class EncodeConfig:
-    model: str = option("digits", "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
-    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
+    model: str = option(
+        "digits",
+        "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder",
+    )
+    random_init: bool = option(
+        False,
+        "random weights instead of the hub's, at full size, and noise for text embeddings",
+    )
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
     out: str = option("out/prompts", "folder to write")
     batch_size: int = option(32, "prompts encoded together, and stored in one shard")
@@ -264,16 +381,31 @@ class EncodeConfig:
 
 @dataclass
 class PairsConfig:
-    model: str = option("digits", "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder")
-    random_init: bool = option(False, "random weights instead of the hub's, at full size, and noise for text embeddings")
-    prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`")
+    model: str = option(
+        "digits",
+        "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder",
+    )
+    random_init: bool = option(
+        False,
+        "random weights instead of the hub's, at full size, and noise for text embeddings",
+    )
+    prompts: str = option(
+        PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`"
+    )
     out: str = option("out/pairs", "folder to write")
-    count: int = option(64, "number of pairs; prompts are used again, with other noise, where it "
-                            "is more than theirs; pairs that are in --out already stay")
+    count: int = option(
+        64,
+        "number of pairs; prompts are used again, with other noise, where it is more than theirs; "
+        "pairs that are in --out already stay",
+    )
     steps: int = option(50, "PF-ODE steps of the teacher")
-    guidance: float | None = option(None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model")
+    guidance: float | None = option(
+        None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model"
+    )
     seed: int = option(0, "of the noise; pair i depends on seed and i alone")
-    resolution: str | None = option(None, "pixels, 1024 or 480x720 (height x width); default: the model's own")
+    resolution: str | None = option(
+        None, "pixels, 1024 or 480x720 (height x width); default: the model's own"
+    )
     frames: int | None = option(None, "video frames; default: the model's own")
     batch_size: int = option(8, "pairs sampled together on a rank")
     shard_size: int = option(32, "pairs in a file")
@@ -282,22 +414,25 @@ class PairsConfig:
 
 def encode(cfg):
     at_least(1, cfg, "batch_size")
-    encode_prompts(load_teacher(cfg.model, cfg.random_init), cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
+    teacher = load_teacher(cfg.model, cfg.random_init)
+    encode_prompts(teacher, cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
 
 
 def pairs(cfg):
     at_least(1, cfg, "count", "steps", "batch_size", "shard_size")
     at_least(0, cfg, "seed", "guidance")
-    teacher, ranks = load_teacher(cfg.model, cfg.random_init), Ranks()
-    collect_pairs(cfg, teacher, ranks)
+    teacher = load_teacher(cfg.model, cfg.random_init)
+    collect_pairs(cfg, teacher, Ranks())
 
 
 if __name__ == "__main__":
     commands = {"encode": (encode, EncodeConfig), "pairs": (pairs, PairsConfig)}
-    name = (sys.argv[1:] or ["--help"])[0]
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__, file=sys.stderr)
+        sys.exit(0)
     if name not in commands:
         wrong = f"data.py: {name!r} is no command: there are encode and pairs"
-        wrong += did_you_mean(name, commands)
-        print(__doc__ if name in ("-h", "--help") else wrong, file=sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
+        print(wrong + did_you_mean(name, commands), file=sys.stderr)
+        sys.exit(2)
     run(*commands[name], sys.argv[2:], prog=f"data.py {name}", description=__doc__)

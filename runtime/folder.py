@@ -23,40 +23,59 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
-from runtime.files import (
-    aside,
-    claim,
-    file_sha256,
-    read_json,
-    remove,
-    write_json,
-    write_tensors,
-)
+from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
 from runtime.ranks import assign, gather, like
 from runtime.script import Stopped
 from runtime.settings import require
 
+# When a run is resumed; the last three change where and how numbers are made, not which.
+MAY_CHANGE = (
+    "resume",
+    "out",
+    "iterations",
+    "checkpoint_every",
+    "sample_every",
+    "keep_checkpoints",
+    "accumulate",
+    "samples",
+    "gradient_checkpointing",
+    "offload",
+    "paper",
+)
+
+MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
+
 
 def starting_point(init, family, lora_rank):
-    """(the student's Schedule, the pipeline folder of its first weights or None): init is "teacher", or the folder of an adp.py
-    or adm.py run. Raises BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without peft."""
-    require(not lora_rank or find_spec("peft"), "--lora-rank needs the peft package: pip install peft")
+    """Where a student starts: (its Schedule, the pipeline folder of its first weights or None).
+
+    init is "teacher", or the folder of an adp.py or adm.py run. Raises BadInput for one that is
+    unfinished, of another model or another LoRA rank, and for LoRA without peft.
+    """
+    possible = not lora_rank or find_spec("peft")
+    require(possible, "--lora-rank needs the peft package: pip install peft")
     if init == "teacher":
         return family.schedule, None
     pipeline = Path(init) / "pipeline"
-    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", "teacher", "student", "config")
-    require(saved["teacher"]["weights_sha256"] == family.weights_sha256,
-            f"--init {init}: its student is one of {saved['teacher']['name']}, not of {family.name}")
-    require((pipeline / "model_index.json").exists(), f"--init {init}: the run is not finished, it has no pipeline/ yet")
-    require(lora_rank in (0, saved["config"]["lora_rank"]), f"--init {init}: its student has another --lora-rank than {lora_rank}")
-    return (on_the_line(family.schedule) if saved["student"]["prediction"] == "flow" else family.schedule), pipeline
+    keys = ("teacher", "student", "config")
+    saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", *keys)
+    teacher = saved["teacher"]
+    require(
+        teacher["weights_sha256"] == family.weights_sha256,
+        f"--init {init}: its student is one of {teacher['name']}, not of {family.name}",
+    )
+    require(
+        (pipeline / "model_index.json").exists(),
+        f"--init {init}: the run is not finished, it has no pipeline/ yet",
+    )
+    require(
+        lora_rank in (0, saved["config"]["lora_rank"]),
+        f"--init {init}: its student has another --lora-rank than {lora_rank}",
+    )
+    if saved["student"]["prediction"] == "flow":
+        return on_the_line(family.schedule), pipeline
+    return family.schedule, pipeline
 
-
-# When a run is resumed; the last three change where and how numbers are made, not which.
-MAY_CHANGE = ("resume", "out", "iterations", "checkpoint_every", "sample_every", "keep_checkpoints",
-              "accumulate", "samples", "gradient_checkpointing", "offload", "paper")
-
-MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 
 def is_noted(name):
     """Whether a setting may change when a run is resumed, which config.json then notes."""
@@ -64,49 +83,78 @@ def is_noted(name):
 
 
 class Run:
-    """The output folder of a training run: config.json, log.csv, samples/, checkpoints/ and, at the
-    end, pipeline/. `facts` {setting: what it stands for} go into config.json too: the text or the
-    weights behind a path, the number behind a default. Raises BadInput for a folder that holds
-    anything, unless cfg.resume; then for a config that differs from the run's."""
+    """The output folder of a training run.
+
+    It holds config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/. `facts`
+    {setting: what it stands for} go into config.json too: the text or the weights behind a path,
+    the number behind a default. Raises BadInput for a folder that holds anything, unless
+    cfg.resume; then for a config that differs from the run's.
+    """
+
     def __init__(self, stage, cfg, ranks, family, schedule, steps, **facts):
-        self.folder, self.cfg, self.ranks, self.family = Path(cfg.out), cfg, ranks, family
-        self.schedule, self.steps = schedule, steps
-        self.asked, self.stop = False, None  # a signal came to this rank; the Stopped on which all have agreed
-        teacher = {"name": family.name, "weights_sha256": family.weights_sha256}
+        self.folder = Path(cfg.out)
+        self.cfg = cfg
+        self.ranks = ranks
+        self.family = family
+        self.schedule = schedule
+        self.steps = steps
+        self.asked = False  # a signal came to this rank
+        self.stop = None  # the Stopped on which all ranks have agreed
         first_weights = family.weights_sha256
         if cfg.init != "teacher":
             first_weights = family.sha256_of(Path(cfg.init) / "pipeline")
         facts["init"] = {"weights_sha256": first_weights}
         times = schedule.timesteps(steps)[:-1].tolist()
-        student = {"prediction": schedule.prediction, "times": times, "renoise": schedule.renoise}
-        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
-        versions["python"] = sys.version.split()[0]
-        self.about = {"config": {"stage": stage, **asdict(cfg)}, "teacher": teacher, **facts,
-                      "student": student, "world_size": ranks.world, "versions": versions,
-                      "changes": []}
+        self.about = {
+            "config": {"stage": stage, **asdict(cfg)},
+            "teacher": {"name": family.name, "weights_sha256": family.weights_sha256},
+            **facts,
+            "student": {
+                "prediction": schedule.prediction,
+                "times": times,
+                "renoise": schedule.renoise,
+            },
+            "world_size": ranks.world,
+            "versions": versions(),
+            "changes": [],
+        }
+        config_json = self.folder / "config.json"
         if cfg.resume:
-            saved = read_json(self.folder / "config.json", "run to resume", "config", "teacher")
+            saved = read_json(config_json, "run to resume", "config", "teacher")
             self.saved = {"changes": [], **saved}  # earlier versions noted none
-            differing = [f"{what} = {then!r}, not {now!r}"
-                         for what, then, now in self.fixed(facts) if then != now]
-            require(not differing, f"--resume: {self.folder} was run with {', '.join(differing)}")
-        fresh = not (self.folder / "config.json").exists()
-        require(cfg.resume or fresh, f"{self.folder} holds another run: "
-                                     "continue it with --resume, or choose another --out")
-        if not cfg.resume:
+            self.check_same(facts)
+        else:
+            require(
+                not config_json.exists(),
+                f"{self.folder} holds another run: "
+                "continue it with --resume, or choose another --out",
+            )
             claim(self.folder)
-        ranks.barrier()
+        ranks.barrier()  # every rank has looked before one writes
         if ranks.main and not cfg.resume:  # one that is resumed: see go_on
-            write_json(self.folder / "config.json", self.about)
+            write_json(config_json, self.about)
+
+    def check_same(self, facts):
+        """Raises BadInput where a setting that may not change is another than in the run."""
+        differing = []
+        for what, then, now in self.fixed(facts):
+            if then != now:
+                differing.append(f"{what} = {then!r}, not {now!r}")
+        require(not differing, f"--resume: {self.folder} was run with {', '.join(differing)}")
 
     def fixed(self, facts):
-        """(what, its value in the run that is resumed, its value now) of all settings that may not
-        change. One that stands for a fact is compared by that, not by its spelling, unless the run
-        is of an earlier version, which did not write it down."""
-        config, before = self.about["config"], self.saved["config"]
+        """(what, its value in the run that is resumed, its value now) of what may not change.
+
+        A setting that stands for a fact is compared by that, not by its spelling, unless the run is
+        of an earlier version, which did not write it down.
+        """
+        config = self.about["config"]
+        before = self.saved["config"]
         facts = {**facts, "model": {"weights_sha256": self.family.weights_sha256}}
         known = {**self.saved, "model": self.saved["teacher"]}
-        for name in [name for name in config if name not in MAY_CHANGE and not is_noted(name)]:
+        for name in config:
+            if name in MAY_CHANGE or is_noted(name):
+                continue
             if name not in facts or name not in known:
                 yield name, before.get(name), config[name]
             elif isinstance(facts[name], dict):
@@ -116,20 +164,26 @@ class Run:
                 yield name, known[name], facts[name]
 
     def held(self, name, iteration):
-        """The value of a setting in this iteration of the run that is resumed: config.json has the
-        last one, and what it was before each change."""
+        """The value of a setting in this iteration of the run that is resumed.
+
+        config.json has the last one, and what it was before each change.
+        """
         for change in self.saved["changes"]:
             if name in change and change["iteration"] >= iteration:
                 return change[name][0]
         return self.saved["config"].get(name)
 
     def go_on(self, done):
-        """Say in config.json what holds after iteration `done`, and what changed there; that on
-        stderr too. Later changes are forgotten: they were of iterations that come again."""
+        """Say in config.json what holds after iteration `done`, and what changed there.
+
+        What changed stands on stderr too. Later changes are forgotten: they were of iterations that
+        come again.
+        """
         changed = {}
         for name, now in self.about["config"].items():
-            if is_noted(name) and now != self.held(name, done):
-                changed[name] = [self.held(name, done), now]
+            then = self.held(name, done)
+            if is_noted(name) and now != then:
+                changed[name] = [then, now]
         changes = [change for change in self.saved["changes"] if change["iteration"] < done]
         if changed:
             changes.append({"iteration": done, **changed})
@@ -138,85 +192,131 @@ class Run:
         write_json(self.folder / "config.json", {**self.about, "changes": changes})
 
     def record(self, iteration, logs, began):
-        """Append a row to log.csv: means over `logs`, one {name: tensor or None} a micro-batch, and over the ranks; what is always
-        None stays empty. To be called on every rank: that mean also tells all of them whether one was asked to stop. Sets self.stop
-        for that, and where too many updates were skipped."""
-        values = {name: [log[name].detach().float() for log in logs if log[name] is not None] for name in logs[0]}
-        values = {name: torch.stack(v).mean() if v else None for name, v in values.items()}
+        """Append a row to log.csv, and set self.stop where the run ends after it.
+
+        logs: one {name: tensor () or None} a micro-batch. The row has means over them and over the
+        ranks; what is always None stays empty. began: time.perf_counter() when the iteration did.
+        To be called on every rank: that mean also tells all of them whether one was asked to stop,
+        and which updates were skipped.
+        """
+        values = {name: mean_of_given([log[name] for log in logs]) for name in logs[0]}
         tensors = {name: v for name, v in values.items() if v is not None}
-        flags = [(name, flag) for name, optimizer in self.optimizers.items() for flag in optimizer.skipped]
-        asked = torch.full((), float(self.asked), device=self.ranks.device)
-        asked, *means = self.ranks.mean(torch.stack([asked, *tensors.values(), *(flag for _, flag in flags)])).tolist()
-        skipped = means[len(tensors):]
-        for (name, _), skip in zip(flags, skipped):
+        names, flags = [], []  # of each update since the last row: its network, and () 1 if skipped
+        for name, optimizer in self.optimizers.items():
+            names += [name] * len(optimizer.skipped)
+            flags += optimizer.skipped
+            optimizer.skipped.clear()
+        asked_here = torch.full((), float(self.asked), device=self.ranks.device)
+        # All in one tensor, (1 + values + updates,): the ranks and the host wait once.
+        numbers = torch.stack([asked_here, *tensors.values(), *flags])
+        asked, *means = self.ranks.mean(numbers).tolist()
+        skipped = means[len(tensors) :]
+        for name, skip in zip(names, skipped, strict=True):
             self.in_a_row[name] = self.in_a_row[name] + 1 if skip else 0
-            self.optimizers[name].skipped.clear()
-        cuda, unit = self.ranks.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        row = {"iteration": iteration, **values, **dict(zip(tensors, means)), "skipped": int(sum(skipped)),
-               "seconds": round(time.perf_counter() - began, 4), "peak_memory_gb": round(memory / 1e9, 3)}
+        row = {
+            "iteration": iteration,
+            **values,
+            **dict(zip(tensors, means[: len(tensors)], strict=True)),
+            "skipped": int(sum(skipped)),
+            "seconds": round(time.perf_counter() - began, 4),
+            "peak_memory_gb": round(peak_memory(self.ranks.device) / 1e9, 3),
+        }
         if self.ranks.main:
             with open(self.folder / "log.csv", "a", newline="") as f:
-                header = [dict(zip(row, row))] if iteration == 1 else []
-                csv.DictWriter(f, row, lineterminator="\n").writerows([*header, row])
-        stopped, worst = f"{self.folder}: stopped after iteration {iteration}", max(self.in_a_row, key=self.in_a_row.get)
+                writer = csv.DictWriter(f, row, lineterminator="\n")
+                if iteration == 1:
+                    writer.writeheader()
+                writer.writerow(row)
+        self.decide(iteration, asked)
+
+    def decide(self, iteration, asked):
+        """Set self.stop where a rank was asked to stop, or too many updates were skipped."""
+        stopped = f"{self.folder}: stopped after iteration {iteration}"
         if asked:
             self.stop = Stopped(0, f"{stopped}, as asked: the same command with --resume goes on")
+        worst = max(self.in_a_row, key=self.in_a_row.get)
         if self.in_a_row[worst] >= MOST_SKIPPED:
-            self.stop = Stopped(1, f"{stopped}: {MOST_SKIPPED} updates of {worst} in a row met a loss or gradient that is not finite "
-                                   "and were skipped; the checkpoint has the weights from before")
+            reason = (
+                f"{MOST_SKIPPED} updates of {worst} in a row met a loss or gradient that is not "
+                "finite and were skipped; the checkpoint has the weights from before"
+            )
+            self.stop = Stopped(1, f"{stopped}: {reason}")
 
     def ask(self, number, frame):
-        """From SIGTERM or SIGINT: finish the iteration, write a checkpoint, end. A second Ctrl-C ends at once."""
+        """From SIGTERM or SIGINT: finish the iteration, write a checkpoint, end.
+
+        A second Ctrl-C ends at once.
+        """
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def due(self, every, iteration):
-        """Whether what is done `every` iterations (0: never) is due after this one; after the last it always is."""
-        return every > 0 and ((iteration + 1) % every == 0 or iteration + 1 == self.cfg.iterations)
+        """Whether what is done `every` iterations (0: never) is due after this one.
+
+        After the last it always is.
+        """
+        if every <= 0:
+            return False
+        done = iteration + 1
+        return done % every == 0 or done == self.cfg.iterations
 
     def picture(self, iteration, latents):
-        """samples/<iteration>.png, of rank 0: a row for each {label: latents (B, ...)}, for video a row of frames for each sample.
-        The VAE is loaded for this and dropped again."""
+        """samples/<iteration>.png, of rank 0: a row for each {label: latents (B, ...)}.
+
+        For video a row of frames for each sample. The VAE is loaded for this and dropped again.
+        """
         if not self.ranks.main:
             return
-        vae, rows = self.family.vae(self.ranks.device), []
+        vae = self.family.vae(self.ranks.device)
+        rows = []  # (label, images (N, 3, H, W) uint8)
         for label, z in latents.items():
+            most = 8 if z.ndim == 4 else 2
             with torch.no_grad():
-                x = torch.cat([self.family.decode(vae, one) for one in z[:8 if z.ndim == 4 else 2].split(1)])
+                x = torch.cat([self.family.decode(vae, one) for one in z[:most].split(1)])
             x = x.float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
-            rows += [(label, x)] if x.ndim == 4 else [(label, video[:8]) for video in x.transpose(1, 2)]
-        height, width = (n * max(1, 96 // x.shape[-2]) for n in x.shape[-2:])  # small pictures are enlarged
-        sheet = Image.new("RGB", (120 + len(rows[0][1]) * width, len(rows) * height), "white")
-        for i, (label, images) in enumerate(rows):
-            ImageDraw.Draw(sheet).text((4, i * height + 4), label, fill="black")
-            for j, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-                sheet.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (120 + j * width, i * height))
+            if x.ndim == 4:  # (B, 3, H, W)
+                rows.append((label, x))
+            else:  # (B, 3, frames, H, W)
+                rows += [(label, video[:8]) for video in x.transpose(1, 2)]
         (self.folder / "samples").mkdir(exist_ok=True)
-        sheet.save(self.folder / "samples" / f"{iteration:06d}.png")
+        contact_sheet(rows).save(self.folder / "samples" / f"{iteration:06d}.png")
 
     def checkpoints(self):
         """Their folders, oldest first. One that is being written has another kind of name."""
-        return sorted((p for p in (self.folder / "checkpoints").glob("[0-9]*") if p.name.isdecimal()), key=lambda p: int(p.name))
+        found = (self.folder / "checkpoints").glob("[0-9]*")
+        return sorted((p for p in found if p.name.isdecimal()), key=lambda p: int(p.name))
 
     def save(self, iteration, networks, optimizers):
-        """checkpoints/<iteration>/: {name: {name: parameter}} and {name: AdamW}, whole tensors whatever the number of ranks. The
-        last cfg.keep_checkpoints stay."""
-        folder, first, main = self.folder / "checkpoints" / f"{iteration:06d}", self.ranks.first, self.ranks.main
-        with aside(folder) if main else nullcontext() as partial:
+        """Write checkpoints/<iteration>/ of {name: {name: parameter}} and {name: AdamW}.
+
+        Whole tensors whatever the number of ranks. The last cfg.keep_checkpoints stay. To be called
+        on every rank; rank 0 writes.
+        """
+        folder = self.folder / "checkpoints" / f"{iteration:06d}"
+        first, main = self.ranks.first, self.ranks.main
+        with aside(folder) if main else nullcontext(folder) as partial:
             first(lambda: partial.mkdir(parents=True))
             for name, parameters in networks.items():
-                tensors = {f"weight/{n}": p for n, p in parameters.items()}
-                if name in optimizers:
-                    for i, slots in optimizers[name].state_dict()["state"].items():
-                        tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
-                tensors = gather(tensors, keep=main)  # one network at a time: in main memory it is whole
-                first(lambda: write_tensors(partial / f"{name}.safetensors", tensors))
-            first(lambda: write_json(partial / "state.json", checkpoint_state(iteration, partial, networks)))
+                path = partial / f"{name}.safetensors"
+                self.save_network(path, parameters, optimizers.get(name))
+            state_json = partial / "state.json"
+            first(lambda: write_json(state_json, checkpoint_state(iteration, partial, networks)))
         if main:
-            for old in self.checkpoints()[:-self.cfg.keep_checkpoints]:
+            for old in self.checkpoints()[: -self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
         self.ranks.barrier()
+
+    def save_network(self, path, parameters, optimizer):
+        """Write {name: parameter} and what AdamW, if it is not None, keeps of them.
+
+        In main memory the network is whole until this returns.
+        """
+        tensors = {f"weight/{n}": p for n, p in parameters.items()}
+        if optimizer is not None:
+            for i, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
+        tensors = gather(tensors, keep=self.ranks.main)
+        self.ranks.first(lambda: write_tensors(path, tensors))
 
     def as_saved(self, networks, iteration):
         """The networks of the checkpoint after this iteration: the average too, if it had one."""
@@ -226,8 +326,11 @@ class Run:
         return saved
 
     def newest_whole(self, networks):
-        """The newest checkpoint that is whole, or None where there is none at all. The others are named on stderr. Raises BadInput
-        where none is whole: to begin again would cost the log."""
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        Newer ones, which are damaged, are named on stderr. Raises BadInput where none is whole: to
+        begin again would cost the log.
+        """
         problems = []
         for folder in reversed(self.checkpoints()):
             try:
@@ -238,71 +341,172 @@ class Run:
             except (OSError, ValueError, SafetensorError) as e:
                 problems.append(f"{folder} is damaged ({e})")
         require(not problems, "; ".join(problems))
+        return None
 
     def restore(self, networks, optimizers):
-        """Load the newest whole checkpoint; return its iteration (0: none). There is no state besides weights and AdamW's: which data
-        and noise an iteration sees depends on its number (see Draw). From here on SIGTERM and SIGINT are requests."""
-        folder = self.ranks.first(lambda: self.newest_whole(networks)) if self.cfg.resume else None  # the same on all ranks
-        done = int(folder.name) if folder else 0
-        loaded = self.as_saved(networks, done).keys() & networks.keys() if folder else ()
-        for name, parameters in ((name, networks[name]) for name in networks if name in loaded):
-            slots, masters = {}, list(parameters.values())
-            with safe_open(folder / f"{name}.safetensors", "pt") as f:  # tensor by tensor: each rank keeps its part
-                for n, p in parameters.items():
-                    assign(p, f.get_tensor(f"weight/{n}"))
-                for _, i, slot in [key.split("/") for key in sorted(f.keys()) if key.startswith("adamw/")]:
-                    value = f.get_tensor(f"adamw/{i}/{slot}")
-                    slots.setdefault(int(i), {})[slot] = like(masters[int(i)], value) if value.ndim else value
-            if name in optimizers:
-                optimizers[name].load_state_dict({"state": slots, "param_groups": optimizers[name].state_dict()["param_groups"]})
+        """Load the newest whole checkpoint, if cfg.resume; return its iteration (0: none).
+
+        There is no state besides weights and AdamW's: which data and noise an iteration sees
+        depends on its number (see Draw). From here on SIGTERM and SIGINT are requests.
+        """
+        done = 0
+        loaded = []
+        if self.cfg.resume:
+            folder = self.ranks.first(lambda: self.newest_whole(networks))  # the same on all ranks
+            if folder:
+                done = int(folder.name)
+                saved = self.as_saved(networks, done)
+                loaded = [name for name in networks if name in saved]
+        for name in loaded:
+            load_network(folder / f"{name}.safetensors", networks[name], optimizers.get(name))
         if "ema" in networks and "ema" not in loaded:  # the average begins here
             for name, average in networks["ema"].items():
                 average.copy_(networks["student"][name].detach())
-        log = self.folder / "log.csv"
         if self.ranks.main:
             if self.cfg.resume:
                 self.go_on(done)
-            for half in (self.folder / "checkpoints").glob("*.partial"):
-                remove(half)
-            if log.exists():  # what came after the checkpoint comes again
-                with aside(log) as partial:
-                    partial.write_text("".join(log.read_text().splitlines(True)[:done and done + 1]))
-        self.optimizers, self.in_a_row = optimizers, dict.fromkeys(optimizers, 0)
+            self.forget_after(done)
+        self.optimizers = optimizers
+        self.in_a_row = dict.fromkeys(optimizers, 0)
         for optimizer in optimizers.values():
-            optimizer.skipped = []
+            optimizer.skipped = []  # since the last row of the log, see `step`
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.ask)
         return done
 
+    def forget_after(self, done):
+        """Remove half-written checkpoints, and rows of the log after iteration `done`.
+
+        What came after the checkpoint comes again.
+        """
+        for half in (self.folder / "checkpoints").glob("*.partial"):
+            remove(half)
+        log = self.folder / "log.csv"
+        if log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = 1 + done if done else 0  # the first row brings the header
+            with aside(log) as partial:
+                partial.write_text("".join(lines[:kept]))
+
     def finish(self, networks, export):
-        """Let export(folder, write) make pipeline/ of the student, its average if there is one, and
-        say so."""
+        """Let export(folder, write) make pipeline/ of the student, and say so.
+
+        Of its average, if there is one.
+        """
         for name, average in networks.get("ema", {}).items():
             networks["student"][name].data.copy_(average)
         export(self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
-            print(f"{self.folder}: log.csv, samples/, and pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)")
+            use = "pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)"
+            print(f"{self.folder}: log.csv, samples/, and {use}")
+
+
+def versions():
+    """{library: its version}: with others the numbers may differ."""
+    found = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
+    found["python"] = sys.version.split()[0]
+    return found
+
+
+def mean_of_given(values):
+    """The mean of those that are not None, () float32, or None if all are."""
+    given = [value.detach().float() for value in values if value is not None]
+    if not given:
+        return None
+    return torch.stack(given).mean()
+
+
+def peak_memory(device):
+    """The most memory in use so far, in bytes: on a GPU, otherwise by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return peak * unit
+
+
+def contact_sheet(rows):
+    """One picture of rows [(label, images (N, 3, H, W) uint8)], all of one height and width."""
+    _, first = rows[0]
+    margin = 120  # for the label, in pixels
+    enlarge = max(1, 96 // first.shape[-2])  # small pictures are hard to see
+    height, width = (n * enlarge for n in first.shape[-2:])
+    sheet = Image.new("RGB", (margin + len(first) * width, len(rows) * height), "white")
+    for i, (label, images) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((4, i * height + 4), label, fill="black")
+        for j, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+            tile = Image.fromarray(image).resize((width, height), Image.NEAREST)
+            sheet.paste(tile, (margin + j * width, i * height))
+    return sheet
+
+
+def load_network(path, parameters, optimizer):
+    """Set {name: parameter}, and AdamW if it is not None, to what `save_network` wrote.
+
+    To be called on every rank.
+    """
+    masters = list(parameters.values())
+    slots = {}  # {number of a parameter: {"step", "exp_avg", "exp_avg_sq"}}
+    with safe_open(path, "pt") as f:  # tensor by tensor: each rank keeps its part
+        for n, p in parameters.items():
+            assign(p, f.get_tensor(f"weight/{n}"))
+        for key in sorted(f.keys()):
+            if key.startswith("adamw/"):
+                _, i, slot = key.split("/")
+                value = f.get_tensor(key)
+                if value.ndim:  # all but the step
+                    value = like(masters[int(i)], value)
+                slots.setdefault(int(i), {})[slot] = value
+    if optimizer is not None:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
 def checkpoint_state(iteration, folder, networks):
     """What state.json says of the checkpoint in `folder`."""
-    return {"iteration": iteration, "sha256": {name: file_sha256(folder / f"{name}.safetensors") for name in networks}}
+    sums = {name: file_sha256(folder / f"{name}.safetensors") for name in networks}
+    return {"iteration": iteration, "sha256": sums}
 
 
 def check_checkpoint(folder, networks):
-    """Raises ValueError, OSError or SafetensorError unless the folder holds a checkpoint of {name: {name: parameter}} and nothing
-    else, by checksums and then by the tensors' names and shapes. It may come from anywhere: no name in it is followed."""
+    """Raises unless the folder holds a checkpoint of {name: {name: parameter}} and nothing else.
+
+    By checksums, and then by the tensors' names and shapes: ValueError, OSError or SafetensorError.
+    It may come from anywhere: no name in it is followed.
+    """
     whole = ["state.json", *(f"{name}.safetensors" for name in networks)]
-    plain = [f.name for f in folder.iterdir() if f.is_file() and not f.is_symlink() and not folder.is_symlink()]
-    require(sorted(plain) == sorted(whole) and len(plain) == len(os.listdir(folder)), "other files than a checkpoint's")
+    plain = [f.name for f in folder.iterdir() if f.is_file() and not f.is_symlink()]
+    no_others = len(plain) == len(os.listdir(folder)) and not folder.is_symlink()
+    require(no_others and sorted(plain) == sorted(whole), "other files than a checkpoint's")
     state = read_json(folder / "state.json", "checkpoint")
-    require(state == checkpoint_state(int(folder.name), folder, networks), "the checksums are others than state.json says")
+    require(
+        state == checkpoint_state(int(folder.name), folder, networks),
+        "the checksums are others than state.json says",
+    )
     for name, parameters in networks.items():
-        with safe_open(folder / f"{name}.safetensors", "pt") as f:
-            found = {key: (f.get_slice(key).get_dtype(), *f.get_slice(key).get_shape()) for key in f.keys()}
-        expected = {f"weight/{n}": ("F32", *p.shape) for n, p in parameters.items()}
-        for i, p in enumerate(parameters.values()):
-            if any(key.startswith(f"adamw/{i}/") for key in found):  # all that AdamW keeps for a parameter, or nothing
-                expected |= {f"adamw/{i}/step": ("F32",), f"adamw/{i}/exp_avg": ("F32", *p.shape), f"adamw/{i}/exp_avg_sq": ("F32", *p.shape)}
-        odd = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        require(not odd, f"{name}.safetensors has other tensors than this run's {name}, beginning with {odd[:1]}")
+        found = found_tensors(folder / f"{name}.safetensors")
+        expected = expected_tensors(parameters, found)
+        keys = sorted(found.keys() | expected.keys())
+        odd = [key for key in keys if found.get(key) != expected.get(key)]
+        other = f"{name}.safetensors has other tensors than this run's {name}"
+        require(not odd, f"{other}, beginning with {odd[:1]}")
+
+
+def found_tensors(path):
+    """{key: (type, *shape)} of a file of tensors."""
+    with safe_open(path, "pt") as f:
+        keys = f.keys()
+        slices = {key: f.get_slice(key) for key in keys}
+        return {key: (x.get_dtype(), *x.get_shape()) for key, x in slices.items()}
+
+
+def expected_tensors(parameters, found):
+    """{key: (type, *shape)} of {name: parameter}, and of the moments that are among `found`."""
+    expected = {f"weight/{n}": ("F32", *p.shape) for n, p in parameters.items()}
+    for i, p in enumerate(parameters.values()):
+        prefix = f"adamw/{i}/"
+        if any(key.startswith(prefix) for key in found):  # all that AdamW keeps, or nothing
+            expected[f"{prefix}step"] = ("F32",)
+            expected[f"{prefix}exp_avg"] = ("F32", *p.shape)
+            expected[f"{prefix}exp_avg_sq"] = ("F32", *p.shape)
+    return expected

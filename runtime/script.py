@@ -71,8 +71,8 @@ def disk_is_full(error):
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config).
 
-    Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one line and 1. A run that is stopped: one line and
-    its exit code.
+    Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one line and 1. A
+    run that is stopped: one line and its exit code.
     """
     quiet()
     parser = parser_of(config_class, **about)
