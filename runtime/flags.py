@@ -14,12 +14,18 @@ def option(default, help, group="settings"):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written; each flag's default, but for one that says it itself."""
+    """Descriptions as they are written, and each flag's default.
+
+    A help text that ends with "; default: ..." says what holds where nothing is set.
+    """
 
     def _get_help_string(self, action):
-        if action.default is None or "default:" in (action.help or ""):
+        if action.default is None:
             return action.help
-        return super()._get_help_string(action)
+        text = action.help.split("; default:")[0]
+        if action.default is argparse.SUPPRESS or "%(default)" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def parser_of(config_class, **about):

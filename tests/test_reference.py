@@ -434,7 +434,7 @@ def seed_that_trains(k, steps):
     return next(s for s in range(999) if ode.common(s, adm.STAGE, 1, 0).integers(steps) == k)
 
 
-STRONG = {"dt": 0.25, "lr-heads": 0.05}  # D's logits leave [-1, 1]
+STRONG = {"dt": 0.25, "lr-heads": 0.5}  # D's logits leave [-1, 1]
 ADM = {  # for every family: every step k of four, and every value of every setting
     "k=0": {"seed": seed_that_trains(0, 4)},
     "k=1": {

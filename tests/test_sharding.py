@@ -5,6 +5,7 @@ The runs of two ranks all happen in one torchrun (tests/two_ranks.py), those of 
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,21 @@ def test_offloaded_moments_are_the_same_moments():
         found.append((p.detach(), optimizer.state[p]))
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(v, found[1][1][k]) for k, v in found[0][1].items())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_step_is_not_taken_on_a_gradient_that_is_not_finite(bad):
+    """One number is enough, and an infinite one too, which clipping would turn into NaN."""
+    p = torch.nn.Parameter(torch.ones(3))
+    (optimizer,) = runtime.optimize.make_optimizers(
+        {"student": {"p": p}}, {"student": 0.1}, SimpleNamespace(offload=False, beta1=0.9)).values()
+    optimizer.skipped = []
+    p.grad = torch.tensor([1.0, bad, 0.0])
+    runtime.optimize.step(optimizer, 1.0)
+    assert p.tolist() == [1, 1, 1] and p.grad is None and [int(s) for s in optimizer.skipped] == [1]
+    p.grad = torch.ones(3)
+    runtime.optimize.step(optimizer, 1.0)
+    assert (p < 1).all() and [int(s) for s in optimizer.skipped] == [1, 0]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
