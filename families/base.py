@@ -201,10 +201,10 @@ class Family:
         return pipe
 
     def network(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
-        """The denoising network with the weights in this (or that) pipeline folder, `held` in dtype.
+        """The denoising network with the weights in this (or that) folder, `held` in dtype.
 
-        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it.
-        On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
+        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of
+        it. On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
         """
         if torch.device(device).type == "meta":
             with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Tiny teachers and vision backbones, made offline from the real diffusers and transformers classes.
+"""Tiny teachers and vision backbones, made offline from real diffusers and transformers classes.
 
 `--model tiny-sd3` and its siblings end up here. Weights are random but seeded, so every build of a
 name is the same; VAEs, text encoders and tokenizers are real, and the folder goes through the code
@@ -70,7 +70,7 @@ def build(name):
 def clip_tokenizer(words=(), max_length=77):
     """Byte-level CLIP tokenizer.
 
-    Each of `words` (a dozen at most) is one token, in other words every character is one.
+    Each of `words` (a dozen at most) is one token; of any other word, every character is one.
     """
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]

@@ -141,11 +141,10 @@ MUTANTS = [
         ("index 1000", "t.floor().clamp(max=self.t_noise)", "t.floor()"),
     ]),
     *mutants("models.py", OF_ADM, [
-        ("heads' maximum", "zip(self.heads, maps, strict=True)]).mean(0)",
-         "zip(self.heads, maps, strict=True)]).amax(0)"),
+        ("heads' maximum", "torch.stack(logits).mean(0)", "torch.stack(logits).amax(0)"),
         ("heads' positions summed", "self.body(h.float()).flatten(2).mean(2)",
          "self.body(h.float()).flatten(2).sum(2)"),
-        ("LoRA at half its weight", "lora_alpha=lora_rank", "lora_alpha=lora_rank / 2"),
+        ("LoRA at half its weight", "lora_alpha=rank", "lora_alpha=rank / 2"),
     ]),
     *mutants("models.py", OF_ADP, [
         ("pixels not normalised", "normal = (images - self.mean) / self.std", "normal = images"),
@@ -177,8 +176,8 @@ MUTANTS = [
         ("the last weights are exported", 'networks["student"][name].data.copy_(average)', "pass"),
     ]),
     *mutants("families/export.py", ("tests/test_models.py", "-k", "export"), [
-        ("stock sampler of another shift", "K, n, k = schedule.shift, steps, 1.0",
-         "K, n, k = 1.0, steps, 1.0"),
+        ("stock sampler of another shift", "stock_warp(schedule.shift, steps)",
+         "stock_warp(1.0, steps)"),
         ("stock sampler without noise", "stochastic_sampling=True", "stochastic_sampling=False"),
     ]),
 ]
