@@ -21,37 +21,55 @@ from families.cogvideox import CogVideoX
 from runtime.ranks import assign, shard
 from runtime.settings import BadInput, require
 
-# --- The denoiser and its roles ---------------------------------------------------------------------
+# --- The denoiser and its roles -------------------------------------------------------------------
 
 
 class _Stop(Exception):
-    @classmethod
-    def now(cls, *args):  # a hook that leaves the forward pass
-        raise cls
+    """Leaves a forward pass."""
+
+
+def _stop(module, args):
+    raise _Stop
 
 
 class Denoiser(nn.Module):
-    """A denoising network as every loop here sees it: forward returns (prediction, features), so that a sharded module may be
-    used through its features alone. A LoRA role is an `adapter` on the frozen Denoiser `base`, and runs through that."""
+    """A denoising network as every loop here sees it: forward returns (prediction, features).
+
+    Features too come from forward, so that a sharded module may be used through them alone. A LoRA
+    role is an `adapter` on the frozen Denoiser `base`, and runs through that.
+    """
+
     def __init__(self, family, net, bf16=False, base=None, adapter=None):
         super().__init__()
-        self.family, self.net, self.bf16, self.base, self.adapter = family, net, bf16, base, adapter
+        self.family = family
+        self.net = net
+        self.bf16 = bf16
+        self.base = base
+        self.adapter = adapter
 
     def forward(self, x_t, t, cond, want="prediction", adapter=None):
-        """x_t (B, ...), t (B,), cond {name: (B, ...)} → (prediction float32 like x_t, or None; [feature maps], or []).
-        want: "prediction", "both", or "features", which stops after the last tapped block."""
+        """(prediction float32 like x_t, or None; [feature maps], or []) at x_t (B, ...), t (B,).
+
+        cond: {name: (B, ...)}. want: "prediction", "both", or "features", which stops after the
+        last tapped block.
+        """
         if self.base:
             return self.base(x_t, t, cond, want, self.adapter)
-        out, maps, hooks, (tapped, following, _) = None, [], [], self.family.taps(self.net)
+        out, maps, hooks = None, [], []
+        tapped, following, _ = self.family.taps(self.net)
+
+        def keep(block, args, output):
+            maps.append(self.family.to_map(output, x_t))
+
         if want != "prediction":
-            hooks += [block.register_forward_hook(lambda block, args, output: maps.append(self.family.to_map(output, x_t)))
-                      for block in tapped]
+            hooks += [block.register_forward_hook(keep) for block in tapped]
         if want == "features":
-            hooks.append(following.register_forward_pre_hook(_Stop.now))
+            hooks.append(following.register_forward_pre_hook(_stop))
         use_adapter(self.net, adapter)
+        autocast = torch.autocast(x_t.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         try:
-            with torch.autocast(x_t.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-                out = self.family.call(self.net, x_t, t, cond).float()
+            with autocast:
+                out = self.family.call(self.net, x_t, t, cond).float()  # (B, ...)
         except _Stop:
             if isinstance(following, FSDPModule):
                 following.reshard()  # it was gathered, and has not run
@@ -61,27 +79,36 @@ class Denoiser(nn.Module):
         return out, maps
 
     def own_parameters(self):
-        """{name: parameter} of this role alone: its adapter's if it has one, else the whole network's."""
-        mark = f".{self.adapter}." if self.adapter else ""
-        return {name: p for name, p in self.net.named_parameters() if mark in name}
+        """{name: parameter} of this role alone: its adapter's if it has one, else its network's."""
+        everything = dict(self.net.named_parameters())
+        if not self.adapter:
+            return everything
+        return {name: p for name, p in everything.items() if f".{self.adapter}." in name}
 
     def load(self, pipeline):
         """Take the weights of this exported pipeline folder."""
-        if self.adapter:  # peft leaves an adapter's name out when it saves
+        if self.adapter:
             weights = load_file(pipeline / "lora" / "pytorch_lora_weights.safetensors")
-            found = lambda name: weights[f"{self.family.net_name}.{name.replace(f'.{self.adapter}.', '.')}"]
+            for name, p in self.own_parameters().items():
+                plain = name.replace(f".{self.adapter}.", ".")  # as peft saves an adapter's weights
+                assign(p, weights[f"{self.family.net_name}.{plain}"])
         else:
-            found = self.family.network(folder=pipeline).get_parameter
-        for name, p in self.own_parameters().items():
-            assign(p, found(name))
+            weights = self.family.network(folder=pipeline)
+            for name, p in self.own_parameters().items():
+                assign(p, weights.get_parameter(name))
 
     def checkpoint_activations(self):
-        """Recompute activations in backward: non-reentrant, and with the adapter that was active in forward."""
+        """Recompute activations in backward, with the adapter that was active in forward."""
+
         def checkpointed(block, *args):
-            def again(*args, role=getattr(self.net, "role", None)):
+            role = getattr(self.net, "role", None)
+
+            def again(*args):
                 use_adapter(self.net, role)
                 return block(*args)
+
             return checkpoint(again, *args, use_reentrant=False)
+
         self.net.enable_gradient_checkpointing(checkpointed)
 
 
@@ -92,45 +119,83 @@ def load_denoiser(family, device="cpu", dtype=torch.float32, folder=None, mesh=N
 
 
 def use_adapter(net, role):
-    """From here on `net` runs with that role's LoRA adapter, or with none. Unlike peft's own switch, it leaves alone who trains."""
+    """From here on `net` runs with that role's LoRA adapter, or with none.
+
+    Unlike peft's own switch, it leaves alone who trains. Without adapters nothing happens.
+    """
     if hasattr(net, "role") and net.role != role:
         flags = [(p, p.requires_grad) for p in net.parameters()]
-        net.enable_adapters() if role else net.disable_adapters()
         if role:
+            net.enable_adapters()
             net.set_adapter(role)
+        else:
+            net.disable_adapters()
         for p, flag in flags:
             p.requires_grad_(flag)
         net.role = role
 
 
-def make_roles(family, roles, lora_rank=0, device="cpu", frozen_dtype=torch.float32, gradient_checkpointing=False, mesh=None):
-    """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32. With lora_rank the copies are
-    adapters (alpha = rank) on the teacher itself: one copy of the weights for all roles and the discriminator's backbone."""
-    teacher, trained = load_denoiser(family, device, frozen_dtype, mesh=mesh), []
+def make_roles(
+    family,
+    roles,
+    lora_rank=0,
+    device="cpu",
+    frozen_dtype=torch.float32,
+    gradient_checkpointing=False,
+    mesh=None,
+):
+    """(teacher, one Denoiser a role): the frozen teacher, and trainable copies of it in float32.
+
+    With lora_rank the copies are adapters (alpha = rank) on the teacher itself: one copy of the
+    weights for all roles and the discriminator's backbone.
+    """
+    teacher = load_denoiser(family, device, frozen_dtype, mesh=mesh)
     if lora_rank:
-        from peft import LoraConfig
-        for role in roles:
-            teacher.net.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=family.lora_targets), role)
-        teacher.net.to(next(teacher.net.parameters()).device).role = "nobody's yet"
+        add_adapters(teacher.net, roles, lora_rank, family.lora_targets)
     teacher.net.requires_grad_(False)
+    trained = []
     for role in roles:
-        trained.append(Denoiser(family, teacher.net, base=teacher, adapter=role) if lora_rank else load_denoiser(family, device, mesh=mesh))
-        for p in trained[-1].own_parameters().values():
+        if lora_rank:
+            denoiser = Denoiser(family, teacher.net, base=teacher, adapter=role)
+        else:
+            denoiser = load_denoiser(family, device, mesh=mesh)
+        for p in denoiser.own_parameters().values():
             p.data = p.data.float()  # masters, whatever the base is held in
             p.requires_grad_(True)
-        lora_rank or shard(trained[-1], family.units(trained[-1].net), mesh)
+        if not lora_rank:  # before main memory takes the next
+            shard(denoiser, family.units(denoiser.net), mesh)
+        trained.append(denoiser)
     shard(teacher, family.units(teacher.net), mesh)
-    for denoiser in [teacher, *([] if lora_rank else trained)] if gradient_checkpointing else []:
-        denoiser.checkpoint_activations()
+    if gradient_checkpointing:
+        separate = [teacher] if lora_rank else [teacher, *trained]  # with networks of their own
+        for denoiser in separate:
+            denoiser.checkpoint_activations()
     return teacher, *trained
+
+
+def add_adapters(net, roles, rank, targets):
+    """Give `net` one LoRA adapter a role, of which none is active yet."""
+    from peft import LoraConfig  # needed for this alone
+
+    for role in roles:
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+        net.add_adapter(config, role)
+    net.to(next(net.parameters()).device)
+    net.role = "nobody's yet"  # see use_adapter
 
 
 @contextmanager
 def frozen(*modules):
-    """Inside, these modules' parameters take no gradient, activations stay differentiable. Must span forward *and* backward:
-    with activation checkpointing the forward is run again in backward."""
-    owned = [m.own_parameters().values() if isinstance(m, Denoiser) else m.parameters() for m in modules]
-    flags = [(p, p.requires_grad) for parameters in owned for p in parameters]
+    """Inside, these modules' parameters take no gradient, activations stay differentiable.
+
+    Must span forward *and* backward: with activation checkpointing the forward is run again in
+    backward.
+    """
+    parameters = []
+    for module in modules:
+        is_role = isinstance(module, Denoiser)
+        parameters += module.own_parameters().values() if is_role else module.parameters()
+    flags = [(p, p.requires_grad) for p in parameters]
     try:
         for p, _ in flags:
             p.requires_grad_(False)
@@ -140,45 +205,68 @@ def frozen(*modules):
             p.requires_grad_(flag)
 
 
-# --- Discriminators ---------------------------------------------------------------------------------
+# --- Discriminators -------------------------------------------------------------------------------
 
 
 class Head2d(nn.Module):
-    """Feature map (B, C, H, W) → logits (B,), the mean over positions (arXiv 2507.18569, appendix B):
-    3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 → GroupNorm(32) → SiLU], average pool, Linear.
-    The strides need 8x8 positions; the 4x4 of the digits teacher are enlarged to that (ours)."""
-    smallest, conv, strided, plain = SMALLEST_MAP, nn.Conv2d, (4, 2, 1), (3, 1, 1)  # kernel, stride, padding
+    """Feature map (B, C, H, W) → logits (B,), the mean over positions.
+
+    arXiv 2507.18569, appendix B: 3 × [Conv 4x4, stride 2 → GroupNorm(32) → SiLU], [Conv 3x3 →
+    GroupNorm(32) → SiLU], average pool, Linear. The strides need 8x8 positions; the 4x4 of the
+    digits teacher are enlarged to that (ours).
+    """
+
+    smallest = SMALLEST_MAP
+    conv = nn.Conv2d
+    strided = (4, 2, 1)  # kernel, stride, padding
+    plain = (3, 1, 1)
 
     def __init__(self, channels, width=256):
         super().__init__()
+        # Narrower heads than the paper's get fewer groups (ours): a 1x1 map normalised channel by
+        # channel is constant.
+        groups = min(32, width // 8)
         stages = []
-        for c, how in ((channels, self.strided), (width, self.strided), (width, self.strided), (width, self.plain)):
-            # Narrower heads than the paper's get fewer groups (ours): a 1x1 map normalised channel by channel is constant.
-            stages += [self.conv(c, width, *how), nn.GroupNorm(min(32, width // 8), width), nn.SiLU()]
-        self.body, self.to_logit = nn.Sequential(*stages), nn.Linear(width, 1)
+        for how in (self.strided, self.strided, self.strided, self.plain):
+            stages += [self.conv(channels, width, *how), nn.GroupNorm(groups, width), nn.SiLU()]
+            channels = width
+        self.body = nn.Sequential(*stages)
+        self.to_logit = nn.Linear(width, 1)
 
     def forward(self, h):
         if min(h.shape[-2:]) < self.smallest:
-            h = h.repeat_interleave(2, -1).repeat_interleave(2, -2)
-        return self.to_logit(self.body(h.float()).flatten(2).mean(2))[:, 0]
+            h = h.repeat_interleave(2, -1).repeat_interleave(2, -2)  # (B, C, 2 H, 2 W)
+        pooled = self.body(h.float()).flatten(2).mean(2)  # (B, width)
+        return self.to_logit(pooled)[:, 0]
 
 
 class Head3d(Head2d):
-    """Feature map (B, C, F, H, W) → logits (B,): 3x3x3 convolutions, average pool over time too; the rest as in 2D (ours)."""
-    conv, strided = nn.Conv3d, (3, (1, 2, 2), 1)
+    """Feature map (B, C, F, H, W) → logits (B,): 3x3x3 convolutions, average pool over time too.
+
+    The rest is as in 2D (ours).
+    """
+
+    conv = nn.Conv3d
+    strided = (3, (1, 2, 2), 1)
 
 
 class Discriminator(nn.Module):
-    """Frozen backbone + trainable heads, one a tapped map, sharded over `mesh`. Logits: mean over positions, then over heads (ours)."""
+    """Frozen backbone + trainable heads, one a tapped map, sharded over `mesh`.
+
+    Logits are means over positions, then over heads (ours).
+    """
+
     def __init__(self, backbone, heads, mesh=None):
         super().__init__()
-        self.backbone, self.heads = backbone, nn.ModuleList(heads)
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
         for head in heads:
             shard(head, mesh=mesh)
 
     def logits(self, maps):
         """Feature maps, one a head → (B,), float32 also where the backbone is not."""
-        return torch.stack([head(h) for head, h in zip(self.heads, maps, strict=True)]).mean(0)
+        logits = [head(h) for head, h in zip(self.heads, maps, strict=True)]
+        return torch.stack(logits).mean(0)
 
 
 def accuracy(real, fake):
@@ -187,36 +275,56 @@ def accuracy(real, fake):
 
 
 class LatentDiscriminator(Discriminator):
-    """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, conditioned on prompt and t, without CFG."""
+    """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, with prompt and t, without CFG."""
+
     def __init__(self, teacher, width=256, mesh=None):
         head = Head3d if isinstance(teacher.family, CogVideoX) else Head2d
-        super().__init__(teacher, [head(channels, width) for channels in teacher.family.taps(teacher.net)[2]], mesh)
+        _, _, channels = teacher.family.taps(teacher.net)
+        super().__init__(teacher, [head(c, width) for c in channels], mesh)
 
     def features(self, x_t, t, cond):
-        """Tapped maps at noisy latents x_t (B, ...), t (B,). The teacher's forward stops after the last of them."""
+        """Tapped maps at noisy latents x_t (B, ...), t (B,).
+
+        The teacher's forward stops after the last of them.
+        """
         return self.backbone(x_t, t, cond, want="features")[1]
 
 
 class PixelDiscriminator(Discriminator):
-    """D_τ2 of ADP: a frozen vision transformer on clean images, heads on its four quarters (SAM-B: layers 3, 6, 9, 12).
-    backbone: a SamVisionModel, or a transformers ViT with class token(s) first (DINOv2: the paper's ablation A2)."""
+    """D_τ2 of ADP: a frozen vision transformer on clean images, heads on its four quarters.
+
+    Those of SAM-B are layers 3, 6, 9, 12. backbone: a SamVisionModel, or a transformers ViT with
+    class token(s) first (DINOv2: the paper's ablation A2).
+    """
+
     def __init__(self, backbone, width=256, mesh=None):
-        super().__init__(backbone, [Head2d(backbone.config.hidden_size, width) for _ in range(4)], mesh)
-        self.side = backbone.config.image_size // backbone.config.patch_size  # of its square maps
-        for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, torch.tensor(rgb).view(3, 1, 1))
+        config = backbone.config
+        super().__init__(backbone, [Head2d(config.hidden_size, width) for _ in range(4)], mesh)
+        self.side = config.image_size // config.patch_size  # of its square maps
+        # ImageNet's, of RGB.
+        self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1))
 
     def features(self, images):
-        """Images (N, 3, H, W) in [−1, 1], resized to the backbone's own square and ImageNet-normalised → four maps."""
-        size, layers = self.backbone.config.image_size, self.backbone.config.num_hidden_layers
-        images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True) / 2 + 0.5
-        normal = (images - self.mean) / self.std
+        """Four maps (N, C, H', W') of images (N, 3, H, W) in [−1, 1].
+
+        The images are resized to the backbone's own square and ImageNet-normalised.
+        """
+        size = self.backbone.config.image_size
+        square = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+        images = square / 2 + 0.5  # (N, 3, size, size) in [0, 1]
+        normal = (images - self.mean) / self.std  # (N, 3, size, size)
         with images.device:  # SAM would make its tables of relative positions in main memory
             # [i]: after layer i
             hidden = self.backbone(normal, output_hidden_states=True).hidden_states
-        maps = [hidden[layers * k // 4] for k in (1, 2, 3, 4)]  # SAM's are (N, H, W, C), a ViT's (N, 1 + H·W, C)
-        maps = [h if h.ndim == 4 else h[:, -self.side ** 2:].unflatten(1, (self.side, self.side)) for h in maps]
-        return [h.permute(0, 3, 1, 2) for h in maps]
+        layers = self.backbone.config.num_hidden_layers
+        maps = []
+        for k in (1, 2, 3, 4):
+            h = hidden[layers * k // 4]
+            if h.ndim == 3:  # a ViT's (N, 1 + H'·W', C), where SAM's is (N, H', W', C)
+                h = h[:, -(self.side**2) :].unflatten(1, (self.side, self.side))
+            maps.append(h.permute(0, 3, 1, 2))  # (N, C, H', W')
+        return maps
 
 
 def load_pixel_backbone(name, random_init=False):
@@ -243,9 +351,9 @@ def load_pixel_backbone(name, random_init=False):
         said = f"{flag}: cannot load it ({type(e).__name__}); tiny-sam runs offline"
         raise BadInput(said) from None
     sizes = [getattr(backbone.config, n, None) for n in ("image_size", "patch_size", "hidden_size")]
-    require(all(isinstance(size, int) for size in sizes),
-            f"{flag}: a {kind} is no plain vision transformer")
+    plain = all(isinstance(size, int) for size in sizes)
+    require(plain, f"{flag}: a {kind} is no plain vision transformer")
     side = sizes[0] // sizes[1]
-    require(side >= Head2d.smallest,
-            f"{flag}: its {side}x{side} feature maps are too small for the heads")
+    enough = side >= Head2d.smallest
+    require(enough, f"{flag}: its {side}x{side} feature maps are too small for the heads")
     return backbone.eval().requires_grad_(False)

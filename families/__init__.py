@@ -20,40 +20,61 @@ transformers.utils.logging.set_verbosity(verbosity)
 
 from runtime.settings import BadInput, require  # noqa: E402
 
-HUB = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-       "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-       "cogvideox-2b": "THUDM/CogVideoX-2b", "cogvideox-5b": "THUDM/CogVideoX-5b"}
+HUB = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "cogvideox-2b": "THUDM/CogVideoX-2b",
+    "cogvideox-5b": "THUDM/CogVideoX-5b",
+}
 
-DIGITS = Path(__file__).parents[1] / "toy" / "digits-teacher"  # small, but trained, on real images: see its README
+# Small, but trained, on real images: see its README.
+DIGITS = Path(__file__).parents[1] / "toy" / "digits-teacher"
 
 TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b")
 
+
 def load_teacher(name_or_folder, random_init=False):
-    """The Family of a model name (digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…) or local pipeline folder. Raises
-    BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a scheduler that contradicts it.
-    random_init: a model of the hub at its full size with random weights, to measure or to rehearse with; nothing is fetched."""
+    """The Family of a model name or of a local pipeline folder.
+
+    Names: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…
+    random_init: a model of the hub at its full size with random weights, to measure or to rehearse
+    with; nothing is fetched.
+
+    Raises BadInput for an unknown name, an unreachable hub, a folder of no known pipeline, and a
+    scheduler that contradicts it.
+    """
     name = str(name_or_folder)
     require(name in HUB or not random_init, f"--random-init is for {', '.join(HUB)}")
-    if random_init:
-        folder = full.skeleton(name)
-    elif name == "digits":
-        folder = DIGITS
-    elif name in TINY:
-        folder = tiny.build(name)
-    elif name in HUB:
-        try:
-            folder = DiffusionPipeline.download(HUB[name])
-        except Exception as e:  # the hub has many errors, and all mean this
-            raise BadInput(f"cannot fetch {HUB[name]} ({type(e).__name__}: no network, or no access rights); a local pipeline "
-                           f"folder will do, and --model tiny-{name.removesuffix('.5-large')} runs offline") from None
-    else:
-        folder = name
-        require(Path(name).is_dir(), f"unknown model {name!r}: neither a folder nor one of {', '.join(['digits', *HUB, *TINY])}")
-    families = {f.pipeline_class.__name__: f for f in (SDXL, SD3, CogVideoX)}
+    folder = full.skeleton(name) if random_init else pipeline_folder(name)
+    families = {family.pipeline_class.__name__: family for family in (SDXL, SD3, CogVideoX)}
     try:
         pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
-        require(pipeline in families, f"{name} is a {pipeline}; the families here are {', '.join(families)}")
+        known = ", ".join(families)
+        require(pipeline in families, f"{name} is a {pipeline}; the families here are {known}")
         return families[pipeline](folder, name, random_init)
+    except BadInput:
+        raise
     except Exception as e:  # whatever json, diffusers or torch make of a damaged file
-        said = f"{name} is no complete diffusers pipeline folder: {type(e).__name__} {' '.join(str(e).split())[:300]}"
-        raise e if isinstance(e, BadInput) else BadInput(said) from None
+        said = f"{type(e).__name__} {' '.join(str(e).split())[:300]}"
+        raise BadInput(f"{name} is no complete diffusers pipeline folder: {said}") from None
+
+
+def pipeline_folder(name):
+    """Where the pipeline of this name is, made or fetched first if it must be."""
+    if name == "digits":
+        return DIGITS
+    if name in TINY:
+        return tiny.build(name)
+    if name in HUB:
+        try:
+            return DiffusionPipeline.download(HUB[name])
+        except Exception as e:  # the hub has many errors, and all mean this
+            why = f"{type(e).__name__}: no network, or no access rights"
+            tiny_name = f"tiny-{name.removesuffix('.5-large')}"
+            instead = f"a local pipeline folder will do, and --model {tiny_name} runs offline"
+            raise BadInput(f"cannot fetch {HUB[name]} ({why}); {instead}") from None
+    known = ", ".join(["digits", *HUB, *TINY])
+    is_folder = Path(name).is_dir()
+    require(is_folder, f"unknown model {name!r}: neither a folder nor one of {known}")
+    return name

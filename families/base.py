@@ -22,14 +22,17 @@ SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator
 
 
 class Family:
-    """An opened diffusers pipeline folder; no weights are held (`network`, `vae`, `text_pipeline` load
-    them). A new family says
+    """An opened diffusers pipeline folder.
 
-    read_schedule(scheduler)     the Schedule of the loaded diffusers scheduler; BadInput if that contradicts the family
+    It holds no weights: `network`, `vae` and `text_pipeline` load them. A new family says
+
+    read_schedule(scheduler)     the Schedule of the loaded diffusers scheduler; BadInput if that
+                                 contradicts the family
     call(net, x_t, t, cond)      the denoiser's raw output, like x_t
 
     and overrides what differs.
     """
+
     pipeline_class: type  # the stock pipeline
     net_class: type  # the denoiser, in the pipeline's folder net_name
     net_name = "transformer"
@@ -37,23 +40,41 @@ class Family:
     guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
     student_steps: int  # default: the paper's
     tokens_at: int  # where a transformer block's output tuple has the image tokens
-    text_tokens = None  # where the stock pipeline must be told how many text tokens to pad to: SD3 below
+    text_tokens = None  # to how many the stock pipeline pads, where it must be told: see SD3
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
 
     def __init__(self, folder, name, random_init=False):
-        self.folder, self.name, self.random_init = Path(folder), name, random_init  # at random: of these configs, without files
-        scheduler_class = getattr(diffusers, json.loads((self.folder / "model_index.json").read_text())["scheduler"][1])
-        self.schedule = self.read_schedule(scheduler_class.from_pretrained(folder, subfolder="scheduler"))
+        self.folder = Path(folder)
+        self.name = name
+        self.random_init = random_init  # weights at random: the folder has configs alone
+
+        index = json.loads((self.folder / "model_index.json").read_text())
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler")
+        self.schedule = self.read_schedule(scheduler)
         self.vae_config = SimpleNamespace(**self.vae_class.load_config(folder, subfolder="vae"))
-        require(random_init or any((self.folder / self.net_name).glob("*.safetensors")), f"{name} has no weights in {self.net_name}/")
-        with torch.device("meta"):  # without storage: for the config's defaults, and where only a shape is asked for
-            self.meta_net = self.net_class.from_config(self.net_class.load_config(folder, subfolder=self.net_name))
+
+        has_weights = any((self.folder / self.net_name).glob("*.safetensors"))
+        require(random_init or has_weights, f"{name} has no weights in {self.net_name}/")
+        # Without storage: for the config's defaults, and where only a shape is asked for.
+        with torch.device("meta"):
+            config = self.net_class.load_config(folder, subfolder=self.net_name)
+            self.meta_net = self.net_class.from_config(config)
         self.config = self.meta_net.config
-        require(not self.config.get("patch_size_t"), f"{name}: time patches (CogVideoX 1.5) are not supported")
-        self.vae_scale = 2 ** (len(self.vae_config.block_out_channels) - 1)  # pixels per latent, along a side
-        self.default_size = [self.config.get(side, self.config.get("sample_size")) for side in ("sample_height", "sample_width")]
-        # Latents along a side of one position of the coarsest tapped map: a DiT's patch, the bottom of a UNet.
-        self.grain = self.config.get("patch_size") or 2 ** (len(self.config.block_out_channels) - 1)
+        time_patches = self.config.get("patch_size_t")
+        require(not time_patches, f"{name}: time patches (CogVideoX 1.5) are not supported")
+
+        # Pixels per latent, along a side.
+        self.vae_scale = 2 ** (len(self.vae_config.block_out_channels) - 1)
+        square = self.config.get("sample_size")
+        height = self.config.get("sample_height", square)
+        width = self.config.get("sample_width", square)
+        self.default_size = [height, width]  # in latents
+        # Latents along a side of one position of the coarsest tapped map: a DiT's patch, the bottom
+        # of a UNet.
+        self.grain = self.config.get("patch_size")
+        if not self.grain:
+            self.grain = 2 ** (len(self.config.block_out_channels) - 1)
 
     def made(self, kind, config):
         """A network of random weights, the same on every rank and for every role."""
@@ -62,30 +83,46 @@ class Family:
             return kind.from_config(config)
 
     def cond_shapes(self):
-        """Shapes of one prompt's conditioning, by the denoiser's config. 333 = 77 tokens of CLIP + 256 of T5."""
-        return {"prompt_embeds": (333, self.config.joint_attention_dim), "pooled": (self.config.pooled_projection_dim,)}
+        """Shapes of one prompt's conditioning, by the denoiser's config."""
+        tokens = 333  # 77 of CLIP + 256 of T5
+        return {
+            "prompt_embeds": (tokens, self.config.joint_attention_dim),
+            "pooled": (self.config.pooled_projection_dim,),
+        }
 
     def random_cond(self, prompts):
-        """What stands for `encode` where there is no text encoder: noise, which depends on the prompt alone."""
-        seeds = [int(hashlib.sha256(prompt.encode()).hexdigest()[:15], 16) for prompt in prompts]
-        return {name: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-                for name, shape in self.cond_shapes().items()}
+        """What stands for `encode` where no text encoder is: noise that depends on the prompt."""
+        digests = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
+        seeds = [int(digest[:15], 16) for digest in digests]
+        cond = {}
+        for name, shape in self.cond_shapes().items():
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = [torch.randn(shape, generator=g) for g in generators]
+            cond[name] = torch.stack(noise)  # (n, *shape)
+        return cond
 
     def encode(self, pipe, prompts, **options):
         """n prompts → conditioning {name: (n, ...)}, by the stock pipeline's own encode_prompt."""
         if self.random_init:
             return self.random_cond(prompts)
-        where = pipe.text_encoder.device  # said explicitly: the pipeline's own guess may be the weightless denoiser's
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=where, do_classifier_free_guidance=False, **options)
+        # Said explicitly: the pipeline's own guess may be the weightless denoiser's.
+        options["device"] = pipe.text_encoder.device
+        options["do_classifier_free_guidance"] = False
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, **options)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def unconditional(self, pipe):
-        return self.encode(pipe, [""])  # the conditioning of no prompt, {name: (1, ...)}
+        """The conditioning of no prompt, {name: (1, ...)}."""
+        return self.encode(pipe, [""])
 
     def taps(self, net):
-        """(blocks the discriminator sees, the block after the last of them, channels): a DiT's at 1/4, 2/4, 3/4 of its depth.
-        The paper does not say which (ours); the last quarter turns features into a prediction, and need not run."""
-        blocks, width = net.transformer_blocks, self.config.num_attention_heads * self.config.attention_head_dim
+        """(blocks that the discriminator sees, the block after the last of them, channels of each).
+
+        A DiT's are at 1/4, 2/4 and 3/4 of its depth. The paper does not say which (ours); the last
+        quarter turns features into a prediction, and need not run.
+        """
+        blocks = net.transformer_blocks
+        width = self.config.num_attention_heads * self.config.attention_head_dim
         chosen = sorted({max(len(blocks) * k // 4, 1) - 1 for k in (1, 2, 3)})
         return [blocks[i] for i in chosen], blocks[chosen[-1] + 1], [width] * len(chosen)
 
@@ -95,23 +132,39 @@ class Family:
 
     def to_map(self, output, x_t):
         """A tapped block's output → feature map (B, C, H, W), or (B, C, F, H, W)."""
-        grid = [n // self.config.patch_size for n in x_t.shape[-2:]]
-        return output[self.tokens_at].transpose(1, 2).unflatten(2, [*x_t.shape[1:-3], *grid])  # video: frames first
+        tokens = output[self.tokens_at].transpose(1, 2)  # (B, C, F·H·W)
+        frames = x_t.shape[1:-3]  # none of an image
+        height, width = (n // self.config.patch_size for n in x_t.shape[-2:])
+        return tokens.unflatten(2, [*frames, height, width])
 
     def latent_shape(self, resolution=None, frames=None):
-        """Shape of one latent. resolution: "1024" or "480x720" (height x width, pixels); default: the model's own.
-        Raises BadInput for a size that the VAE, the denoiser or the discriminator's heads cannot take."""
-        sides = resolution.lower().split("x") if resolution else [str(self.vae_scale * n) for n in self.default_size]
-        require(len(sides) <= 2 and all(s.isdecimal() for s in sides),
-                f"--resolution {resolution!r}: pixels, as 1024 or 480x720 (height x width)")
-        height, width, unit = int(sides[0]), int(sides[-1]), self.vae_scale * self.grain
-        require(height % unit == 0 and width % unit == 0,
-                f"--resolution {height}x{width}: {self.name} takes multiples of {unit} pixels")
-        own = [height // self.vae_scale, width // self.vae_scale] == self.default_size
-        require(own or min(height, width) >= SMALLEST_MAP * unit, f"--resolution {height}x{width}: the discriminator's heads need "
-                f"feature maps of at least 8x8, for {self.name} {SMALLEST_MAP * unit} pixels a side")
+        """Shape of one latent, without the batch.
+
+        resolution: "1024" or "480x720" (height x width, pixels); default: the model's own. Raises
+        BadInput for a size that the VAE, the denoiser or the discriminator's heads cannot take.
+        """
+        if resolution:
+            sides = resolution.lower().split("x")
+        else:
+            sides = [str(self.vae_scale * n) for n in self.default_size]
+        readable = len(sides) <= 2 and all(side.isdecimal() for side in sides)
+        say = "pixels, as 1024 or 480x720 (height x width)"
+        require(readable, f"--resolution {resolution!r}: {say}")
+
+        height, width = int(sides[0]), int(sides[-1])
+        unit = self.vae_scale * self.grain
+        flag = f"--resolution {height}x{width}"
+        whole = height % unit == 0 and width % unit == 0
+        require(whole, f"{flag}: {self.name} takes multiples of {unit} pixels")
+
+        shape = (self.config.in_channels, height // self.vae_scale, width // self.vae_scale)
+        own = list(shape[1:]) == self.default_size
+        least = SMALLEST_MAP * unit
+        need = "the discriminator's heads need feature maps of at least 8x8"
+        enough = own or min(height, width) >= least
+        require(enough, f"{flag}: {need}, for {self.name} {least} pixels a side")
         require(frames is None, f"--frames is for video models; {self.name} makes images")
-        return self.config.in_channels, height // self.vae_scale, width // self.vae_scale
+        return shape
 
     def decode(self, vae, latents):
         """Latents (B, C, H, W) → images (B, 3, H', W') in about [−1, 1]; differentiable."""
@@ -119,29 +172,39 @@ class Family:
         return vae.decode(latents / self.vae_config.scaling_factor + shift).sample
 
     def views(self, vae, latents, u):
-        """The images (N, 3, H', W') that the pixel discriminator sees. u (3,) in [0, 1) chooses among a video's frames."""
+        """The images (N, 3, H', W') that the pixel discriminator sees.
+
+        u (3,) in [0, 1) chooses among a video's frames.
+        """
         return self.decode(vae, latents)
 
     def vae(self, device="cpu"):
         """The frozen VAE, float32 (SDXL's overflows in half precision)."""
-        vae = (self.made(self.vae_class, vars(self.vae_config)) if self.random_init
-               else self.vae_class.from_pretrained(self.folder, subfolder="vae"))
+        if self.random_init:
+            vae = self.made(self.vae_class, vars(self.vae_config))
+        else:
+            vae = self.vae_class.from_pretrained(self.folder, subfolder="vae")
         return vae.to(device, torch.float32).eval().requires_grad_(False)
 
     def text_pipeline(self, device="cpu", dtype=torch.float32):
-        """The stock pipeline with tokenizers and text encoders only, for `encode`; None where that needs none."""
+        """The stock pipeline with tokenizers and text encoders only, for `encode`.
+
+        None where that needs none.
+        """
         if self.random_init:
             return None
-        pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder, vae=None, dtype=dtype, **{self.net_name: self.meta_net})
-        for encoder in (c for c in pipe.components.values() if isinstance(c, transformers.PreTrainedModel)):
-            encoder.to(device).eval().requires_grad_(False)
+        parts = {"vae": None, self.net_name: self.meta_net}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
+        for part in pipe.components.values():
+            if isinstance(part, transformers.PreTrainedModel):
+                part.to(device).eval().requires_grad_(False)
         return pipe
 
     def network(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
-        """The denoising network with the weights in this (or that) pipeline folder, `held` in dtype.
+        """The denoising network with the weights in this (or that) folder, `held` in dtype.
 
-        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of it.
-        On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
+        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of
+        it. On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
         """
         if torch.device(device).type == "meta":
             with torch.device("meta"):
@@ -151,30 +214,38 @@ class Family:
                 net = self.made(self.net_class, self.config)
             else:
                 net = self.net_class.from_pretrained(
-                    folder or self.folder, subfolder=self.net_name, dtype=torch.float32,
-                    use_safetensors=True)
+                    folder or self.folder,
+                    subfolder=self.net_name,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                )
         except (OSError, ValueError, RuntimeError) as e:
-            raise BadInput(f"{folder or self.name}: cannot load its {self.net_name}: {' '.join(str(e).split())[:300]}") from None
+            said = " ".join(str(e).split())[:300]
+            where = folder or self.name
+            raise BadInput(f"{where}: cannot load its {self.net_name}: {said}") from None
         net = held(net, dtype).to("cpu" if mesh else device)
         return net.eval()
 
     @cached_property
     def weights_sha256(self):
-        """Hash of the denoiser's files: what caches and runs name to say which teacher they belong to."""
+        """Hash of the denoiser's files: caches and runs say by it which teacher is theirs."""
         return self.sha256_of(self.folder)
 
     def sha256_of(self, pipeline):
         """Hash of the denoiser's files in this pipeline folder, the teacher's or a student's."""
         kinds = (".safetensors", ".json")
-        files = [f for f in sorted((Path(pipeline) / self.net_name).iterdir()) if f.suffix in kinds]
-        return hashlib.sha256("".join(file_sha256(f) for f in files).encode()).hexdigest()
+        everything = sorted((Path(pipeline) / self.net_name).iterdir())
+        hashes = [file_sha256(file) for file in everything if file.suffix in kinds]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def held(net, dtype):
-    """`net` with its matrices and kernels held in dtype, and what else it has, a thousandth, in
-    float32: norms, biases, position buffers. Autocast rounds matrices whatever they are held in,
+    """`net` with its matrices and kernels held in dtype, and the rest, a thousandth, in float32.
+
+    The rest is norms, biases, position buffers. Autocast rounds matrices whatever they are held in,
     but takes those as they are: rounded, they would set the frozen teacher apart from student and
-    fake score, which start as its copies in float32."""
+    fake score, which start as its copies in float32.
+    """
     net.float()  # also CogVideoX's positions, a buffer that is not saved and begins in float64
     for p in net.parameters():
         if p.ndim > 1:
@@ -183,11 +254,18 @@ def held(net, dtype):
 
 
 def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
-    """VPSchedule of a loaded scheduler, after checking that it is the one `family`'s network was trained with."""
-    a_bar, found = getattr(scheduler, "alphas_cumprod", None), type(scheduler).__name__  # (1000,) after SNR shift and rescaling
-    require(a_bar is not None and len(a_bar) == T, f"{family} needs a VP scheduler of 1000 time steps, not the folder's {found}")
-    require(scheduler.config.prediction_type == prediction,
-            f"{family} predicts {prediction}, but the folder's {found} says {scheduler.config.prediction_type}")
-    require((a_bar[-1] < 1e-6) == zero_terminal_snr,
-            f"{family} ends at {'zero' if zero_terminal_snr else 'non-zero'} terminal SNR, the folder's {found} does not")
+    """VPSchedule of a loaded scheduler: BadInput unless `family`'s network was trained with it."""
+    found = type(scheduler).__name__
+    a_bar = getattr(scheduler, "alphas_cumprod", None)  # (1000,) after SNR shift and rescaling
+    is_vp = a_bar is not None and len(a_bar) == T
+    need = "a VP scheduler of 1000 time steps"
+    require(is_vp, f"{family} needs {need}, not the folder's {found}")
+
+    own = scheduler.config.prediction_type
+    right = own == prediction
+    require(right, f"{family} predicts {prediction}, but the folder's {found} says {own}")
+
+    ends = "zero" if zero_terminal_snr else "non-zero"
+    right = (a_bar[-1] < 1e-6) == zero_terminal_snr
+    require(right, f"{family} ends at {ends} terminal SNR, the folder's {found} does not")
     return VPSchedule(a_bar, prediction, getattr(scheduler, "final_alpha_cumprod", 1.0))

@@ -1,4 +1,7 @@
-"""The five real models without their weights: explicit configs, for `--random-init` and for planning a run, both offline."""
+"""The five real models without their weights: explicit configs, all offline.
+
+For `--random-init` and for planning a run.
+"""
 
 import atexit
 import json
@@ -21,16 +24,51 @@ from diffusers import (
 
 from families.tiny import SD_BETAS
 
-UNET = dict(sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), transformer_layers_per_block=(1, 2, 10),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
-MEDIUM = dict(sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536,
-              joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=192, out_channels=16)
-LARGE = dict(MEDIUM, num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm")
-DENOISERS = {"sdxl": (UNet2DConditionModel, UNET), "sd3": (SD3Transformer2DModel, MEDIUM), "sd3.5-large": (SD3Transformer2DModel, LARGE),
-             "cogvideox-2b": (CogVideoXTransformer3DModel, dict(num_attention_heads=30, num_layers=30)),
-             "cogvideox-5b": (CogVideoXTransformer3DModel, dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True))}
+UNET = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+MEDIUM = dict(
+    sample_size=128,
+    num_layers=24,
+    num_attention_heads=24,
+    attention_head_dim=64,
+    caption_projection_dim=1536,
+    joint_attention_dim=4096,
+    pooled_projection_dim=2048,
+    pos_embed_max_size=192,
+    out_channels=16,
+)
+LARGE = dict(
+    MEDIUM,
+    num_layers=38,
+    num_attention_heads=38,
+    caption_projection_dim=2432,
+    qk_norm="rms_norm",
+)
+COGVIDEOX_2B = dict(num_attention_heads=30, num_layers=30)
+COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+DENOISERS = {
+    "sdxl": (UNet2DConditionModel, UNET),
+    "sd3": (SD3Transformer2DModel, MEDIUM),
+    "sd3.5-large": (SD3Transformer2DModel, LARGE),
+    "cogvideox-2b": (CogVideoXTransformer3DModel, COGVIDEOX_2B),
+    "cogvideox-5b": (CogVideoXTransformer3DModel, COGVIDEOX_5B),
+}
+PIPELINES = {
+    UNet2DConditionModel: "StableDiffusionXLPipeline",
+    SD3Transformer2DModel: "StableDiffusion3Pipeline",
+    CogVideoXTransformer3DModel: "CogVideoXPipeline",
+}
 
 
 def scheduler(name):
@@ -38,34 +76,62 @@ def scheduler(name):
         return EulerDiscreteScheduler(**SD_BETAS, steps_offset=1, timestep_spacing="leading")
     if name.startswith("sd3"):
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return CogVideoXDDIMScheduler(**SD_BETAS, prediction_type="v_prediction", set_alpha_to_one=True, clip_sample=False,
-                                  timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=3.0 if "2b" in name else 1.0)
+    return CogVideoXDDIMScheduler(
+        **SD_BETAS,
+        prediction_type="v_prediction",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0 if "2b" in name else 1.0,
+    )
 
 
 def vae(name):
     if name.startswith("cogvideox"):
         return AutoencoderKLCogVideoX(
-            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, latent_channels=16,
-            block_out_channels=(128, 256, 256, 512), layers_per_block=3, scaling_factor=1.15258426 if "2b" in name else 0.7)
-    own = (dict(latent_channels=4, scaling_factor=0.13025) if name == "sdxl" else dict(
-        latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False))
-    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-                         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, **own)
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            latent_channels=16,
+            block_out_channels=(128, 256, 256, 512),
+            layers_per_block=3,
+            scaling_factor=1.15258426 if "2b" in name else 0.7,
+        )
+    if name == "sdxl":
+        own = dict(latent_channels=4, scaling_factor=0.13025)
+    else:
+        own = dict(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        **own,
+    )
 
 
 @cache
 def skeleton(name):
-    """The folder (Path) of the real model `name` as its pipeline would save it, but of configs alone; removed at exit."""
+    """The folder (Path) of the real model `name`, but of configs alone; removed at exit.
+
+    It is what the model's pipeline would save.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     kind, config = DENOISERS[name]
-    pipeline = {UNet2DConditionModel: "StableDiffusionXLPipeline", SD3Transformer2DModel: "StableDiffusion3Pipeline",
-                CogVideoXTransformer3DModel: "CogVideoXPipeline"}[kind]
+    net_name = "unet" if name == "sdxl" else "transformer"
     with torch.device("meta"):
-        parts = {"unet" if name == "sdxl" else "transformer": kind(**config), "vae": vae(name)}
+        parts = {net_name: kind(**config), "vae": vae(name)}
     parts["scheduler"] = scheduler(name)
     for part, made in parts.items():
         made.save_config(folder / part)
-    index = {part: ["diffusers", type(made).__name__] for part, made in parts.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **index}))
+    classes = {part: ["diffusers", type(made).__name__] for part, made in parts.items()}
+    index = {"_class_name": PIPELINES[kind], **classes}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder

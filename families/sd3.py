@@ -1,5 +1,4 @@
-"""Stable Diffusion 3 and 3.5.
-"""
+"""Stable Diffusion 3 and 3.5."""
 
 import json
 from functools import cached_property
@@ -10,35 +9,56 @@ from families.base import Family
 from ode import FlowSchedule, T
 from runtime.settings import require
 
+# Of the stock scheduler's options, those that change its process or its steps.
+UNKNOWN_TO_SD3 = ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas")
+
 
 class SD3(Family):
-    """MM-DiT of Stable Diffusion 3 and 3.5: flow-prediction on the straight line, shifted sampling times."""
-    pipeline_class, net_class = diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel
-    guidance, student_steps, tokens_at = 7.0, 4, 1
+    """MM-DiT: flow-prediction on the straight line, shifted sampling times."""
+
+    pipeline_class = diffusers.StableDiffusion3Pipeline
+    net_class = diffusers.SD3Transformer2DModel
+    guidance = 7.0
+    student_steps = 4
+    tokens_at = 1
     lora_targets = Family.lora_targets + ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
     def read_schedule(self, scheduler):
-        found, config = type(scheduler).__name__, scheduler.config
-        require(isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler), f"SD3 predicts a flow, but the folder has {found}")
-        require(config.num_train_timesteps == T, f"SD3 has {T:.0f} training time steps, not {config.num_train_timesteps}")
-        odd = [o for o in ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas") if config.get(o)]
+        found = type(scheduler).__name__
+        is_flow = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+        require(is_flow, f"SD3 predicts a flow, but the folder has {found}")
+        config = scheduler.config
+        steps = config.num_train_timesteps
+        require(steps == T, f"SD3 has {T:.0f} training time steps, not {steps}")
+        odd = [o for o in UNKNOWN_TO_SD3 if config.get(o)]
         require(not odd, f"the folder's {found} sets {odd[:1]}, which no SD3 teacher does")
         return FlowSchedule(shift=config.shift)
 
     @cached_property
     def text_tokens(self):
-        """T5's tokens: the stock pipeline's default of 256, or fewer where the folder's tokenizer was made for fewer."""
-        tokenizer = self.folder / "tokenizer_3" / "tokenizer_config.json"
-        return min(256, json.loads(tokenizer.read_text())["model_max_length"]) if tokenizer.exists() else 256
+        """T5's tokens: the stock pipeline's default of 256, or as few as the folder's tokenizer."""
+        config = self.folder / "tokenizer_3" / "tokenizer_config.json"
+        if not config.exists():
+            return 256
+        return min(256, json.loads(config.read_text())["model_max_length"])
 
     def encode(self, pipe, prompts):
-        return super().encode(pipe, prompts, prompt_2=None, prompt_3=None, max_sequence_length=self.text_tokens)
+        options = {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.text_tokens}
+        return super().encode(pipe, prompts, **options)
 
     def call(self, net, x_t, t, cond):
-        return net(hidden_states=x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"],
-                   pooled_projections=cond["pooled"], return_dict=False)[0]
+        return net(
+            hidden_states=x_t,
+            timestep=t,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled"],
+            return_dict=False,
+        )[0]
 
     def latent_shape(self, resolution=None, frames=None):
-        shape, largest = super().latent_shape(resolution, frames), self.config.pos_embed_max_size * self.config.patch_size
-        require(max(shape[1:]) <= largest, f"--resolution: {self.name} takes at most {largest * self.vae_scale} pixels a side")
+        shape = super().latent_shape(resolution, frames)
+        largest = self.config.pos_embed_max_size * self.config.patch_size  # latents along a side
+        most = largest * self.vae_scale
+        fits = max(shape[1:]) <= largest
+        require(fits, f"--resolution: {self.name} takes at most {most} pixels a side")
         return shape

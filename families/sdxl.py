@@ -1,5 +1,4 @@
-"""Stable Diffusion XL.
-"""
+"""Stable Diffusion XL."""
 
 from functools import cache
 
@@ -11,19 +10,29 @@ from families.base import Family, read_vp_schedule
 
 
 class SDXL(Family):
-    """UNet, ε-prediction, variance preserving. Tapped: the encoder half, down blocks and middle (ours)."""
-    pipeline_class, net_class = diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel
-    net_name, guidance, student_steps = "unet", 5.0, 1
+    """UNet, ε-prediction, variance preserving.
+
+    Tapped is the encoder half, down blocks and middle (ours).
+    """
+
+    pipeline_class = diffusers.StableDiffusionXLPipeline
+    net_class = diffusers.UNet2DConditionModel
+    net_name = "unet"
+    guidance = 5.0
+    student_steps = 1
 
     def read_schedule(self, scheduler):
         return read_vp_schedule(scheduler, "epsilon", zero_terminal_snr=False, family="SDXL")
 
     def cond_shapes(self):
-        pooled = self.config.projection_class_embeddings_input_dim - 6 * self.config.addition_time_embed_dim  # beside the time ids
+        time_ids = 6 * self.config.addition_time_embed_dim
+        pooled = self.config.projection_class_embeddings_input_dim - time_ids
         return {"prompt_embeds": (77, self.config.cross_attention_dim), "pooled": (pooled,)}
 
     def unconditional(self, pipe):
-        return {name: torch.zeros_like(c) for name, c in self.encode(pipe, [""]).items()}  # zeros, not the empty prompt
+        """Zeros, not the empty prompt's conditioning, {name: (1, ...)}."""
+        cond = self.encode(pipe, [""])
+        return {name: torch.zeros_like(c) for name, c in cond.items()}
 
     @cache
     def time_ids(self, height, width, device):
@@ -32,17 +41,30 @@ class SDXL(Family):
 
     def call(self, net, x_t, t, cond):
         height, width = (self.vae_scale * n for n in x_t.shape[-2:])
-        time_ids = self.time_ids(height, width, x_t.device)
-        added = {"text_embeds": cond["pooled"], "time_ids": time_ids.expand(len(x_t), 6).to(cond["pooled"].dtype)}
-        return net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        time_ids = self.time_ids(height, width, x_t.device).expand(len(x_t), 6)  # (B, 6)
+        pooled = cond["pooled"]
+        return net(
+            x_t,
+            t,
+            encoder_hidden_states=cond["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.to(pooled.dtype)},
+            return_dict=False,
+        )[0]
 
     def taps(self, net):
         widths = self.config.block_out_channels
         return [*net.down_blocks, net.mid_block], net.up_blocks[0], [*widths, widths[-1]]
 
-    def units(self, net):  # blocks are uneven, up_blocks[0] has half of all parameters: the transformer layers inside come first
+    def units(self, net):
+        """The transformer layers inside the blocks, then the blocks.
+
+        Blocks alone are uneven: up_blocks[0] has half of all parameters.
+        """
         outer = [*net.down_blocks, net.mid_block, *net.up_blocks]
-        return [m for block in outer for m in block.modules() if isinstance(m, BasicTransformerBlock)] + outer
+        parts = [part for block in outer for part in block.modules()]
+        return [part for part in parts if isinstance(part, BasicTransformerBlock)] + outer
 
     def to_map(self, output, x_t):
-        return output[0] if isinstance(output, tuple) else output  # a down block also returns its residuals
+        if isinstance(output, tuple):  # a down block also returns its residuals
+            return output[0]
+        return output

@@ -1,13 +1,14 @@
-"""Tiny teachers and vision backbones, made offline from the real diffusers and transformers classes.
+"""Tiny teachers and vision backbones, made offline from real diffusers and transformers classes.
 
-`--model tiny-sd3` and its siblings end up here. Weights are random but seeded, so every build of a name is the same; VAEs,
-text encoders and tokenizers are real, and the folder goes through the code that opens a model from the hub.
+`--model tiny-sd3` and its siblings end up here. Weights are random but seeded, so every build of a
+name is the same; VAEs, text encoders and tokenizers are real, and the folder goes through the code
+that opens a model from the hub.
 """
 
 import atexit
 import shutil
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -44,19 +45,33 @@ SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 
 @cache
 def build(name):
-    """The folder (Path) of the tiny model `name`, written once a process to a temporary place and removed at exit."""
-    make = {"tiny-sdxl": sdxl, "tiny-sd3": sd3, "tiny-cogvideox-2b": cogvideox,
-            "tiny-cogvideox-5b": lambda: cogvideox(rotary=True), "tiny-sam": sam, "tiny-dinov2": dinov2}[name]
+    """The folder (Path) of the tiny model `name`.
+
+    It is written once a process, to a temporary place, and removed at exit.
+    """
+    makers = {
+        "tiny-sdxl": sdxl,
+        "tiny-sd3": sd3,
+        "tiny-cogvideox-2b": cogvideox,
+        "tiny-cogvideox-5b": partial(cogvideox, rotary=True),
+        "tiny-sam": sam,
+        "tiny-dinov2": dinov2,
+    }
+    make = makers[name]
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with torch.random.fork_rng(devices=[]):  # a run's own random numbers do not depend on whether its teacher is tiny
+    # A run's own random numbers do not depend on whether its teacher is tiny.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         make().save_pretrained(folder)
     return folder
 
 
 def clip_tokenizer(words=(), max_length=77):
-    """Byte-level CLIP tokenizer: each of `words` (a dozen at most) is one token, in other words every character."""
+    """Byte-level CLIP tokenizer.
+
+    Each of `words` (a dozen at most) is one token; of any other word, every character is one.
+    """
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
     merges = []
@@ -65,84 +80,188 @@ def clip_tokenizer(words=(), max_length=77):
         merges += [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
     merges = list(dict.fromkeys(merges))
     tokens += [left + right for left, right in merges]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
 def t5_tokenizer(max_length, words=()):
     """Unigram T5 tokenizer whose pieces are the printable ASCII characters and `words`."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(chr(c), -3.0) for c in range(33, 127)]
     pieces += [("▁" + word, -1.0) for word in words]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
 def clip_text(model_class=CLIPTextModelWithProjection, vocab_size=514, **config):
-    # bos, eos and pad must be this vocabulary's, or the pooled token is looked up in the wrong place.
-    return model_class(CLIPTextConfig(vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                      num_attention_heads=2, projection_dim=16, bos_token_id=512, eos_token_id=513,
-                                      pad_token_id=513, **config))
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        # These must be this vocabulary's, or the pooled token is looked up in the wrong place.
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+        **config,
+    )
+    return model_class(config)
 
 
 def t5():
-    return T5EncoderModel(T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2))
+    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+    return T5EncoderModel(config)
 
 
 def image_vae(latent_channels, **config):
-    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-                         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, sample_size=64,
-                         latent_channels=latent_channels, **config)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        sample_size=64,
+        latent_channels=latent_channels,
+        **config,
+    )
 
 
 def sdxl():
     """0.1M-parameter UNet, 64x64 images, 32x32 latents."""
     unet = UNet2DConditionModel(
-        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16), layers_per_block=1,
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 1),
-        attention_head_dim=(2, 2, 2), norm_num_groups=4, cross_attention_dim=32, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8)
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=(2, 2, 2),
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
     scheduler = EulerDiscreteScheduler(**SD_BETAS, steps_offset=1, timestep_spacing="leading")
     return StableDiffusionXLPipeline(
-        vae=image_vae(4, scaling_factor=0.13025), unet=unet, scheduler=scheduler, text_encoder=clip_text(CLIPTextModel),
-        text_encoder_2=clip_text(), tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer())
+        vae=image_vae(4, scaling_factor=0.13025),
+        unet=unet,
+        scheduler=scheduler,
+        text_encoder=clip_text(CLIPTextModel),
+        text_encoder_2=clip_text(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+    )
 
 
 def sd3():
     """MM-DiT of four blocks, 32x32 images, 16x16 latents."""
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-        pos_embed_max_size=16)
-    vae = image_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+    vae = image_vae(
+        16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
-        text_encoder=clip_text(), tokenizer=clip_tokenizer(), text_encoder_2=clip_text(), tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(), tokenizer_3=t5_tokenizer(256))
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text(),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(256),
+    )
 
 
 def cogvideox(rotary=False):
-    """Video DiT of four blocks, nine 128x128 frames, latents of three 16x16 frames; positions as in 2b, or 5b (rotary)."""
+    """Video DiT of four blocks, nine 128x128 frames, latents of three 16x16 frames.
+
+    Positions as in 2b, or 5b (rotary).
+    """
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, time_embed_dim=16,
-        text_embed_dim=32, num_layers=4, sample_width=16, sample_height=16, sample_frames=9,
-        use_rotary_positional_embeddings=rotary)
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        time_embed_dim=16,
+        text_embed_dim=32,
+        num_layers=4,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=9,
+        use_rotary_positional_embeddings=rotary,
+    )
     vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, norm_num_groups=2,
-        block_out_channels=(8,) * 4, latent_channels=16, layers_per_block=1, sample_height=128, sample_width=128,
-        scaling_factor=0.7 if rotary else 1.15258426)
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        norm_num_groups=2,
+        block_out_channels=(8,) * 4,
+        latent_channels=16,
+        layers_per_block=1,
+        sample_height=128,
+        sample_width=128,
+        scaling_factor=0.7 if rotary else 1.15258426,
+    )
     scheduler = CogVideoXDDIMScheduler(
-        **SD_BETAS, prediction_type="v_prediction", set_alpha_to_one=True, clip_sample=False,
-        timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0 if rotary else 3.0)
-    return CogVideoXPipeline(tokenizer=t5_tokenizer(226), text_encoder=t5(), transformer=transformer, vae=vae,
-                             scheduler=scheduler)
+        **SD_BETAS,
+        prediction_type="v_prediction",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0 if rotary else 3.0,
+    )
+    return CogVideoXPipeline(
+        tokenizer=t5_tokenizer(226),
+        text_encoder=t5(),
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+    )
 
 
 def sam():
-    # The class's default initializer_range, 1e-10, would make every feature and gradient vanish.
-    return SamVisionModel(SamVisionConfig(hidden_size=16, output_channels=8, num_hidden_layers=4, num_attention_heads=2,
-                                          image_size=128, patch_size=16, window_size=4, global_attn_indexes=[1, 3],
-                                          initializer_range=0.02))
+    config = SamVisionConfig(
+        hidden_size=16,
+        output_channels=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=128,
+        patch_size=16,
+        window_size=4,
+        global_attn_indexes=[1, 3],
+        # By default 1e-10, which would make every feature and gradient vanish.
+        initializer_range=0.02,
+    )
+    return SamVisionModel(config)
 
 
 def dinov2():
-    return Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=112,
-                                    patch_size=14))
+    config = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=112,
+        patch_size=14,
+    )
+    return Dinov2Model(config)

@@ -100,7 +100,7 @@ MUTANTS = [
          '"fake": cfg.lr_heads, "heads": cfg.lr_fake'),
         ("average of the fake score", '"student"], cfg.ema)', '"fake"], cfg.ema)'),
         ("resting student trains", "[] if learns else [student]", ""),
-        ("loss of one micro-batch", "backward(loss, cfg.accumulate)", "backward(loss)"),
+        ("loss of one micro-batch", "backward(loss, len(parts))", "backward(loss)"),
     ]),
     *mutants("adm.py", (ORACLE, "-k", "after_adp"), [
         ("student sees the unshown time", "net.student_schedule.shown(t_in)", "t_in"),
@@ -142,9 +142,8 @@ MUTANTS = [
         ("index 1000", "t.floor().clamp(max=self.t_noise)", "t.floor()"),
     ]),
     *mutants("models.py", OF_ADM, [
-        ("heads' maximum", "zip(self.heads, maps, strict=True)]).mean(0)",
-         "zip(self.heads, maps, strict=True)]).amax(0)"),
-        ("LoRA at half its weight", "lora_alpha=lora_rank", "lora_alpha=lora_rank / 2"),
+        ("heads' maximum", "torch.stack(logits).mean(0)", "torch.stack(logits).amax(0)"),
+        ("LoRA at half its weight", "lora_alpha=rank", "lora_alpha=rank / 2"),
     ]),
     *mutants("models.py", OF_SDXL, [  # whose maps are more than one position when they are pooled
         ("heads' positions summed", "self.body(h.float()).flatten(2).mean(2)",
@@ -180,8 +179,8 @@ MUTANTS = [
         ("the last weights are exported", 'networks["student"][name].data.copy_(average)', "pass"),
     ]),
     *mutants("families/export.py", ("tests/test_models.py", "-k", "export"), [
-        ("stock sampler of another shift", "K, n, k = schedule.shift, steps, 1.0",
-         "K, n, k = 1.0, steps, 1.0"),
+        ("stock sampler of another shift", "stock_warp(schedule.shift, steps)",
+         "stock_warp(1.0, steps)"),
         ("stock sampler without noise", "stochastic_sampling=True", "stochastic_sampling=False"),
     ]),
 ]

@@ -1,9 +1,10 @@
-"""What an ADM run needs of each GPU, counted on networks without storage: nothing is loaded or fetched.
+"""What an ADM run needs of each GPU, counted on networks without storage.
 
     python tools/plan.py --model sd3.5-large --world-size 8 --gpu-gb 80
 
-Weights, gradients, moments and the average are exact. Activations are those that autograd saves in the generator's step, from
-its own passes in bf16 with memory-efficient attention; kernels' workspace and fragmentation come on top.
+Nothing is loaded or fetched. Weights, gradients, moments and the average are exact. Activations are
+those that autograd saves in the generator's step, from its own passes in bf16 with memory-efficient
+attention; kernels' workspace and fragmentation come on top.
 """
 
 import sys
@@ -26,11 +27,15 @@ from runtime.settings import at_least, require
 
 @dataclass
 class Config:
-    model: str = option("sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder")
+    model: str = option(
+        "sd3", "sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline folder"
+    )
     world_size: int = option(8, "GPUs")
     gpu_gb: float = option(80.0, "memory of each, in GB of 1e9 bytes")
     batch_size: int | None = option(None, "global; default: one sample a GPU and micro-batch")
-    resolution: str | None = option(None, "pixels, 1024 or 480x720 (height x width); default: the model's own")
+    resolution: str | None = option(
+        None, "pixels, 1024 or 480x720 (height x width); default: the model's own"
+    )
     frames: int | None = option(None, "video frames; default: the model's own")
     fake_gradient: Literal["exact", "straight-through"] = option("exact", "as in adm.py")
     head_width: int = option(256, "channels of the discriminator's heads")
@@ -41,60 +46,118 @@ class Config:
     offload: bool = option(False, "AdamW's moments in main memory between steps")
 
 
+# --- Weights and their companions -----------------------------------------------------------------
+
+COLUMNS = ("weights", "gradients", "optimizer", "ema")
+
+
 def part(parameters, world):
     """Bytes of one rank's part: FSDP cuts the first dimension, and pads the last rank's."""
-    return sum(-(-len(p) // world) * p[0].numel() * p.element_size() for p in parameters)
+    total = 0
+    for p in parameters:
+        rows = -(-len(p) // world)  # rounded up
+        total += rows * p[0].numel() * p.element_size()
+    return total
 
 
-def build(family, lora_rank=0, head_width=256, frozen_dtype=torch.bfloat16, gradient_checkpointing=False):
-    """(teacher, student, fake, discriminator), by the code that training builds them with, on the meta device."""
-    roles = make_roles(family, ("student", "fake"), lora_rank, "meta", frozen_dtype, gradient_checkpointing)
+def build(
+    family,
+    lora_rank=0,
+    head_width=256,
+    frozen_dtype=torch.bfloat16,
+    gradient_checkpointing=False,
+):
+    """(teacher, student, fake, discriminator) on the meta device, by the code of training."""
+    names = ("student", "fake")
+    roles = make_roles(family, names, lora_rank, "meta", frozen_dtype, gradient_checkpointing)
     with torch.device("meta"):
         return *roles, LatentDiscriminator(roles[0], head_width)
 
 
 def states(roles, world, ema=0.0):
-    """{role: {"parameters": their number, and in bytes a rank "weights", "gradients", "optimizer", "ema"}}."""
+    """{role: {"parameters": their number; "weights", "gradients", "optimizer", "ema": bytes}}.
+
+    Bytes are a rank's. What a role has none of may be absent.
+    """
     teacher, student, fake, discriminator = roles
-    trained = {"student": student.own_parameters().values(), "fake": fake.own_parameters().values(),
-               "heads": discriminator.heads.parameters()}
-    trained = {name: list(parameters) for name, parameters in trained.items()}
+    trained = {
+        "student": list(student.own_parameters().values()),
+        "fake": list(fake.own_parameters().values()),
+        "heads": list(discriminator.heads.parameters()),
+    }
     adapters = {id(p) for parameters in trained.values() for p in parameters}
-    rows = {"teacher": {"weights": [p for p in teacher.net.parameters() if id(p) not in adapters]}}
-    for name, ps in trained.items():
-        rows[name] = {"weights": ps, "gradients": ps, "optimizer": ps + ps, "ema": ps if name == "student" and ema else []}
-    counted = {name: {"parameters": sum(p.numel() for p in row["weights"]), **{k: part(ps, world) for k, ps in row.items()}}
-               for name, row in rows.items()}
+    base = [p for p in teacher.net.parameters() if id(p) not in adapters]
+    rows = {"teacher": {"parameters": sum(p.numel() for p in base), "weights": part(base, world)}}
+    for name, parameters in trained.items():
+        size = part(parameters, world)
+        rows[name] = {
+            "parameters": sum(p.numel() for p in parameters),
+            "weights": size,
+            "gradients": size,
+            "optimizer": 2 * size,  # AdamW's two moments
+            "ema": size if name == "student" and ema else 0,
+        }
+    # FSDP leaves these whole on every rank.
     buffers = {id(b): b.nbytes for role in roles[:3] for b in role.net.buffers()}
-    return {**counted, "buffers": {"parameters": 0, "weights": sum(buffers.values())}}  # FSDP leaves these whole on every rank
+    rows["buffers"] = {"parameters": 0, "weights": sum(buffers.values())}
+    return rows
+
+
+def gathered(family, net, world):
+    """Bytes of the bf16 weights that a pass holds: the largest unit and, on its way, the next.
+
+    On one GPU nothing is gathered.
+    """
+    if world == 1:
+        return 0
+    sizes, counted = [], set()
+    for unit in (*family.units(net), net):  # inner ones first: each has what they leave
+        own = {id(p): p.numel() for p in unit.parameters() if id(p) not in counted}
+        counted |= own.keys()
+        sizes.append(2 * sum(own.values()))
+    return 2 * max(sizes)
+
+
+# --- Activations ----------------------------------------------------------------------------------
 
 
 class Attention(torch.autograd.Function):
-    """What flash attention leaves for backward: its inputs, its output, one number a query and head."""
+    """What flash attention leaves for backward: inputs, output, one number a query and head."""
+
     @staticmethod
     def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v, out := torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32))
+        out = torch.empty_like(q)
+        log_sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sums)
         return out
 
 
 class FlashAttention(TorchFunctionMode):
+    """Inside, attention is Attention."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q, k, v = [*args, *(kwargs[n] for n in ("query", "key", "value") if n in (kwargs or {}))][:3]
+            named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
+            q, k, v = [*args, *named][:3]
             return Attention.apply(q, k, v)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class Saved:
     """Inside, counts what autograd keeps for backward, each storage once, the modules' own not."""
+
     def __init__(self, *modules):
-        self.seen, self.bytes = {x.untyped_storage()._cdata for m in modules for x in (*m.parameters(), *m.buffers())}, 0
+        own = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+        self.seen = {x.untyped_storage()._cdata for x in own}
+        self.bytes = 0
         self.keep = []  # so that no id comes twice
 
     def pack(self, x):
         key = x.untyped_storage()._cdata
         if key not in self.seen:
-            self.seen.add(key), self.keep.append(x)
+            self.seen.add(key)
+            self.keep.append(x)
             self.bytes += x.untyped_storage().nbytes()
         return x
 
@@ -107,79 +170,133 @@ class Saved:
         self.hooks.__exit__(*error)
 
 
-def activations(family, roles, shape, batch, fake_gradient="exact", checkpointing=False):
-    """({"student", "fake", "discriminator": bytes that wait for the generator's backward}, the most of one block), for a batch."""
+def activations(family, roles, shape, batch, fake_gradient="exact"):
+    """({"student", "fake", "discriminator": bytes}, the most of one block), for a batch.
+
+    Bytes are those that wait for the generator's backward.
+    """
     teacher, student, fake, discriminator = roles
     for role in (teacher, student, fake):
         role.net.bfloat16()
-    cond = {name: torch.empty(batch, *s, dtype=torch.bfloat16, device="meta") for name, s in family.cond_shapes().items()}
-    x, t = torch.empty(batch, *shape, dtype=torch.bfloat16, device="meta"), torch.empty(batch, device="meta")
-    counted, before, blocks = {}, {}, [0]
-    units = family.units(student.net)
-    units = [u for u in units if not any(v is not u and v in units for v in u.modules())]  # innermost: what is checkpointed
-    hooks = [u.register_forward_pre_hook(lambda u, args: before.update({u: saved.bytes})) for u in units]
-    hooks += [u.register_forward_hook(lambda u, args, out: blocks.append(saved.bytes - before[u])) for u in units]
-    with FlashAttention(), Saved(*roles) as saved, frozen(fake, discriminator.heads):
-        x_t = student(x, t, cond)[0].bfloat16()
-        counted["student"] = saved.bytes
+    like = {"dtype": torch.bfloat16, "device": "meta"}
+    shapes = family.cond_shapes()
+    cond = {name: torch.empty(batch, *shapes[name], **like) for name in shapes}  # (B, ...) each
+    x = torch.empty(batch, *shape, **like)  # (B, ...)
+    t = torch.empty(batch, device="meta")  # (B,)
+    saved = Saved(*roles)
+    before, blocks = {}, [0]
+
+    def enters(unit, args):
+        before[unit] = saved.bytes
+
+    def leaves(unit, args, output):
+        blocks.append(saved.bytes - before[unit])
+
+    hooks = []
+    for unit in innermost(family.units(student.net)):  # what is checkpointed
+        hooks.append(unit.register_forward_pre_hook(enters))
+        hooks.append(unit.register_forward_hook(leaves))
+    with FlashAttention(), saved, frozen(fake, discriminator.heads):
+        x_t = student(x, t, cond)[0].bfloat16()  # (B, ...)
+        of_student = saved.bytes
         with torch.set_grad_enabled(fake_gradient == "exact"):
-            out = fake(x_t, t, cond)[0].bfloat16()
-        counted["fake"] = saved.bytes - sum(counted.values())
+            out = fake(x_t, t, cond)[0].bfloat16()  # (B, ...)
+        of_fake = saved.bytes - of_student
         discriminator.logits(discriminator.features(x_t + out, t, cond))
-        counted["discriminator"] = saved.bytes - sum(counted.values())
+        of_discriminator = saved.bytes - of_student - of_fake
     for hook in hooks:
         hook.remove()
+    counted = {"student": of_student, "fake": of_fake, "discriminator": of_discriminator}
     return counted, max(blocks)
 
 
-def gathered(family, net, world):
-    """Bytes of the bf16 weights that a pass holds: the largest unit and, on its way, the next; on one GPU nothing is gathered."""
-    sizes, counted = [], set()
-    for unit in (*family.units(net), net):  # inner ones first: each has what they leave
-        own = {id(p): p.numel() for p in unit.parameters() if id(p) not in counted}
-        counted |= own.keys()
-        sizes.append(2 * sum(own.values()))
-    return 2 * max(sizes) if world > 1 else 0
+def innermost(units):
+    """Those of the units in which there is no other."""
+    return [u for u in units if not any(v is not u and v in units for v in u.modules())]
+
+
+# --- The plan -------------------------------------------------------------------------------------
 
 
 def plan(cfg):
+    """Print what a run with these settings needs. Raises BadInput for one that cannot be."""
     at_least(1, cfg, "world_size", "accumulate", "batch_size", "head_width")
     at_least(0, cfg, "lora_rank")
     require(0 <= cfg.ema < 1, f"--ema {cfg.ema}: in [0, 1)")
     require(cfg.gpu_gb > 0, f"--gpu-gb {cfg.gpu_gb}: a positive number")
     family = load_teacher(cfg.model, random_init=cfg.model in HUB)
-    shape, parts = family.latent_shape(cfg.resolution, cfg.frames), cfg.world_size * cfg.accumulate
-    each = (cfg.batch_size or parts) // parts
-    require(each >= 1 and each * parts == (cfg.batch_size or parts), f"--batch-size {cfg.batch_size}: no multiple of {parts}")
+    shape = family.latent_shape(cfg.resolution, cfg.frames)
+    parts = cfg.world_size * cfg.accumulate
+    batch = cfg.batch_size or parts
+    whole = batch >= parts and batch % parts == 0
+    require(whole, f"--batch-size {cfg.batch_size}: no multiple of {parts}")
+    each = batch // parts  # samples at a time on each GPU
+
     roles = build(family, cfg.lora_rank, cfg.head_width)
     rows = states(roles, cfg.world_size, cfg.ema)
-    columns = ["weights", "gradients", "optimizer", "ema"]
-    sums = {c: sum(row.get(c, 0) for row in rows.values()) for c in columns}
-    passing, what = gathered(family, roles[1].net, cfg.world_size), "gathered"
-    if cfg.world_size == 1 and not cfg.lora_rank:  # autocast's bf16 copies of float32 weights, as long as the graph is there
-        passing, what = 2 * sum(rows[name]["parameters"] for name in ("student", "fake")), "bf16 copies"
-    full, block = activations(family, roles, shape, each, cfg.fake_gradient)
+    columns = ("parameters", *COLUMNS)
+    total = {column: sum(row.get(column, 0) for row in rows.values()) for column in columns}
+    if cfg.world_size == 1 and not cfg.lora_rank:
+        # Autocast's copies of float32 weights stay as long as the graph is there.
+        what = "bf16 copies"
+        passing = 2 * (rows["student"]["parameters"] + rows["fake"]["parameters"])
+    else:
+        what = "gathered"
+        passing = gathered(family, roles[1].net, cfg.world_size)
+
+    waiting, block = activations(family, roles, shape, each, cfg.fake_gradient)
     if cfg.gradient_checkpointing:
         roles = build(family, cfg.lora_rank, cfg.head_width, gradient_checkpointing=True)
-        full = {**activations(family, roles, shape, each, cfg.fake_gradient)[0], "one block, made again": block}
-    waiting = sum(full.values())
-    gradients = sums["gradients"]  # all are there before the first network steps
-    step = gradients + max(row.get("optimizer", 0) for row in rows.values())
-    peak = sums["weights"] + sums["ema"] + (max(gradients + waiting + passing, step) if cfg.offload
-                                            else sums["optimizer"] + gradients + waiting + passing)
-    largest = max(full, key=full.get)
-    print(f"{cfg.model}, {'x'.join(map(str, shape))} latents, {each} a GPU x {cfg.world_size} GPUs"
-          + f" x {cfg.accumulate} micro-batches" * (cfg.accumulate > 1) + f"; GB (1e9 bytes) on each:")
-    print(f"{'':14}{'parameters':>11}" + "".join(f"{c:>11}" for c in columns))
-    for name, row in [*rows.items(), ("sum", {"parameters": sum(r["parameters"] for r in rows.values()), **sums})]:
-        count = f"{row['parameters'] / 1e6:.1f}M" if row["parameters"] else ""
-        print((f"{name:14}{count:>11}" + "".join(f"{row[c] / 1e9:11.2f}" if row.get(c) else f"{'':11}" for c in columns)).rstrip())
-    print(f"{'activations':14}{waiting / 1e9:.2f} in the generator's step, most of it {largest} ({full[largest] / 1e9:.2f})")
-    print(f"{what:14}{passing / 1e9:.2f} of weights, for a pass" + "; moments are in main memory between steps" * cfg.offload)
+        waiting, _ = activations(family, roles, shape, each, cfg.fake_gradient)
+        waiting["one block, made again"] = block
+    peak = peak_bytes(rows, total, sum(waiting.values()), passing, cfg.offload)
+
+    latent = "x".join(str(n) for n in shape)
+    title = f"{cfg.model}, {latent} latents, {each} a GPU x {cfg.world_size} GPUs"
+    if cfg.accumulate > 1:
+        title += f" x {cfg.accumulate} micro-batches"
+    print(f"{title}; GB (1e9 bytes) on each:")
+    print_table({**rows, "sum": total})
+    largest = max(waiting, key=waiting.get)
+    mostly = f"most of it {largest} ({gb(waiting[largest])})"
+    print_line("activations", f"{gb(sum(waiting.values()))} in the generator's step, {mostly}")
+    where = "; moments are in main memory between steps" if cfg.offload else ""
+    print_line(what, f"{gb(passing)} of weights, for a pass{where}")
     if cfg.world_size > 1:  # see Family.network
-        whole = 4 * cfg.world_size * max(row["parameters"] for row in rows.values())
-        print(f"{'loading':14}{whole / 1e9:.0f} of main memory, if all ranks are on one node")
-    print(f"{'peak':14}{peak / 1e9:.2f} of {cfg.gpu_gb:g}: {'it fits' if peak <= cfg.gpu_gb * 1e9 else 'it does not fit'}")
+        loading = 4 * cfg.world_size * max(row["parameters"] for row in rows.values())
+        print_line("loading", f"{loading / 1e9:.0f} of main memory, if all ranks are on one node")
+    verdict = "it fits" if peak <= cfg.gpu_gb * 1e9 else "it does not fit"
+    print_line("peak", f"{gb(peak)} of {cfg.gpu_gb:g}: {verdict}")
+
+
+def peak_bytes(rows, total, waiting, passing, offload):
+    """The most that is on a GPU at once: in the generator's backward, or when a network steps.
+
+    rows: of `states`; total: their sum. All gradients are there before the first network steps.
+    """
+    always = total["weights"] + total["ema"]
+    backward = total["gradients"] + waiting + passing
+    if not offload:
+        return always + total["optimizer"] + backward
+    one_step = total["gradients"] + max(row.get("optimizer", 0) for row in rows.values())
+    return always + max(backward, one_step)
+
+
+def print_table(rows):
+    print(f"{'':14}{'parameters':>11}" + "".join(f"{column:>11}" for column in COLUMNS))
+    for name, row in rows.items():
+        count = f"{row['parameters'] / 1e6:.1f}M" if row["parameters"] else ""
+        cells = [gb(row[column]) if row.get(column) else "" for column in COLUMNS]
+        line = f"{name:14}{count:>11}" + "".join(f"{cell:>11}" for cell in cells)
+        print(line.rstrip())
+
+
+def print_line(name, said):
+    print(f"{name:14}{said}")
+
+
+def gb(size):
+    return f"{size / 1e9:.2f}"
 
 
 def main():
