@@ -7,9 +7,8 @@ frozen teacher, learns to tell where they land. The student is trained to make t
 indistinguishable.
 
     python adm.py                           # a small teacher of digits, offline, CPU: a minute
-    python adm.py --model sd3 --out out/sd3 --iterations 8000                           # one GPU
-    torchrun --nproc_per_node=8 adm.py --model sdxl --init out/adp-sdxl --batch-size 32 \\
-        --out out/dmdx-sdxl
+    python adm.py --model sd3 --out out/sd3                                             # one GPU
+    torchrun --nproc_per_node=8 adm.py --model sdxl --init out/adp-sdxl --out out/dmdx-sdxl
 
 Expect d_accuracy between 0.5 and 1, neither end for long. Writes config.json, log.csv, samples/,
 checkpoints/ and pipeline/.

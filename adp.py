@@ -6,8 +6,7 @@ D_τ1 on noised latents (heads on the frozen teacher) and D_τ2 on decoded image
 SAM). That gives stage 2, adm.py, a student whose samples already overlap with the teacher's.
 
     python data.py pairs && python adp.py     # a small teacher of digits, offline, CPU: minutes
-    torchrun --nproc_per_node=8 adp.py --model sdxl --pairs out/pairs-sdxl --batch-size 32 \\
-        --iterations 10000 --out out/adp-sdxl
+    torchrun --nproc_per_node=8 adp.py --model sdxl --pairs out/pairs-sdxl --out out/adp-sdxl
 
 Expect loss_mse to fall and level out in the first phase, and both accuracies between 0.5 and 1 in
 the second. Whatever the teacher predicts, the student predicts a flow from here on: config.json

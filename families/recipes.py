@@ -47,7 +47,7 @@ ADM = {
     },
     "sdxl": ADM_LARGE,
     "sd3": {**ADM_LARGE, **ADM_LORA},
-    "sd3.5-large": ADM_LARGE,
+    "sd3.5-large": {**ADM_LARGE, "guidance": 4.5},  # its model card's
     "cogvideox-2b": {**ADM_LARGE, **VIDEO},
     "cogvideox-5b": {**ADM_LARGE, **VIDEO},
 }
@@ -96,7 +96,7 @@ PAIRS = {
     },
     "sdxl": PAIRS_LARGE,
     "sd3": PAIRS_LARGE,
-    "sd3.5-large": PAIRS_LARGE,
+    "sd3.5-large": {**PAIRS_LARGE, "guidance": 4.5},
     "cogvideox-2b": {**PAIRS_LARGE, "batch_size": 1},
     "cogvideox-5b": {**PAIRS_LARGE, "batch_size": 1},
 }

@@ -225,6 +225,8 @@ def main(argv=None):
         cfg.iterations = own.warm_up + own.repeats + 1
         cfg.student_steps = 1
         cfg.ttur = 1
+        cfg.warmup = 0  # where the student rests, passes are missing
+        cfg.samples = cfg.accumulate = None  # the batch at once, as in the passes beside it
         cfg.sample_every = 0
         cfg.checkpoint_every = 10**9
         results = {}
