@@ -50,7 +50,8 @@ def parse(parser, config_class, argv):
     # Which model is asked for comes first, also with --help: that shows the defaults that hold.
     without_help = [word for word in argv if word not in ("-h", "--help")]
     asked, _ = parser.parse_known_args(without_help)
-    parser.set_defaults(**getattr(config_class, "RECIPES", {}).get(asked.model, {}))
+    recipes = getattr(config_class, "RECIPES", {})  # toys have no models
+    parser.set_defaults(**recipes.get(getattr(asked, "model", None), {}))
     if getattr(asked, "paper", False):
         parser.set_defaults(**config_class.PAPER)
     settings, unknown = parser.parse_known_args(argv)
