@@ -80,8 +80,8 @@ class Players(NamedTuple):
 def adm_round(net, cfg, draw, cond, uncond, k, learn):
     """One round of ADM on B samples, with a gradient for every network that is not frozen.
 
-    k is the student's step that trains; learn(loss) adds a loss's gradient to the others'. Returns
-    what the log shows, and latents for pictures.
+    k is the student's step that trains; learn(loss) adds a loss's gradient to the others', and no
+    network steps before the round ends (ours). Returns what the log shows, latents for pictures.
     """
     schedule, discriminator = net.schedule, net.discriminator
 
@@ -100,7 +100,11 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
 
     # ... and by the fake score. Fake and heads are frozen, their activations carry the gradient.
     with frozen(net.fake, discriminator.heads):
-        out_fake, x_fake = fake_step(net, cfg, x_t, t, s, x0_hat, cond)
+        if cfg.fake_gradient == "exact":
+            out_fake = net.fake(x_t, t, cond)[0]
+            x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
+        else:
+            out_fake, x_fake = around_fake(net, x_t, t, s, x0_hat, cond)  # ours
 
         # 4. Generator: the student learns to land where the teacher would.
         maps_fake = discriminator.features(x_fake, s, cond)
@@ -117,22 +121,18 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
     learn(loss_d + damping(net, cfg, draw, cond, s, pairs))
 
     # 6. Fake score: f_ψ learns the student's samples by its diffusion loss.
-    loss_f = learn_fake(net, cfg, draw, cond, k, x0_hat, eps_hat, learn)
+    x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)  # x̂_0, or with --fake-samples: ours
+    loss_f = learn_fake(net, draw, cond, x0, learn)
 
-    figures, latents = compared(net, x_t, t, x0_hat, out_real, out_fake)
+    latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
     losses = {"loss_generator": loss_g, "loss_discriminator": loss_d, "loss_fake": loss_f}
-    return losses | figures | {"d_accuracy": accuracy(logits_real, logits_fake)}, latents
+    right = {"d_accuracy": accuracy(logits_real, logits_fake)}
+    return losses | right | figures(latents), latents
 
 
 def sample(net, draw, cond, k):
     """(x̂_0, ε̂) of the student's step k, (B, ...) each; its steps before run without gradient."""
-
-    def predict(x, t):
-        return net.student(x, t, cond)[0]
-
-    def fresh():
-        return draw.normal(net.shape)
-
+    predict, fresh = walker(net, draw, cond)
     with torch.no_grad():
         x_in = student_input(predict, net.student_schedule, fresh(), net.times, k, fresh)
     t_in = net.times[k].expand(len(x_in))  # (B,)
@@ -140,9 +140,17 @@ def sample(net, draw, cond, k):
     return net.student_schedule.to_x0_eps(x_in, out, t_in)
 
 
-def learn_fake(net, cfg, draw, cond, k, x0_hat, eps_hat, learn):
-    """f_ψ's diffusion loss on the student's samples, at t ~ U[0, T], without CFG: its gradient."""
-    x0 = sampled_on(net, cfg, draw, cond, k, x0_hat.detach(), eps_hat.detach())
+def walker(net, draw, cond):
+    """What ode.py's samplers walk with: predict(x, t) of the student, and fresh() noise."""
+
+    def predict(x, t):
+        return net.student(x, t, cond)[0]
+
+    return predict, lambda: draw.normal(net.shape)
+
+
+def learn_fake(net, draw, cond, x0, learn):
+    """f_ψ's diffusion loss on samples x0 (B, ...), t ~ U[0, T], without CFG: its gradient."""
     t = draw.uniform(0, net.schedule.t_noise)  # (B,)
     eps = draw.normal(net.shape)  # (B, ...)
     out = net.fake(net.schedule.add_noise(x0, eps, t), t, cond)[0]
@@ -151,14 +159,19 @@ def learn_fake(net, cfg, draw, cond, k, x0_hat, eps_hat, learn):
     return loss
 
 
-def compared(net, x_t, t, x0_hat, out_real, out_fake):
-    """What the log shows of one x_t, and the latents of its pictures; no gradient is used."""
-    x0_real = net.schedule.to_x0_eps(x_t, out_real, t)[0].detach()  # (B, ...)
-    x0_fake = net.schedule.to_x0_eps(x_t, out_fake, t)[0].detach()  # (B, ...)
+def clean(net, x_t, t, x0_hat, out_real, out_fake):
+    """x̂_0 and what teacher and fake score made of x_t, (B, ...) each: {label of a picture: x_0}."""
+    x0_real = net.schedule.to_x0_eps(x_t, out_real, t)[0].detach()
+    x0_fake = net.schedule.to_x0_eps(x_t, out_fake, t)[0].detach()
+    return {"student": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
+
+
+def figures(latents):
+    """What the log shows of them, beside the losses that are descended."""
+    x0_hat = latents["student"]
     spread = x0_hat.flatten(1).std(1).mean()
-    loss = dmd_loss(x0_hat, x0_real, x0_fake)
-    figures = {"dmd_loss": loss, "x0_mean": x0_hat.mean(), "x0_std": spread}
-    return figures, {"student": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
+    loss = dmd_loss(*latents.values())
+    return {"dmd_loss": loss.detach(), "x0_mean": x0_hat.mean(), "x0_std": spread}
 
 
 # --- DMD, the baseline ----------------------------------------------------------------------------
@@ -183,33 +196,33 @@ def dmd_round(net, cfg, draw, cond, uncond, k, learn):
     with torch.no_grad():
         out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
         out_fake = net.fake(x_t, t, cond)[0]
-    figures, latents = compared(net, x_t, t, x0_hat, out_real, out_fake)
-    learn(figures["dmd_loss"])
-    loss_f = learn_fake(net, cfg, draw, cond, k, x0_hat, eps_hat, learn)
-    return {"loss_generator": figures["dmd_loss"], "loss_fake": loss_f} | figures, latents
+    latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
+    loss_g = dmd_loss(*latents.values())
+    learn(loss_g)
+    x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
+    loss_f = learn_fake(net, draw, cond, x0, learn)
+    return {"loss_generator": loss_g, "loss_fake": loss_f} | figures(latents), latents
 
 
 def fake_round(net, cfg, draw, cond, uncond, k, learn):
     """A further round of DMD under TTUR: the fake score alone learns, on new samples."""
     x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
-    return {"loss_fake": learn_fake(net, cfg, draw, cond, k, x0_hat, eps_hat, learn)}, {}
+    x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
+    return {"loss_fake": learn_fake(net, draw, cond, x0, learn)}, {}
 
 
-# --- What the paper has not (ours), all off by default --------------------------------------------
+# --- What the paper has not (ours): off, but where a recipe or a flag says so ---------------------
 
 
-def fake_step(net, cfg, x_t, t, s, x0_hat, cond):
-    """(f_ψ's output at x_t, x_fake), (B, ...) each.
+def around_fake(net, x_t, t, s, x0_hat, cond):
+    """--fake-gradient straight-through: (f_ψ's output at x_t, x_fake), (B, ...) each.
 
-    --fake-gradient exact, the paper's: the gradient runs through f_ψ. straight-through: around it,
-    as if f_ψ were at its optimum, where the flow carries x_t to α_s x̂_0 + σ_s ε.
+    The gradient runs around f_ψ, as if f_ψ were at its optimum, where the flow carries x_t to
+    α_s x̂_0 + σ_s ε: no backward through that network.
     """
-    exact = cfg.fake_gradient == "exact"
-    with torch.set_grad_enabled(exact):
+    with torch.no_grad():
         out = net.fake(x_t, t, cond)[0]
         x_fake = net.schedule.pf_ode_step(x_t, out, t, s)
-    if exact:
-        return out, x_fake
     return out, straight_through(x_fake, x0_hat, net.schedule.alpha_sigma(s)[0])
 
 
@@ -243,23 +256,18 @@ def damping_loss(logits, moved, sigma):
     return 0.5 * ((logits - moved) / sigma).square().mean()
 
 
-def sampled_on(net, cfg, draw, cond, k, x0, eps):
-    """What the fake score learns after the student's step k, (B, ...): --fake-samples.
+def sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat):
+    """--fake-samples: what the fake score learns after the student's step k, (B, ...), a constant.
 
     f_ψ does not know the student's step: fed "each", it learns the steps' mixture; fed the "last",
     what the sampler goes on to emit.
     """
+    x0 = x0_hat.detach()
     if cfg.fake_samples == "each" or k + 1 == len(net.times):
         return x0
-
-    def predict(x, t):
-        return net.student(x, t, cond)[0]
-
-    def fresh():
-        return draw.normal(net.shape)
-
+    predict, fresh = walker(net, draw, cond)
     with torch.no_grad():
-        x_next = net.student_schedule.renoised(x0, eps, net.times[k + 1], fresh)  # (B, ...)
+        x_next = net.student_schedule.renoised(x0, eps_hat, net.times[k + 1], fresh)  # (B, ...)
         return student_sample(predict, net.student_schedule, x_next, net.times[k + 1 :], fresh)
 
 
@@ -324,11 +332,13 @@ class Config:
         1 / 64, "ADM: length of the PF-ODE step, as a fraction of T (paper: 1/64)", "the method"
     )
     t_min: float = option(
-        0.02, "least time that a PF-ODE step lands on, as a fraction of T (ours)", "the method"
+        0.02,
+        "least time that a PF-ODE step lands on, DMD's least t, as a fraction of T (ours)",
+        "the method",
     )
     t_max: float = option(
         0.98,
-        "greatest time that a PF-ODE step starts from, as a fraction of T (ours)",
+        "greatest t, where a PF-ODE step starts, as a fraction of T (ours)",
         "the method",
     )
     fake_gradient: Literal["exact", "straight-through"] = option(
@@ -356,7 +366,9 @@ class Config:
         256, "channels of the discriminator's heads (paper: 256)", "the method"
     )
     iterations: int = option(
-        50, "generator updates; paper: 8000 to 16000 for CogVideoX", "training"
+        50,
+        "the first --warmup of them without the student; paper: CogVideoX 8000 to 16000",
+        "training",
     )
     batch_size: int = option(4, "global, whatever the number of ranks (ours)", "training")
     seed: int = option(0, "of everything random", "training")
@@ -425,7 +437,8 @@ def check(cfg):
     times = f"--t-min {cfg.t_min} --t-max {cfg.t_max}"
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"{times}: 0 <= t_min < t_max <= 1")
     most = cfg.t_max - cfg.t_min
-    require(0 < cfg.dt < most, f"--dt {cfg.dt}: between 0 and t_max - t_min = {most:g}")
+    if cfg.loss == "adm":
+        require(0 < cfg.dt < most, f"--dt {cfg.dt}: between 0 and t_max - t_min = {most:g}")
     for name in ("beta1", "ema"):
         require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
     whole = cfg.head_width >= 8 and cfg.head_width % 8 == 0

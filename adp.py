@@ -183,7 +183,7 @@ class Config:
     )
     paper: bool = option(
         False,
-        "the paper's method where the model's recipe has another: no damping, no warm-up ...",
+        "the paper's method where the model's recipe has another: no average, wide heads",
         "the method",
     )
     loss: Literal["adp", "mse"] = option(

@@ -81,7 +81,7 @@ ADP = {
     "cogvideox-2b": {**ADP_LARGE, **VIDEO},
     "cogvideox-5b": {**ADP_LARGE, **VIDEO},
 }
-ADP_PAPER = {"head_width": 256, "ema": 0.0}
+ADP_PAPER = {"head_width": 256, "ema": 0.0, "lr_mse": None}
 
 ENCODE = {"digits": {"prompts": DIGITS_PROMPTS}}
 PAIRS_LARGE = {"count": 10_000}

@@ -28,7 +28,8 @@ from runtime.ranks import assign, gather, like
 from runtime.script import Stopped
 from runtime.settings import require
 
-# When a run is resumed; the last three change where and how numbers are made, not which.
+# When a run is resumed. From `accumulate` to `offload` they change where and how numbers are made,
+# not which; `paper` sets other settings' defaults, and those are compared.
 MAY_CHANGE = (
     "resume",
     "out",
@@ -102,7 +103,8 @@ class Run:
         self.stop = None  # the Stopped on which all ranks have agreed
         first_weights = family.weights_sha256
         if cfg.init != "teacher":
-            first_weights = family.sha256_of(Path(cfg.init) / "pipeline")
+            # One rank reads the files: a student can be tens of gigabytes.
+            first_weights = ranks.first(lambda: family.sha256_of(Path(cfg.init) / "pipeline"))
         facts["init"] = {"weights_sha256": first_weights}
         times = schedule.timesteps(steps)[:-1].tolist()
         self.about = {

@@ -53,14 +53,11 @@ class Ranks:
         wanted = f"{self.world} ranks"
         if accumulate:
             wanted += f" x --accumulate {accumulate}"
-        elif samples:
-            accumulate = max(1, batch_size // (self.world * samples))
-            samples = min(samples, batch_size // self.world)  # of a batch that is smaller than that
+        elif samples and batch_size > self.world * samples:
             wanted += f" x --samples {samples}"
-            require(
-                self.world * accumulate * samples == batch_size,
-                f"--batch-size {batch_size}: no multiple of {wanted}",
-            )
+            accumulate = batch_size // (self.world * samples)
+            even = self.world * accumulate * samples == batch_size
+            require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
         parts = self.world * (accumulate or 1)
         each = batch_size // parts
         even = each >= 1 and each * parts == batch_size

@@ -14,7 +14,7 @@ import runtime.script
 import runtime.settings
 import adm
 import models
-from tools import bench as bench_step
+from tools import bench
 import data
 from conftest import call
 
@@ -113,14 +113,14 @@ def test_bench_step(few_prompts, tmp_path, capsys):
     """Its parts are there, they add up, and they are the work that an iteration does, up to the heads'."""
     args = ["--model", "tiny-sd3", "--prompts", str(few_prompts), "--batch-size", "1", "--head-width", "8"]
     results, before = [], (dict(vars(adm)), dict(vars(runtime.folder.Run)))
-    measure = bench_step.measure
+    measure = bench.measure
 
     def spy(*args):
         results.append(measure(*args))
         return results[-1]
     with pytest.MonkeyPatch.context() as m:
         m.setattr(bench_step, "measure", spy)
-        bench_step.main([*args, "--json", "--repeats", "2", "--warm-up", "1"])
+        bench.main([*args, "--json", "--repeats", "2", "--warm-up", "1"])
     line = json.loads(capsys.readouterr().out)
     parts = ["ms_student", "ms_teacher", "ms_fake_step", "ms_backbone_fake", "ms_backbone_real", "ms_fake_own"]
     assert list(line) == ["model", "batch_size", "ratio", "ms_iteration", "ms_passes", *parts, "ms_dmd", "ms_finetune"]
