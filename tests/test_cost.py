@@ -119,7 +119,7 @@ def test_bench_step(few_prompts, tmp_path, capsys):
         results.append(measure(*args))
         return results[-1]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(bench_step, "measure", spy)
+        m.setattr(bench, "measure", spy)
         bench.main([*args, "--json", "--repeats", "2", "--warm-up", "1"])
     line = json.loads(capsys.readouterr().out)
     parts = ["ms_student", "ms_teacher", "ms_fake_step", "ms_backbone_fake", "ms_backbone_real", "ms_fake_own"]
