@@ -28,6 +28,7 @@ from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import Denoiser, LatentDiscriminator, accuracy, frozen, make_roles
 from ode import Draw, Schedule, T, common, per_sample, student_input, student_sample, with_guidance
+from runtime.configs import TrainingConfig, check_training
 from runtime.flags import option
 from runtime.folder import Run, starting_point
 from runtime.optimize import backward, follow, make_optimizers, step
@@ -275,52 +276,19 @@ def sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat):
 
 
 @dataclass
-class Config:
-    model: str = option(
-        "digits",
-        "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline "
-        "folder",
-        "what to distil",
-    )
-    random_init: bool = option(
-        False,
-        "random weights instead of the hub's, at full size, and noise for text embeddings",
-        "what to distil",
-    )
+class Config(TrainingConfig):
+    """ADM's settings, beside those of every training run (runtime/configs.py)."""
+
     prompts: str = option(
         PROMPTS,
         "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`",
         "what to distil",
     )
-    init: str = option(
-        "teacher",
-        "where the student starts: teacher, or the folder of an adp.py (or adm.py) run",
-        "what to distil",
-    )
-    resolution: str | None = option(
-        None, "pixels, 1024 or 480x720 (height x width); default: the model's own", "what to distil"
-    )
-    frames: int | None = option(None, "video frames; default: the model's own", "what to distil")
-    guidance: float | None = option(
-        None,
-        "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
-        "what to distil",
-    )
-    student_steps: int | None = option(
-        None,
-        "student's steps; default: the paper's for the model, SDXL 1, others 4",
-        "what to distil",
-    )
-    paper: bool = option(
-        False,
-        "the paper's method where the model's recipe has another: no damping, no warm-up ...",
-        "the method",
-    )
     loss: Literal["adm", "dmd"] = option(
         "adm", "how the student learns: the paper's adversary, or DMD's reverse KL", "the method"
     )
     ttur: int = option(
-        1, "discriminator and fake-score updates for each generator update (paper: 1)", "the method"
+        1, "discriminator and fake-score updates for each generator update", "the method"
     )
     warmup: int = option(
         0,
@@ -328,9 +296,7 @@ class Config:
         "it (ours)",
         "the method",
     )
-    dt: float = option(
-        1 / 64, "ADM: length of the PF-ODE step, as a fraction of T (paper: 1/64)", "the method"
-    )
+    dt: float = option(1 / 64, "ADM: length of the PF-ODE step, as a fraction of T", "the method")
     t_min: float = option(
         0.02,
         "least time that a PF-ODE step lands on, DMD's least t, as a fraction of T (ours)",
@@ -342,9 +308,7 @@ class Config:
         "the method",
     )
     fake_gradient: Literal["exact", "straight-through"] = option(
-        "exact",
-        "through the frozen fake network, as in the paper, or around it (ours: cheaper)",
-        "the method",
+        "exact", "through the frozen fake network, or around it (ours: cheaper)", "the method"
     )
     fake_samples: Literal["each", "last"] = option(
         "each",
@@ -352,70 +316,21 @@ class Config:
         "the method",
     )
     t_weight: Literal["none", "1/alpha"] = option(
-        "none", "weight of the generator loss in t (ours; the paper has none)", "the method"
+        "none", "weight of the generator loss in t (ours)", "the method"
     )
     damping: float = option(
         0.0,
-        "weight of a zero-centred gradient penalty on D, by finite differences (ours; paper: none)",
+        "weight of a zero-centred gradient penalty on D, by finite differences (ours)",
         "the method",
     )
     damping_sigma: float = option(
-        0.01, "length of that finite difference, in units of x_t", "the method"
+        0.01, "length of that finite difference, in units of x_t (ours)", "the method"
     )
-    head_width: int = option(
-        256, "channels of the discriminator's heads (paper: 256)", "the method"
-    )
-    iterations: int = option(
-        50,
-        "the first --warmup of them without the student; paper: CogVideoX 8000 to 16000",
-        "training",
-    )
-    batch_size: int = option(4, "global, whatever the number of ranks (ours)", "training")
-    seed: int = option(0, "of everything random", "training")
     lr_student: float = option(
         1e-6, "learning rate of the student (ours: well below the heads')", "training"
     )
     lr_fake: float = option(2e-6, "learning rate of the fake score (ours)", "training")
-    lr_heads: float = option(1e-4, "learning rate of the discriminator's heads (ours)", "training")
-    beta1: float = option(
-        0.9, "AdamW's β1 (ours; peers use 0 or 0.9, and heads learnt too little at 0)", "training"
-    )
-    ema: float = option(
-        0.0,
-        "decay of an average of the student's weights, which is what is exported; 0: none (ours; "
-        "paper: none)",
-        "training",
-    )
-    clip: float = option(
-        1.0, "gradient norm at which each network's update is clipped (ours)", "training"
-    )
-    lora_rank: int = option(
-        0, "train LoRA adapters of this rank on one shared base; 0: full networks", "memory"
-    )
-    samples: int | None = option(
-        None,
-        "samples a GPU at a time (ours): micro-batches follow from it; default: all at once",
-        "memory",
-    )
-    accumulate: int | None = option(
-        None,
-        "micro-batches that the batch is split into, whatever --samples says: less memory, the "
-        "same updates; default: by --samples",
-        "memory",
-    )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, more time", "memory"
-    )
-    offload: bool = option(
-        False,
-        "keep AdamW's moments in main memory between steps: less GPU memory, more time",
-        "memory",
-    )
     out: str = option("out/adm", "folder to write; must be empty, or a run to --resume", "output")
-    checkpoint_every: int = option(25, "iterations between checkpoints", "output")
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay", "output")
-    sample_every: int = option(25, "iterations between picture grids; 0: none", "output")
-    resume: bool = option(False, "continue the run in --out", "output")
     RECIPES: ClassVar = recipes.ADM  # defaults of a model: families/recipes.py
     PAPER: ClassVar = recipes.ADM_PAPER
 
@@ -430,19 +345,15 @@ COLUMNS = (
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "batch_size", "ttur", "student_steps", "samples", "accumulate")
-    at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
-    at_least(0, cfg, "seed", "warmup", "lora_rank", "guidance", "damping", "sample_every")
-    positive(cfg, "lr_student", "lr_fake", "lr_heads", "clip", "damping_sigma")
+    check_training(cfg)
+    at_least(1, cfg, "ttur")
+    at_least(0, cfg, "warmup", "damping")
+    positive(cfg, "lr_fake", "damping_sigma")
     times = f"--t-min {cfg.t_min} --t-max {cfg.t_max}"
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"{times}: 0 <= t_min < t_max <= 1")
     most = cfg.t_max - cfg.t_min
     if cfg.loss == "adm":
         require(0 < cfg.dt < most, f"--dt {cfg.dt}: between 0 and t_max - t_min = {most:g}")
-    for name in ("beta1", "ema"):
-        require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
-    whole = cfg.head_width >= 8 and cfg.head_width % 8 == 0
-    require(whole, f"--head-width {cfg.head_width}: a multiple of 8")
 
 
 # --- The loop -------------------------------------------------------------------------------------

@@ -36,13 +36,14 @@ from models import (
     make_roles,
 )
 from ode import Draw, Schedule, T, common, on_the_line, student_sample
+from runtime.configs import TrainingConfig, check_training
 from runtime.files import tensors_sha256
 from runtime.flags import option
 from runtime.folder import Run, starting_point
 from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
-from runtime.settings import at_least, positive, require
+from runtime.settings import at_least, positive
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits are lists of (B,) or (N,) float32, one a discriminator, each with its λ.
@@ -151,25 +152,11 @@ def logits(net, maps):
 
 
 @dataclass
-class Config:
-    model: str = option(
-        "digits",
-        "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline "
-        "folder",
-        "what to distil",
-    )
-    random_init: bool = option(
-        False,
-        "random weights instead of the hub's, at full size, and noise for text embeddings",
-        "what to distil",
-    )
+class Config(TrainingConfig):
+    """ADP's settings, beside those of every training run (runtime/configs.py)."""
+
     pairs: str = option(
         "out/pairs", "folder made by `data.py pairs` with the same model", "what to distil"
-    )
-    init: str = option(
-        "teacher",
-        "where the student starts: teacher, or the folder of another adp.py run",
-        "what to distil",
     )
     resolution: str | None = option(
         None, "pixels, 1024 or 480x720: checked against the pairs", "what to distil"
@@ -181,16 +168,11 @@ class Config:
     student_steps: int = option(
         1, "steps of the exported student's sampler; ADP is made for 1", "what to distil"
     )
-    paper: bool = option(
-        False,
-        "the paper's method where the model's recipe has another: no average, wide heads",
-        "the method",
-    )
     loss: Literal["adp", "mse"] = option(
         "adp", "regression, then adversaries; or regression throughout (ablation A1)", "the method"
     )
     schedule: Literal["cubic", "uniform"] = option(
-        "cubic", "where on the line the student trains (paper: cubic)", "the method"
+        "cubic", "where on the line the student trains", "the method"
     )
     pixel: bool = option(
         True, "use the pixel discriminator, which needs the VAE decoder in memory", "the method"
@@ -201,68 +183,20 @@ class Config:
         "facebook/sam-vit-base, for tiny teachers tiny-sam",
         "the method",
     )
-    lambda_latent: float = option(
-        0.85, "λ_1, weight of the latent discriminator (paper: 0.85)", "the method"
-    )
-    lambda_pixel: float = option(
-        0.15, "λ_2, weight of the pixel discriminator (paper: 0.15)", "the method"
-    )
+    lambda_latent: float = option(0.85, "λ_1, weight of the latent discriminator", "the method")
+    lambda_pixel: float = option(0.15, "λ_2, weight of the pixel discriminator", "the method")
     mse_iterations: int = option(
         25,
         "the first of them, by velocity regression (the paper does not say how many: ours)",
         "the method",
     )
-    head_width: int = option(
-        256, "channels of the discriminators' heads (paper: 256)", "the method"
-    )
-    iterations: int = option(50, "student updates in all", "training")
-    batch_size: int = option(4, "global, whatever the number of ranks (ours)", "training")
-    seed: int = option(0, "of everything random", "training")
-    lr_student: float = option(1e-5, "learning rate of the student (ours)", "training")
     lr_mse: float | None = option(
         None,
-        "the student's in regression, which bears more than adversaries do; default: --lr-student "
-        "(ours)",
+        "the student's in regression, which bears more than adversaries do (ours); default: "
+        "--lr-student",
         "training",
-    )
-    lr_heads: float = option(1e-4, "learning rate of the discriminators' heads (ours)", "training")
-    beta1: float = option(0.9, "AdamW's β1 (ours; peers use 0 or 0.9)", "training")
-    ema: float = option(
-        0.0,
-        "decay of an average of the student's weights, which is what is exported; 0: none (ours; "
-        "paper: none)",
-        "training",
-    )
-    clip: float = option(
-        1.0, "gradient norm at which each network's update is clipped (ours)", "training"
-    )
-    lora_rank: int = option(
-        0, "train a LoRA adapter of this rank on the frozen teacher; 0: a full network", "memory"
-    )
-    samples: int | None = option(
-        None,
-        "samples a GPU at a time (ours): micro-batches follow from it; default: all at once",
-        "memory",
-    )
-    accumulate: int | None = option(
-        None,
-        "micro-batches that the batch is split into, whatever --samples says: less memory, the "
-        "same updates; default: by --samples",
-        "memory",
-    )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, more time", "memory"
-    )
-    offload: bool = option(
-        False,
-        "keep AdamW's moments in main memory between steps: less GPU memory, more time",
-        "memory",
     )
     out: str = option("out/adp", "folder to write; must be empty, or a run to --resume", "output")
-    checkpoint_every: int = option(25, "iterations between checkpoints", "output")
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay", "output")
-    sample_every: int = option(25, "iterations between picture grids; 0: none", "output")
-    resume: bool = option(False, "continue the run in --out", "output")
     RECIPES: ClassVar = recipes.ADP  # defaults of a model: families/recipes.py
     PAPER: ClassVar = recipes.ADP_PAPER
 
@@ -276,15 +210,9 @@ COLUMNS = (
 
 def check(cfg):
     """Raises BadInput for settings without meaning, before anything is loaded or written."""
-    at_least(1, cfg, "iterations", "batch_size", "student_steps", "samples", "accumulate")
-    at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
-    at_least(0, cfg, "seed", "mse_iterations", "lora_rank", "guidance", "sample_every")
-    at_least(0, cfg, "lambda_latent", "lambda_pixel")
-    positive(cfg, "lr_student", "lr_heads", "lr_mse", "clip")
-    for name in ("beta1", "ema"):
-        require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
-    whole = cfg.head_width >= 8 and cfg.head_width % 8 == 0
-    require(whole, f"--head-width {cfg.head_width}: a multiple of 8")
+    check_training(cfg)
+    at_least(0, cfg, "mse_iterations", "lambda_latent", "lambda_pixel")
+    positive(cfg, "lr_mse")
 
 
 # --- The loop -------------------------------------------------------------------------------------

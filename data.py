@@ -25,6 +25,7 @@ from tqdm import tqdm
 from families import load_teacher, recipes
 from models import load_denoiser
 from ode import Draw, teacher_sample, with_guidance
+from runtime.configs import TeacherConfig
 from runtime.files import claim, read_json, write_json, write_tensors
 from runtime.flags import option
 from runtime.ranks import Ranks
@@ -364,51 +365,42 @@ def collect_pairs(cfg, teacher, ranks):
 
 
 @dataclass
-class EncodeConfig:
-    model: str = option(
-        "digits",
-        "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder",
-    )
-    random_init: bool = option(
-        False,
-        "random weights instead of the hub's, at full size, and noise for text embeddings",
-    )
-    prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line")
-    out: str = option("out/prompts", "folder to write")
-    batch_size: int = option(32, "prompts encoded together, and stored in one shard")
+class EncodeConfig(TeacherConfig):
+    """Settings of `encode`."""
+
+    prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line", "what to make")
+    out: str = option("out/prompts", "folder to write", "what to make")
+    batch_size: int = option(32, "prompts encoded together, and stored in one shard", "storage")
     RECIPES: ClassVar = recipes.ENCODE
 
 
 @dataclass
-class PairsConfig:
-    model: str = option(
-        "digits",
-        "digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…, or a pipeline folder",
-    )
-    random_init: bool = option(
-        False,
-        "random weights instead of the hub's, at full size, and noise for text embeddings",
-    )
+class PairsConfig(TeacherConfig):
+    """Settings of `pairs`."""
+
     prompts: str = option(
-        PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`"
+        PROMPTS, "UTF-8 text file, one prompt a line, or a folder made by `encode`", "what to make"
     )
-    out: str = option("out/pairs", "folder to write")
+    out: str = option("out/pairs", "folder to write", "what to make")
     count: int = option(
         64,
         "number of pairs; prompts are used again, with other noise, where it is more than theirs; "
         "pairs that are in --out already stay",
+        "what to make",
     )
-    steps: int = option(50, "PF-ODE steps of the teacher")
+    steps: int = option(50, "PF-ODE steps of the teacher", "what to make")
     guidance: float | None = option(
-        None, "CFG scale w in u + w (c - u); default: the stock pipeline's for the model"
+        None,
+        "CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
+        "what to make",
     )
-    seed: int = option(0, "of the noise; pair i depends on seed and i alone")
+    seed: int = option(0, "of the noise; pair i depends on seed and i alone", "what to make")
     resolution: str | None = option(
-        None, "pixels, 1024 or 480x720 (height x width); default: the model's own"
+        None, "pixels, 1024 or 480x720 (height x width); default: the model's own", "what to make"
     )
-    frames: int | None = option(None, "video frames; default: the model's own")
-    batch_size: int = option(8, "pairs sampled together on a rank")
-    shard_size: int = option(32, "pairs in a file")
+    frames: int | None = option(None, "video frames; default: the model's own", "what to make")
+    batch_size: int = option(8, "pairs sampled together on a rank", "storage")
+    shard_size: int = option(32, "pairs in a file", "storage")
     RECIPES: ClassVar = recipes.PAIRS
 
 

@@ -17,6 +17,7 @@ from families.sd3 import SD3  # noqa: E402
 from families.sdxl import SDXL  # noqa: E402
 
 transformers.utils.logging.set_verbosity(verbosity)
+del verbosity
 
 from runtime.settings import BadInput, require  # noqa: E402
 

@@ -201,14 +201,14 @@ class Family:
         return pipe
 
     def network(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
-        """The denoising network with the weights in this (or that) folder, `held` in dtype.
+        """The denoising network with the weights in this (or that) folder, its matrices in dtype.
 
         One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of
         it. On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
         """
         if torch.device(device).type == "meta":
             with torch.device("meta"):
-                return held(self.net_class.from_config(self.config), dtype).eval()
+                return cast_matrices(self.net_class.from_config(self.config), dtype).eval()
         try:
             if self.random_init and not folder:
                 net = self.made(self.net_class, self.config)
@@ -223,7 +223,7 @@ class Family:
             said = " ".join(str(e).split())[:300]
             where = folder or self.name
             raise BadInput(f"{where}: cannot load its {self.net_name}: {said}") from None
-        net = held(net, dtype).to("cpu" if mesh else device)
+        net = cast_matrices(net, dtype).to("cpu" if mesh else device)
         return net.eval()
 
     @cached_property
@@ -239,10 +239,10 @@ class Family:
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def held(net, dtype):
-    """`net` with its matrices and kernels held in dtype, and the rest, a thousandth, in float32.
+def cast_matrices(net, dtype):
+    """`net` with its matrices and kernels in dtype, and the rest, a thousandth, in float32.
 
-    The rest is norms, biases, position buffers. Autocast rounds matrices whatever they are held in,
+    The rest is norms, biases, position buffers. Autocast rounds matrices whatever their type,
     but takes those as they are: rounded, they would set the frozen teacher apart from student and
     fake score, which start as its copies in float32.
     """

@@ -51,12 +51,15 @@ ADM = {
     "cogvideox-2b": {**ADM_LARGE, **VIDEO},
     "cogvideox-5b": {**ADM_LARGE, **VIDEO},
 }
-# --paper: what the recipes above leave of it, and the heads' width, which is the paper's too.
+# --paper: the paper's method, also where a recipe above has another, and what --help compares with.
 ADM_PAPER = {
+    "loss": "adm",
+    "ttur": 1,
     "warmup": 0,
     "dt": 1 / 64,
     "fake_gradient": "exact",
     "fake_samples": "each",
+    "t_weight": "none",
     "damping": 0.0,
     "head_width": 256,
     "ema": 0.0,
@@ -81,7 +84,16 @@ ADP = {
     "cogvideox-2b": {**ADP_LARGE, **VIDEO},
     "cogvideox-5b": {**ADP_LARGE, **VIDEO},
 }
-ADP_PAPER = {"head_width": 256, "ema": 0.0, "lr_mse": None}
+ADP_PAPER = {
+    "loss": "adp",
+    "schedule": "cubic",
+    "pixel": True,
+    "lambda_latent": 0.85,
+    "lambda_pixel": 0.15,
+    "head_width": 256,
+    "lr_mse": None,
+    "ema": 0.0,
+}
 
 ENCODE = {"digits": {"prompts": DIGITS_PROMPTS}}
 PAIRS_LARGE = {"count": 10_000}

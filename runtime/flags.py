@@ -14,33 +14,52 @@ def option(default, help, group="settings"):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and each flag's default.
+    """Descriptions as they are written, each flag's default, and whether that is the paper's.
 
     A help text that ends with "; default: ..." says what holds where nothing is set.
     """
 
     def _get_help_string(self, action):
-        if action.default is None:
-            return action.help
-        text = action.help.split("; default:")[0]
-        if action.default is argparse.SUPPRESS or "%(default)" in text:
+        text, _, otherwise = action.help.partition("; default: ")
+        if action.default is argparse.SUPPRESS:
             return text
-        return f"{text} (default: %(default)s)"
+        value = otherwise if action.default is None else "%(default)s"
+        paper = getattr(action, "paper", None)  # (the paper's value,)
+        if not paper:
+            return f"{text} (default: {value})"
+        if paper[0] == action.default:
+            return f"{text} (default: {value}, as the paper)"
+        said = "none" if paper[0] is None else paper[0]
+        return f"{text} (default: {value}; the paper: {said})"
+
+
+# In this order where there are any, whichever class they come from.
+GROUPS = ("what to distil", "what to make", "the method", "training", "memory", "output")
 
 
 def parser_of(config_class, **about):
-    """An ArgumentParser with a flag for each field that was made with `option`."""
+    """An ArgumentParser with a flag for each field that was made with `option`.
+
+    config_class.PAPER {field: value} is what the paper has.
+    """
     about = {"usage": "%(prog)s [flags]", **about}
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=Help, **about)
     hints = get_type_hints(config_class)
-    groups = {}
+    paper = getattr(config_class, "PAPER", {})
+    titles = {f.metadata["group"] for f in fields(config_class)}
+    known = [title for title in GROUPS if title in titles]
+    groups = {title: parser.add_argument_group(title) for title in known}
     for f in fields(config_class):
-        title = f.metadata.get("group", "settings")
+        title = f.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         assert f.default is not MISSING, f"{f.name} has no default"
-        how = {"default": f.default, "help": f.metadata.get("help", "").replace("%", "%%")}
-        groups[title].add_argument(flag(f.name), dest=f.name, **how, **typed(hints[f.name]))
+        how = {"default": f.default, "help": f.metadata["help"].replace("%", "%%")}
+        action = groups[title].add_argument(
+            flag(f.name), dest=f.name, **how, **typed(hints[f.name])
+        )
+        if f.name in paper:
+            action.paper = (paper[f.name],)
     return parser
 
 

@@ -165,7 +165,7 @@ class Run:
             else:
                 yield name, known[name], facts[name]
 
-    def held(self, name, iteration):
+    def value_at(self, name, iteration):
         """The value of a setting in this iteration of the run that is resumed.
 
         config.json has the last one, and what it was before each change.
@@ -183,7 +183,7 @@ class Run:
         """
         changed = {}
         for name, now in self.about["config"].items():
-            then = self.held(name, done)
+            then = self.value_at(name, done)
             if is_noted(name) and now != then:
                 changed[name] = [then, now]
         changes = [change for change in self.saved["changes"] if change["iteration"] < done]
@@ -323,7 +323,7 @@ class Run:
     def as_saved(self, networks, iteration):
         """The networks of the checkpoint after this iteration: the average too, if it had one."""
         saved = {name: parameters for name, parameters in networks.items() if name != "ema"}
-        if self.held("ema", iteration):
+        if self.value_at("ema", iteration):
             saved["ema"] = networks.get("ema", networks["student"])  # of the same names and shapes
         return saved
 

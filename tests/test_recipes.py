@@ -100,6 +100,24 @@ def test_help_has_each_flag_once_with_the_values_that_hold(stage, capsys):
             flag = "--" + f.name.replace("_", "-")
             assert len(re.findall(rf"^  {flag}[ ,\n]", shown, re.M)) == 1, flag
         text = " ".join(shown.split())
+        paper = getattr(kind, "PAPER", {})
         for name, value in kind.RECIPES.get(model, {}).items():
             if isinstance(value, float | int) and not isinstance(value, bool):
-                assert f"(default: {value})" in text, name
+                end = ")"
+                if name in paper:
+                    said = "none" if paper[name] is None else paper[name]
+                    end = ", as the paper)" if paper[name] == value else f"; the paper: {said})"
+                assert f"(default: {value}{end}" in text, name
+
+
+def test_help_says_what_differs_from_the_paper(capsys):
+    def shown(*flags):
+        with pytest.raises(SystemExit):
+            call(print, adm.Config, *flags, "--help")
+        return " ".join(capsys.readouterr().out.split())
+
+    recipe, paper = shown(), shown("--paper")
+    assert "a fraction of T (default: 0.25; the paper: 0.015625)" in recipe
+    assert "a fraction of T (default: 0.015625, as the paper)" in paper
+    differing = len(re.findall("; the paper: ", recipe))
+    assert differing == 7 and "; the paper: " not in paper  # warm-up, Δt, damping ... of the digits
