@@ -35,6 +35,7 @@ from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
 from runtime.settings import at_least, positive, require
+from sizing.plan import must_fit
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits and weights are (B,), latents (B, ...), all float32. Each loss is a scalar.
@@ -361,8 +362,9 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    family = load_teacher(cfg.model, cfg.random_init)
     ranks = Ranks()
+    must_fit(cfg, ranks)
+    family = load_teacher(cfg.model, cfg.random_init)
     text = text_sha256(cfg.prompts, family)
     shape = family.latent_shape(cfg.resolution, cfg.frames)
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)

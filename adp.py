@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Pairs
+from data import Pairs, pairs_shape
 from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import (
@@ -44,6 +44,7 @@ from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
 from runtime.settings import at_least, positive
+from sizing.plan import must_fit
 
 # --- Losses ---------------------------------------------------------------------------------------
 # Logits are lists of (B,) or (N,) float32, one a discriminator, each with its λ.
@@ -220,13 +221,14 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
+    ranks = Ranks()
+    must_fit(cfg, ranks, pairs_shape(cfg.pairs))
     family = load_teacher(cfg.model, cfg.random_init)
     use_pixel = cfg.pixel and cfg.loss == "adp"
     if use_pixel:
         tiny = cfg.model.startswith(("tiny-", "digits"))
         named = cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base")
         backbone = load_pixel_backbone(named, cfg.random_init)
-    ranks = Ranks()
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     pairs = Pairs(cfg.pairs, family, ranks.device, cfg.resolution, cfg.frames, cfg.guidance)
     line = on_the_line(family.schedule)  # the student's process

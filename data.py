@@ -10,7 +10,6 @@ aside and renamed: a file is whole or absent. A second call of either command co
 import hashlib
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,8 +28,8 @@ from runtime.configs import TeacherConfig
 from runtime.files import claim, read_json, write_json, write_tensors
 from runtime.flags import option
 from runtime.ranks import Ranks
-from runtime.script import run
-from runtime.settings import BadInput, at_least, did_you_mean, require
+from runtime.script import subcommand
+from runtime.settings import BadInput, at_least, require
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 
@@ -289,6 +288,11 @@ class Pairs(Rows):
         return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
 
 
+def pairs_shape(folder):
+    """The shape of one latent of a folder of pairs. Raises BadInput where there are none."""
+    return tuple(read_json(Path(folder) / "manifest.json", "pairs", "shape")["shape"])
+
+
 def check_room(cfg, shape, ranks):
     """Say how many pairs of this shape are to be made, and how large they are.
 
@@ -419,12 +423,4 @@ def pairs(cfg):
 
 if __name__ == "__main__":
     commands = {"encode": (encode, EncodeConfig), "pairs": (pairs, PairsConfig)}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(__doc__, file=sys.stderr)
-        sys.exit(0)
-    if name not in commands:
-        wrong = f"data.py: {name!r} is no command: there are encode and pairs"
-        print(wrong + did_you_mean(name, commands), file=sys.stderr)
-        sys.exit(2)
-    run(*commands[name], sys.argv[2:], prog=f"data.py {name}", description=__doc__)
+    subcommand(commands, "data.py", __doc__)

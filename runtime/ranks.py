@@ -24,9 +24,11 @@ class Ranks:
         self.main = self.rank == 0
         cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
+        self.memory = None  # bytes of this rank's GPU
         if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            self.memory = torch.cuda.get_device_properties(self.device).total_memory
         # Of weights that are never trained.
         self.frozen_dtype = torch.bfloat16 if cuda else torch.float32
         # tqdm's `disable`; None: quiet when stderr is no terminal.
@@ -47,24 +49,11 @@ class Ranks:
     def mine(self, batch_size, accumulate=None, samples=None):
         """The numbers of this rank's samples in a global batch, a range for each micro-batch.
 
-        There are `accumulate` micro-batches, or as many as it takes for `samples` at a time on a
-        rank, or one. Raises BadInput where that does not come out even.
+        Raises BadInput where that does not come out even: see micro_batches.
         """
-        wanted = f"{self.world} ranks"
-        if accumulate:
-            wanted += f" x --accumulate {accumulate}"
-        elif samples and batch_size > self.world * samples:
-            wanted += f" x --samples {samples}"
-            accumulate = batch_size // (self.world * samples)
-            even = self.world * accumulate * samples == batch_size
-            require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
-        parts = self.world * (accumulate or 1)
-        each = batch_size // parts
-        even = each >= 1 and each * parts == batch_size
-        require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
+        parts, each = micro_batches(batch_size, self.world, accumulate, samples)
         first = self.rank * (batch_size // self.world)
-        starts = range(first, first + each * (accumulate or 1), each)
-        return [range(start, start + each) for start in starts]
+        return [range(first + i * each, first + (i + 1) * each) for i in range(parts)]
 
     def mean(self, tensor):
         """A tensor's mean over ranks, in place."""
@@ -93,6 +82,27 @@ class Ranks:
         if isinstance(box[0], SystemExit):
             raise problem or box[0]
         return box[0]
+
+
+def micro_batches(batch_size, world, accumulate=None, samples=None):
+    """(how many micro-batches a rank takes a batch in, how many samples are in each).
+
+    There are `accumulate`, or as many as it takes for `samples` at a time, or one. Raises BadInput
+    where that does not come out even.
+    """
+    wanted = f"{world} ranks"
+    if accumulate:
+        wanted += f" x --accumulate {accumulate}"
+    elif samples and batch_size > world * samples:
+        wanted += f" x --samples {samples}"
+        accumulate = batch_size // (world * samples)
+        even = world * accumulate * samples == batch_size
+        require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
+    parts = world * (accumulate or 1)
+    each = batch_size // parts
+    even = each >= 1 and each * parts == batch_size
+    require(even, f"--batch-size {batch_size}: no multiple of {wanted}")
+    return accumulate or 1, each
 
 
 def shard(module, units=(), mesh=None):

@@ -101,3 +101,21 @@ def run(main, config_class, argv=None, **about):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def subcommand(commands, script, description):
+    """Run the one of `commands` {name: (function, its config class)} that the command line names.
+
+    For a script that has several. Without a name, or with --help, it says what there is.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(description, file=sys.stderr)
+        sys.exit(0)
+    if name not in commands:
+        there = " and ".join(commands)
+        near = did_you_mean(name, commands)
+        print(f"{script}: {name!r} is no command: there are {there}{near}", file=sys.stderr)
+        sys.exit(2)
+    function, config_class = commands[name]
+    run(function, config_class, sys.argv[2:], prog=f"{script} {name}", description=description)

@@ -11,7 +11,7 @@ FLOORS = [
     ["runtime"],
     ["families"],
     ["models"],
-    ["data"],
+    ["data", "sizing"],
     ["adp", "adm"],
     ["tools", "toy"],
 ]

@@ -1,0 +1,239 @@
+"""What a training run needs of each GPU, and whether it fits, before anything is loaded."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from types import SimpleNamespace
+
+from families import HUB, load_teacher
+from runtime.ranks import micro_batches
+from runtime.settings import BadInput, flag
+from sizing.count import COLUMNS, activations, build, copies, flops, gathered, states
+
+FLOAT32 = 4  # bytes
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass
+class Plan:
+    """Bytes on each GPU. `rows` are those of sizing.count.states, `phases` of an iteration."""
+
+    rows: dict  # {role: {"parameters": number, "weights" ...: bytes}}
+    waiting: dict  # {phase: {network: bytes of its activations}}
+    again: dict  # {network: bytes of one block that checkpointing recomputes}
+    phases: dict  # {phase: bytes, all that is there at its peak}
+    gathered: int  # in them, of weights, for a pass
+    loading: int  # of main memory, while all ranks of one node load
+    latent: tuple  # the shape of one
+    each: int  # samples at a time
+    accumulate: int  # micro-batches
+
+    @property
+    def total(self):
+        """{column: sum over the rows}."""
+        columns = ("parameters", *COLUMNS)
+        return {c: sum(row.get(c, 0) for row in self.rows.values()) for c in columns}
+
+    @property
+    def peak(self):
+        """(bytes, the phase that they are needed in)."""
+        phase = max(self.phases, key=self.phases.get)
+        return self.phases[phase], phase
+
+
+def plan_of(cfg, world, latent=None):
+    """The Plan of adm.py or adp.py with these settings on `world` GPUs.
+
+    latent: the shape of one, by default as --resolution and --frames say, or the model's own.
+    Nothing is loaded or fetched. Raises BadInput for settings that cannot be.
+    """
+    accumulate, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
+    settings = [(name, getattr(cfg, name)) for name in OF_NETWORKS if hasattr(cfg, name)]
+    if latent is None and (cfg.resolution or cfg.frames):
+        latent = opened(cfg.model).latent_shape(cfg.resolution, cfg.frames)
+    family, parts, latent, waiting, again = counted(cfg.model, latent, each, tuple(settings))
+    rows = states(parts, cfg, world)
+    of_pass = gathered(family, parts.student.net, world)
+    phases = peaks(cfg, rows, waiting, again, of_pass, world, accumulate)
+    largest = max(row["parameters"] for row in rows.values())
+    loading = FLOAT32 * world * largest if world > 1 else 0  # see Family.network
+    return Plan(rows, waiting, again, phases, of_pass, loading, latent, each, accumulate)
+
+
+# The settings that networks and their activations depend on.
+OF_NETWORKS = (
+    "loss",
+    "lora_rank",
+    "head_width",
+    "gradient_checkpointing",
+    "fake_gradient",
+    "pixel",
+)
+
+
+def opened(model):
+    """The Family of a model, of which nothing is fetched."""
+    return load_teacher(model, random_init=model in HUB)
+
+
+@cache
+def counted(model, latent, each, settings):
+    """(family, its Parts, latent, activations, those of a block), for `each` samples at a time.
+
+    Once for all numbers of GPUs: it takes seconds.
+    """
+    cfg = SimpleNamespace(**dict(settings))
+    family = opened(model)
+    latent = latent or family.latent_shape()
+    parts = build(family, cfg)
+    plain = SimpleNamespace(**dict(settings, gradient_checkpointing=False))
+    waiting, again = activations(family, build(family, plain), cfg, latent, each)
+    if cfg.gradient_checkpointing:
+        recomputing = build(family, cfg)
+        waiting, _ = activations(family, recomputing, cfg, latent, each)
+    else:
+        again = dict.fromkeys(again, 0)
+    return family, parts, latent, waiting, again
+
+
+def work_of(cfg):
+    """{phase: FLOPs of a sample}: see sizing.count.flops. It takes a minute at full size."""
+    family = opened(cfg.model)
+    latent = family.latent_shape(cfg.resolution, cfg.frames)
+    guidance = family.guidance if cfg.guidance is None else cfg.guidance
+    return flops(family, build(family, cfg), cfg, latent, guidance != 1)
+
+
+def checkpoint_bytes(plan):
+    """Of one on disk: what is trained, its moments and the average, whole."""
+    trained = [row["parameters"] for row in plan.rows.values() if "moments" in row]
+    size = 3 * FLOAT32 * sum(trained)
+    if plan.total["ema"]:
+        size += FLOAT32 * plan.rows["student"]["parameters"]
+    return size
+
+
+def peaks(cfg, rows, waiting, again, of_pass, world, accumulate):
+    """{phase: bytes at its peak}, as the phases follow each other in an iteration.
+
+    All gradients of a round are made before any network steps; those of earlier micro-batches are
+    there from the start.
+    """
+    total = {c: sum(row.get(c, 0) for row in rows.values()) for c in COLUMNS}
+    always = total["weights"] + total["ema"]
+    if not cfg.offload:
+        always += total["moments"]
+    gradients = {name: row["gradients"] for name, row in rows.items() if "gradients" in row}
+
+    made = {"generator": [], "fake score": ["student", "heads"]}  # gradients, before its backward
+    learns = {"generator": "student", "fake score": "fake"}
+    phases = {}
+    for phase, of_networks in waiting.items():
+        in_graph = [name for name in ("student", "fake") if of_networks.get(name)]
+        cast = sum(copies(rows[name], world, cfg.lora_rank) for name in in_graph)
+        graph = most_in_backward(of_networks, again) + cast
+        there = sum(gradients.values())
+        if accumulate == 1:
+            there = sum(gradients.get(name, 0) for name in made[phase])
+            # As backward goes on, the graph goes and this network's gradient comes.
+            graph = max(graph, gradients[learns[phase]])
+        phases[phase] = always + there + graph + of_pass
+    moments = max(row.get("moments", 0) for row in rows.values()) if cfg.offload else 0
+    phases["updates"] = always + sum(gradients.values()) + moments
+    return phases
+
+
+def most_in_backward(waiting, again):
+    """Bytes: of {network: its activations}, in the order of forward, the last goes first.
+
+    While a network's goes, one block of it at a time is made again.
+    """
+    most = there = 0
+    for network, size in waiting.items():
+        there += size
+        most = max(most, there + again[network])
+    return most
+
+
+# --- What would make it fit -----------------------------------------------------------------------
+
+
+def remedies(cfg, world):
+    """Settings that need less memory, as {name: value}, the least costly first.
+
+    Recomputing costs a third more time, fewer samples at a time some speed, moments in main memory
+    their way there and back; LoRA trains other parameters.
+    """
+    less = {}
+    if not cfg.gradient_checkpointing:
+        less = {"gradient_checkpointing": True}
+        yield less
+    _, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
+    if each > 1:
+        less = {**less, "samples": 1, "accumulate": None}
+        yield less
+    if not cfg.offload:
+        less = {**less, "offload": True}
+        yield less
+    if not cfg.lora_rank:
+        less = {**less, "lora_rank": 64}
+        yield {**less, "offload": cfg.offload}
+        yield less
+
+
+def cheapest(cfg, world, gpu_bytes, latent=None):
+    """(flags with which it fits, as they are typed; its Plan), or (None, None)."""
+    for less in remedies(cfg, world):
+        smaller = plan_of(replace(cfg, **less), world, latent)
+        if smaller.peak[0] <= gpu_bytes:
+            changed = {name: v for name, v in less.items() if v != getattr(cfg, name)}
+            return typed(changed), smaller
+    return None, None
+
+
+def enough_gpus(cfg, world, gpu_bytes, latent=None):
+    """The least number of GPUs among GPUS, above `world`, on which cfg fits, or None."""
+    for more in GPUS:
+        possible = more > world and cfg.batch_size % more == 0
+        if possible and plan_of(cfg, more, latent).peak[0] <= gpu_bytes:
+            return more
+    return None
+
+
+def typed(settings):
+    """{name: value} as flags on a command line."""
+    words = []
+    for name, value in settings.items():
+        words.append(flag(name) if value is True else f"{flag(name)} {value}")
+    return " ".join(words)
+
+
+def must_fit(cfg, ranks, latent=None):
+    """Raises BadInput where a run cannot fit its GPU: the plan's figures, and what would make it.
+
+    On a CPU there is nothing to refuse. One rank plans for all.
+    """
+    if ranks.memory is not None:
+        ranks.first(lambda: refuse_what_does_not_fit(cfg, ranks.world, ranks.memory, latent))
+
+
+def refuse_what_does_not_fit(cfg, world, gpu_bytes, latent=None):
+    """Raises BadInput where the plan of cfg on `world` GPUs needs more than gpu_bytes of each."""
+    plan = plan_of(cfg, world, latent)
+    peak, phase = plan.peak
+    if peak <= gpu_bytes:
+        return
+    total = plan.total
+    held = ", ".join(f"{name} {gb(total[name])}" for name in COLUMNS if total[name])
+    flags, _ = cheapest(cfg, world, gpu_bytes, latent)
+    advice = f"it fits with {flags}"
+    if not flags:
+        more = enough_gpus(cfg, world, gpu_bytes, latent)
+        advice = f"no flag makes it fit, {more} GPUs do" if more else "no flag makes it fit"
+    raise BadInput(
+        f"{cfg.model} needs {gb(peak)} GB of each of {world} GPU(s) with {gb(gpu_bytes)} "
+        f"(planned, in the {phase}'s phase; {held}): {advice}"
+    )
+
+
+def gb(size):
+    return f"{size / 1e9:.2f}"

@@ -1,0 +1,113 @@
+"""The plan of a run's memory, and the run that is refused before anything is loaded."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call, refused
+from torch.testing import assert_close
+
+import adm
+import adp
+import data
+import families
+import models
+from runtime.flags import parser_of
+from runtime.ranks import Ranks
+from runtime.script import parse
+from sizing import count
+from sizing.plan import enough_gpus, plan_of
+from tools import plan
+
+GB = 1e9
+
+
+def config(kind, *argv):
+    return parse(parser_of(kind), kind, [str(word) for word in argv])
+
+
+class SmallGpu(Ranks):
+    """This process, as if its device had 24 GB."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = 24 * GB
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(adm, "Ranks", SmallGpu)
+    out = tmp_path / "out"
+    line = refused(capsys, adm.main, adm.Config, "--model", "sdxl", "--out", out)
+    assert "sdxl needs 109.86 GB of each of 1 GPU(s) with 24.00" in line
+    assert "weights 25.78, gradients 20.64, moments 41.28, ema 10.27" in line
+    flags = re.search("it fits with (.*)", line)[1].split()
+    assert "--lora-rank" in flags
+    assert plan_of(config(adm.Config, "--model", "sdxl", *flags), 1).peak[0] < 24 * GB
+    assert not out.exists()
+
+
+def test_what_fits_is_not_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(adm, "Ranks", SmallGpu)
+    flags = ["--model", "tiny-sd3", "--iterations", 1, "--batch-size", 1, "--head-width", 8]
+    call(adm.main, adm.Config, *flags, "--sample-every", 0, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "pipeline").is_dir()
+
+
+def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, monkeypatch):
+    """CogVideoX's decoder needs 47 GB, which is known without its weights."""
+    monkeypatch.setattr(adp, "Ranks", SmallGpu)
+    flags = ["--model", "cogvideox-2b", "--random-init", "--frames", 9, "--out", tmp_path / "pairs"]
+    cfg = config(data.PairsConfig, *flags)
+    shape = families.load_teacher(cfg.model, True).latent_shape(None, 9)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "manifest.json").write_text(f'{{"shape": {list(shape)}}}')
+    flags = ["--model", "cogvideox-2b", "--pairs", tmp_path / "pairs", "--out", tmp_path / "out"]
+    line = refused(capsys, adp.main, adp.Config, *flags)
+    assert "no flag makes it fit" in line and "generator" in line
+    whole = plan_of(config(adp.Config, *flags), 1)
+    part = plan_of(config(adp.Config, *flags), 1, shape)
+    assert part.latent == shape and part.peak < whole.peak
+
+
+def test_the_number_of_gpus_that_is_advised_is_the_least():
+    cfg = config(adm.Config, "--model", "sdxl")
+    gpus = enough_gpus(cfg, 1, 60 * GB)
+    assert plan_of(cfg, gpus).peak[0] <= 60 * GB < plan_of(cfg, gpus // 2).peak[0]
+    assert enough_gpus(cfg, 1, 1 * GB) is None
+
+
+def test_the_phases_are_sums_of_what_is_there(teachers):
+    """By hand, where all is known: two micro-batches have all gradients from the start."""
+    flags = ["--model", "tiny-sd3", "--batch-size", 2]
+    one, two = (plan_of(config(adm.Config, *flags, "--accumulate", n), 1) for n in (1, 2))
+    held = sum(two.total[name] for name in ("weights", "gradients", "moments"))
+    assert two.phases["updates"] == one.phases["updates"] == held
+    graph = sum(two.waiting["generator"].values())
+    copies = 2 * (two.rows["student"]["parameters"] + two.rows["fake"]["parameters"])
+    assert two.phases["generator"] == held + graph + copies
+    before = held - one.total["gradients"]
+    assert one.phases["generator"] == before + sum(one.waiting["generator"].values()) + copies
+    less = plan_of(replace(config(adm.Config, *flags), offload=True), 1)
+    moments = [row["moments"] for row in less.rows.values() if "moments" in row]
+    assert less.phases["updates"] == held - sum(moments) + max(moments)
+    average = plan_of(replace(config(adm.Config, *flags), ema=0.9), 1)
+    assert average.total["ema"] == average.rows["student"]["weights"]
+
+
+def test_dmd_and_regression_have_no_adversary():
+    dmd = plan_of(config(adm.Config, "--model", "tiny-sd3", "--loss", "dmd"), 1)
+    assert set(dmd.waiting["generator"]) == {"student"} and "gradients" not in dmd.rows["heads"]
+    mse = plan_of(config(adp.Config, "--model", "tiny-sd3", "--loss", "mse"), 1)
+    assert set(mse.waiting["generator"]) == {"student"} and "VAE, SAM" not in mse.rows
+
+
+def test_the_tool_knows_recipes_and_both_stages(capsys):
+    call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 8)
+    shown = capsys.readouterr().out
+    assert "1 a GPU x 8 GPUs x 4 micro-batches" in shown and "student             37.6M" in shown
+    call(plan.show, plan.AdpConfig, "--model", "sdxl", "--world-size", 1, "--gpu-gb", 48)
+    shown = capsys.readouterr().out
+    assert "VAE, SAM" in shown and re.search("of 48, .*: it does not fit; with --", shown)
+    assert "at least 1" in refused(capsys, plan.show, plan.AdmConfig, "--world-size", 0)
+    assert "a multiple of 8" in refused(capsys, plan.show, plan.AdpConfig, "--head-width", 3)
