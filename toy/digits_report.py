@@ -104,12 +104,11 @@ def curves(runs, teacher):
     for (distance, coverage), (title, methods) in zip(axes.T, STAGE_2.items(), strict=True):
         for name, method, colour in zip(("ADM", "DMD"), methods, ("C3", "C0"), strict=True):
             style = {"color": colour, "lw": 1.2, "marker": ".", "ms": 4}
-            for run in runs:
-                if run["method"] == method:
-                    iterations, distances, coverages = np.array(run["curve"]).T  # (n,) each
-                    share = iterations / iterations[-1]
-                    (shown[name],) = distance.plot(share, distances, **style)
-                    coverage.plot(share, coverages, **style)
+            for points in [run["curve"] for run in runs if run["method"] == method]:
+                iterations, distances, coverages = np.array(points).T  # (n,) each
+                share = iterations / iterations[-1]
+                (shown[name],) = distance.plot(share, distances, **style)
+                coverage.plot(share, coverages, **style)
         style = {"color": "black", "lw": 0.8, "ls": "--"}
         shown["teacher, 28 steps"] = distance.axhline(teacher["fd_teacher"], **style)
         coverage.axhline(teacher["coverage"], **style)
