@@ -1,0 +1,134 @@
+"""Diagnoses: what D learns, what each of a student's steps makes, how much the noises matter."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import adm
+from families import load_teacher
+from models import LatentDiscriminator, accuracy, make_roles
+from ode import Draw, T
+from runtime.files import read_json, write_json
+from runtime.folder import starting_point
+from toy.digits_eval import RESULTS, open_run, opened, sample, table, teacher_samples
+from toy.digits_experiment import HOME, execute, read_weights
+from toy.digits_measure import NUMBERS, judge
+from toy.digits_teacher import PROMPTS
+
+STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
+VARIANTS = {  # of adm.py's flags, beside the recipe's
+    "paper: Δt = T/64, no damping": "--dt 0.015625 --damping 0",
+    "the same, β1 = 0": "--dt 0.015625 --damping 0 --beta1 0",
+    "the same, heads' rate 1e-3": "--dt 0.015625 --damping 0 --lr-heads 1e-3",
+    "Δt = T/64": "--dt 0.015625",
+    "Δt = T/4, no damping": "--damping 0",
+    "recipe: Δt = T/4": "",
+    "Δt = T/2": "--dt 0.5",
+}
+
+
+def diagnose(init, iterations=200):
+    """What the heads have learnt of a student that rests, for each of VARIANTS: `alignment`.
+
+    init: the run that the student is from; adm.py is in its warm-up throughout. Printed, and in
+    results/digits-diagnosis.json.
+    """
+    family = load_teacher("digits")
+    rows = {}
+    for i, (name, flags) in enumerate(VARIANTS.items()):
+        resting = f"--init {init} --student-steps 1 --iterations {iterations} --warmup {iterations}"
+        written = f"--checkpoint-every {iterations} --sample-every 0 --out {HOME}/diagnosis-{i}"
+        folder, _ = execute(f"python adm.py {resting} {flags} {written}")
+        rows[name] = alignment(folder, family)
+    print("\n".join(table(rows)))
+    found = {"init": str(init), "iterations": iterations, "variants": rows}
+    write_json(RESULTS / "digits-diagnosis.json", found)
+
+
+def alignment(folder, family, batch_size=200):
+    """{margin, accuracy, cosine} of the heads of a finished run of adm.py, on new samples.
+
+    margin    E[D(x_real) − D(x_fake)]
+    accuracy  D's: the share of logits that are on their side of 0
+    cosine    of D's gradient in x̂_0 with the score difference that DMD reads off, a mean
+    """
+    cfg = SimpleNamespace(**read_json(folder / "config.json", "run", "config")["config"])
+    net = players(folder, family, cfg)
+    draw = Draw((cfg.seed, STAGE), range(batch_size))
+    cond = {}  # (B, ...) each
+    for name, c in opened(family)[0].items():
+        # Tokens and pooled embedding are of two prompts drawn apart: so were the results made.
+        cond[name] = c[draw.integers(len(PROMPTS))]
+    discriminator, schedule = net.discriminator, net.schedule
+    with torch.no_grad():
+        x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 1, 8, 8)
+        t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
+        s = t - cfg.dt * T
+        x_t = schedule.add_noise(x0_hat, draw.normal(net.shape), t)  # (B, 1, 8, 8)
+        out_real = net.teacher(x_t, t, cond)[0]
+        out_fake = net.fake(x_t, t, cond)[0]
+        x_real = schedule.pf_ode_step(x_t, out_real, t, s)
+        x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
+        x0 = adm.clean(net, x_t, t, x0_hat, out_real, out_fake)
+        difference = x0["teacher x0"] - x0["fake x0"]  # (B, 1, 8, 8)
+        real = discriminator.logits(discriminator.features(x_real, s, cond))  # (B,)
+    x_fake.requires_grad_()  # its gradient is x̂_0's up to a factor, as straight-through has it
+    fake = discriminator.logits(discriminator.features(x_fake, s, cond))  # (B,)
+    (gradient,) = torch.autograd.grad(fake.sum(), x_fake)
+    cosines = F.cosine_similarity(gradient.flatten(1), difference.flatten(1))  # (B,)
+    return {
+        "margin": (real - fake).mean().item(),
+        "accuracy": accuracy(real, fake).item(),
+        "cosine": cosines.mean().item(),
+    }
+
+
+def players(folder, family, cfg):
+    """adm.py's Players after a run in which a one-step student of cfg.init rested."""
+    schedule, pipeline = starting_point(cfg.init, family, 0)
+    teacher, student, fake = make_roles(family, ("student", "fake"))
+    student.load(pipeline)
+    discriminator = LatentDiscriminator(teacher, cfg.head_width)
+    newest = max((folder / "checkpoints").iterdir())
+    read_weights(fake.own_parameters(), newest / "fake.safetensors")
+    read_weights(dict(discriminator.heads.named_parameters()), newest / "heads.safetensors")
+    schedules = (family.schedule, schedule)
+    times, shape = schedule.timesteps(1)[:-1], family.latent_shape()
+    return adm.Players(
+        teacher, student, fake, discriminator, *schedules, times, shape, cfg.guidance
+    )
+
+
+def steps_apart(folder):
+    """Prints what each step of a run's student makes, measured as if it were the last.
+
+    One f_ψ for all steps learns their mixture.
+    """
+    family = load_teacher("digits")
+    teacher = teacher_samples(family)
+    student, schedule, steps = open_run(folder, family)
+    rows = {}
+    for k in range(1, steps + 1):
+        x = sample(family, student, schedule, steps, 0, NUMBERS, upto=k)  # (1200, 64)
+        rows[f"step {k} of {steps}"] = judge(x, teacher)
+    print("\n".join(table(rows)))
+
+
+def noises(runs):
+    """Prints fd_teacher and coverage of runs on five sets of noises: mean ± standard deviation.
+
+    It says how far the one set of `eval` goes.
+    """
+    family = load_teacher("digits")
+    teacher = teacher_samples(family)
+    for folder in runs:
+        student = open_run(folder, family)
+        keys = (0, 2, 3, 4, 5)  # 1 is the reference's
+        rows = [judge(sample(family, *student, key, NUMBERS), teacher) for key in keys]
+        cells = []
+        for name in ("fd_teacher", "coverage"):
+            values = [row[name] for row in rows]
+            cells.append(f"{name} {np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}")
+        print(folder, *cells, sep="   ")

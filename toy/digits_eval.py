@@ -1,0 +1,210 @@
+"""Samples of the digits teacher and of its students, and their table and picture."""
+
+import time
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from families import load_teacher
+from models import load_denoiser
+from ode import Draw, student_sample, teacher_sample, with_guidance
+from runtime.files import claim, read_json, write_json
+from runtime.folder import starting_point
+from runtime.settings import require
+from toy.digits_measure import LABELS, NUMBERS, judge, measure, pixels
+from toy.digits_teacher import PROMPTS, scans, write_readme
+
+RESULTS = Path(__file__).with_name("results")
+
+# --- Samples --------------------------------------------------------------------------------------
+
+STAGE = 4  # of the noises' keys: other random numbers than in training
+GUIDANCE = 1.0  # CFG that is distilled: the default of data.py, adp.py and adm.py for this teacher
+SAMPLES = RESULTS / "digits-teacher.safetensors"  # of the teacher, which cost minutes
+# {name: (key of the noises, steps, CFG scale)}. Students are drawn from the noises of key 0.
+KINDS = {
+    "reference": (1, 28, GUIDANCE),
+    "teacher, 1 step": (0, 1, GUIDANCE),
+    "teacher, 1 step, CFG 2": (0, 1, 2.0),
+    "teacher, 28 steps": (0, 28, GUIDANCE),
+    "teacher, 28 steps, CFG 2": (0, 28, 2.0),
+}
+
+
+@torch.no_grad()
+def sample(
+    family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100, upto=None
+):
+    """Images (N, 64) of PROMPTS[numbers], from noises that depend on `key` alone.
+
+    By the student's sampler, or with `guidance` by the teacher's PF-ODE. upto: how many of the
+    student's steps are gone, default all.
+    """
+    cond, vae = opened(family)
+    times = schedule.timesteps(steps)[:-1][:upto]  # (steps,), or the first of them
+    images = []
+    starts = range(0, len(numbers), batch_size)
+    for at in tqdm(starts, f"{steps} steps", disable=None, leave=False):
+        some = numbers[at : at + batch_size]
+        draw = Draw((key, STAGE), range(at, at + len(some)))
+        fresh = partial(draw.normal, family.latent_shape())
+        here = {name: c[some] for name, c in cond.items()}  # (B, ...) each
+        x_T = fresh()  # (B, 1, 8, 8)
+        if guidance is None:
+            predict = with_guidance(denoiser, here, None, 1)  # plainly conditional
+            z = student_sample(predict, schedule, x_T, times, fresh)
+        else:
+            none = {name: c[[len(PROMPTS)] * len(some)] for name, c in cond.items()}
+            predict = with_guidance(denoiser, here, none, guidance)
+            z = teacher_sample(predict, schedule, x_T, steps)
+        images.append(family.decode(vae, z))  # (B, 3, 8, 8)
+    return pixels(torch.cat(images))
+
+
+@cache
+def opened(family):
+    """(conditioning {name: (12, ...)} of PROMPTS and then of the empty prompt, the VAE).
+
+    They are read once, and not while a sample is timed.
+    """
+    with torch.no_grad():
+        return family.encode(family.text_pipeline(), [*PROMPTS, ""]), family.vae()
+
+
+def open_run(folder, family):
+    """(denoiser, its Schedule, number of steps) of an adp.py or adm.py run."""
+    schedule, pipeline = starting_point(str(folder), family, 0)
+    student = read_json(Path(folder) / "config.json", "run", "student")["student"]
+    return load_denoiser(family, folder=pipeline), schedule, len(student["times"])
+
+
+def teacher_samples(family):
+    """{name in KINDS: (1200, 64)} of NUMBERS, from the file that `samples` makes.
+
+    Raises BadInput if it belongs to another teacher.
+    """
+    advice = "make it anew with `python toy/digits.py samples`"
+    with safe_open(SAMPLES, "pt") as f:
+        of_this_teacher = f.metadata() == {"weights_sha256": family.weights_sha256}
+        require(of_this_teacher, f"{SAMPLES} belongs to another teacher: {advice}")
+        return {name: f.get_tensor(name).double().numpy() for name in KINDS}
+
+
+def samples():
+    """Write the teacher's samples by which students are measured, and then its README."""
+    family = load_teacher("digits")
+    denoiser = load_denoiser(family)
+    made = {}
+    for name, (key, steps, guidance) in KINDS.items():
+        x = sample(family, denoiser, family.schedule, steps, key, NUMBERS, guidance)
+        made[name] = torch.tensor(x, dtype=torch.float16)  # (1200, 64)
+    save_file(made, SAMPLES, {"weights_sha256": family.weights_sha256})
+    write_readme("\n".join(teacher_table(family)))
+
+
+def teacher_table(family):
+    """The lines of the table in the teacher's README: its own metrics."""
+    teacher = teacher_samples(family)
+    rows = {name: judge(x, teacher) for name, x in teacher.items() if name != "reference"}
+    return table(rows)
+
+
+# --- Their table and picture ----------------------------------------------------------------------
+
+
+def evaluate(runs, out):
+    """Table (printed, and as table.md and table.json) and picture (samples.png) in the folder out.
+
+    runs: folders of adp.py or adm.py. They stand beside the teacher and the training scans.
+    """
+    family = load_teacher("digits")
+    teacher = teacher_samples(family)
+    students = {str(run): open_run(run, family) for run in runs}
+    claim(Path(out))
+    rows = {"scans of the training set": training_row(teacher)}
+    shown = {"held-out scans": some_scans()}
+    denoiser = load_denoiser(family)
+    for name, (_, steps, guidance) in KINDS.items():
+        if name != "reference":
+            passes = steps if guidance == 1 else 2 * steps
+            ms = milliseconds(family, denoiser, family.schedule, steps, guidance)
+            rows[name] = {**judge(teacher[name], teacher), "nfe": passes, "ms": ms}
+            shown[name] = teacher[name][:20]
+    for name, (student, schedule, steps) in students.items():
+        x = sample(family, student, schedule, steps, 0, NUMBERS)  # (1200, 64)
+        ms = milliseconds(family, student, schedule, steps)
+        rows[name] = {**judge(x, teacher), "nfe": steps, "ms": ms}
+        shown[name] = x[:20]
+    lines = table(rows)
+    print("\n".join(lines))
+    (Path(out) / "table.md").write_text("\n".join(lines) + "\n")
+    write_json(Path(out) / "table.json", rows)
+    sheet(shown, Path(out) / "samples.png")
+
+
+def training_row(teacher):
+    """`evaluate`'s row of as many training scans as there are samples with class prompts."""
+    images, labels = scans()[0]
+    x = pixels(images[in_turn(labels, 60)])  # (600, 64)
+    return {**measure(x, LABELS, teacher["reference"]), "nfe": None, "ms": None}
+
+
+def some_scans():
+    """(20, 64): two held-out scans of each digit, in the order of LABELS."""
+    images, labels = scans()[1]
+    return pixels(images[in_turn(labels, 2)])
+
+
+def in_turn(labels, count):
+    """(10 count,) the places in labels (N,) of the first `count` of each digit: 0, 1, … 9, 0, …."""
+    places = [np.flatnonzero(labels == digit)[:count] for digit in range(10)]
+    return np.stack(places, 1).flatten()
+
+
+def milliseconds(family, denoiser, schedule, steps, guidance=None):
+    """The time that one image takes in a batch of 100."""
+    opened(family)
+    began = time.perf_counter()
+    sample(family, denoiser, schedule, steps, 0, NUMBERS[:100], guidance)
+    return 1000 * (time.perf_counter() - began) / 100
+
+
+def table(rows):
+    """Lines of a Markdown table of {name: {column: number or None}}."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = " | ".join(cell(value) for value in row.values())
+        lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def cell(value):
+    """A number or None as text: ints in full, floats to three digits."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3g}"
+
+
+def sheet(rows, path):
+    """A picture with one row of images for each {label: (N, 64)}.
+
+    The same prompts and noises stand in the same columns.
+    """
+    figure = Figure(figsize=(11, 0.62 * len(rows)))
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (label, x) in zip(axes, rows.items(), strict=True):
+        gutters = ((0, 0), (1, 1), (1, 1))  # a white pixel on each side of each image
+        images = np.pad(x.reshape(-1, 8, 8), gutters)  # (N, 10, 10)
+        axis.imshow(np.concatenate(list(images), 1), cmap="gray_r", vmin=0, vmax=16)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
