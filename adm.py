@@ -338,10 +338,18 @@ class Config(TrainingConfig):
 
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
 OF_GENERATOR = ("loss_generator", "dmd_loss", "x0_mean", "x0_std")
-COLUMNS = (
-    *("loss_generator", "loss_discriminator", "loss_fake", "dmd_loss", "d_accuracy"),
-    *("grad_norm_student", "grad_norm_fake", "grad_norm_heads", "x0_mean", "x0_std"),
-)
+COLUMNS = {  # of log.csv, beside those of every run (runtime/folder.py): means over the batch
+    "loss_generator": "hinge: −E[D(x_fake)]; DMD: its own loss",
+    "loss_discriminator": "hinge: 2 (1 − total variation) at D's optimum; 2 where it knows nothing",
+    "loss_fake": "diffusion loss of the fake score on the student's samples",
+    "dmd_loss": "what DMD would minimise, from the same passes: the paper's claim is that it falls",
+    "d_accuracy": "share of x_real and x_fake that D tells apart: 0.5 is chance, 1: D has won",
+    "grad_norm_student": "before clipping",
+    "grad_norm_fake": "before clipping",
+    "grad_norm_heads": "before clipping",
+    "x0_mean": "of the student's latents: drift here comes before bad pictures",
+    "x0_std": "within one of them",
+}
 
 
 def check(cfg):

@@ -203,10 +203,17 @@ class Config(TrainingConfig):
 
 
 STAGE = 1  # of the seeds' keys: other random numbers than in adm.py (2) and data.py (0)
-COLUMNS = (
-    *("loss_generator", "loss_discriminator", "loss_mse", "d_accuracy", "d_accuracy_pixel"),
-    *("grad_norm_student", "grad_norm_heads", "x0_mean", "x0_std"),
-)
+COLUMNS = {  # of log.csv, beside those of every run (runtime/folder.py): means over the batch
+    "loss_generator": "what the student descends: regression, then −Σ λ_i E[D_i(x̃_0)]",
+    "loss_discriminator": "Σ λ_i of both hinges",
+    "loss_mse": "regression's loss, in both phases",
+    "d_accuracy": "share of latents that D_τ1 tells apart: 0.5 is chance, 1: it has won",
+    "d_accuracy_pixel": "of images, D_τ2",
+    "grad_norm_student": "before clipping",
+    "grad_norm_heads": "before clipping",
+    "x0_mean": "of the student's latents: drift here comes before bad pictures",
+    "x0_std": "within one of them",
+}
 
 
 def check(cfg):

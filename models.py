@@ -3,6 +3,21 @@
 Conventions, each pinned by a test: latents are (B, C, H, W), video latents (B, F, C, H, W);
 conditioning is a dict of (B, ...) tensors; t is (B,) float32 or int64 and never cast; predictions
 come back float32.
+
+The paper's symbols (arXiv 2507.18569), here and in adp.py, adm.py and ode.py:
+
+    G_θ              student    the generator: x_t' → x̂_0
+    F_φ              teacher    the frozen real score, with CFG u + w (c − u), w = guidance
+    f_ψ              fake       the fake score, trained on the student's samples, without CFG
+    D_τ, D_τ1        LatentDiscriminator   frozen teacher + heads on some of its blocks → (B,)
+    D_τ2             PixelDiscriminator    frozen SAM + heads, on decoded images → (N,)
+    x̂_0, x̃_0         x0_hat     the student's sample, as latents
+    x_t              x_t        α_t x̂_0 + σ_t ε, as latents
+    x^real_{t−Δt}    x_real     one PF-ODE step from that x_t by the teacher, as latents
+    x^fake_{t−Δt}    x_fake     the same by the fake score
+    t, t−Δt          t, s       (B,) float32; t = T is noise, t = 0 is data
+    T, Δt            T, dt      1000; Δt = T/64
+    λ_1, λ_2         lambda_latent, lambda_pixel    0.85, 0.15
 """
 
 from contextlib import contextmanager, nullcontext

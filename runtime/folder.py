@@ -219,9 +219,9 @@ class Run:
             "iteration": iteration,
             **values,
             **dict(zip(tensors, means[: len(tensors)], strict=True)),
-            "skipped": int(sum(skipped)),
-            "seconds": round(time.perf_counter() - began, 4),
-            "peak_memory_gb": round(peak_memory(self.ranks.device) / 1e9, 3),
+            "skipped": int(sum(skipped)),  # updates not made: a loss or gradient was not finite
+            "seconds": round(time.perf_counter() - began, 4),  # of the iteration
+            "peak_memory_gb": round(peak_memory(self.ranks.device) / 1e9, 3),  # of the run so far
         }
         if self.ranks.main:
             with open(self.folder / "log.csv", "a", newline="") as f:

@@ -1,4 +1,4 @@
-"""README.md says what is: its commands run, and its flags, files, names and columns exist."""
+"""The READMEs say what is: their commands run, and flags, files, names and columns exist."""
 
 import dataclasses
 import os
@@ -6,39 +6,64 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import transformers
+from conftest import ROOT, script
 
 import adm
 import adp
 import data
-from conftest import ROOT, call, script
+from runtime.script import parse
 from runtime.flags import parser_of
 from tools import plan
 
-TEXT = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+READMES = [README, *sorted(ROOT.glob("*/README.md")), ROOT / "toy" / "digits-teacher" / "README.md"]
+TEXT = README.read_text()
+EVERYWHERE = "\n".join(path.read_text() for path in READMES)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
-COMMANDS = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
-SCRIPTS = {"adm.py": (adm.Config, adm.check), "adp.py": (adp.Config, adp.check), "data.py encode": (data.EncodeConfig, None),
-           "data.py pairs": (data.PairsConfig, None), "tools/plan.py": (plan.Config, None)}
+COMMANDS = [
+    line.split("#")[0].strip()
+    for kind, block in re.findall(r"```(\w+)\n(.*?)```", EVERYWHERE, re.S)
+    if kind == "sh"
+    for line in block.splitlines()
+    if line.strip()
+]
+SCRIPTS = {
+    "adm.py": (adm.Config, adm.check),
+    "adp.py": (adp.Config, adp.check),
+    "data.py encode": (data.EncodeConfig, None),
+    "data.py pairs": (data.PairsConfig, None),
+    "tools/plan.py adm": (plan.AdmConfig, plan.check),
+    "tools/plan.py adp": (plan.AdpConfig, plan.check),
+}
+# Of scripts whose flags are their own, and of other programs.
+OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
 OFFLINE = [c for c in COMMANDS if "tiny-" in c]
 
 
 def split(command):
-    """A README command → (script, flags)."""
+    """A README's command → (script, its flags)."""
     words = shlex.split(command)
-    at = next(i for i, w in enumerate(words) if w.endswith(".py"))
-    script = " ".join(words[at:at + 2]) if words[at] == "data.py" else words[at]
-    return script, words[at + len(script.split()):]
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    for length in (2, 1):
+        name = " ".join(words[at : at + length])
+        if name in SCRIPTS:
+            return name, words[at + length :]
+    raise AssertionError(f"{command}: a script that is not known here")
+
+
+def test_the_readme_is_short():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")])
 def test_commands_are_accepted(command):
-    script, flags = split(command)
-    config_class, check = SCRIPTS[script]
-    parser = parser_of(config_class)
-    cfg = config_class(**vars(parser.parse_args(flags)))  # exits on an unknown flag or value
+    name, flags = split(command)
+    config_class, check = SCRIPTS[name]
+    cfg = parse(parser_of(config_class), config_class, flags)
     if check:
         check(cfg)
 
@@ -61,42 +86,54 @@ def test_offline_commands_run_in_order_and_the_result_opens(tmp_path):
     (tmp_path / "snippet.py").write_text(snippet + "image.save('fox.png')")
     done = script(tmp_path, tmp_path / "snippet.py", cwd=home)
     assert done.returncode == 0 and (home / "fox.png").exists(), done.stderr
-    assert sorted(p.name for p in (home / "out" / "dmdx").iterdir()) == [
-        "checkpoints", "config.json", "log.csv", "pipeline", "prompts", "samples"]
+    written = sorted(path.name for path in (home / "out" / "dmdx").iterdir())
+    assert written == ["checkpoints", "config.json", "log.csv", "pipeline", "prompts", "samples"]
 
 
 def test_make_targets_exist_and_ci_runs_the_tests():
-    targets = [command.split()[1] for command in COMMANDS if command.startswith("make")]
-    assert targets
+    targets = set(re.findall(r"\bmake (\w+)", EVERYWHERE))
+    assert {"demo", "test"} <= targets
     for target in targets:
-        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, target
     only_said = {**os.environ, "MAKEFLAGS": "n"}  # make says what it would do
     done = subprocess.run([ROOT / ".ci" / "run"], env=only_said, capture_output=True, text=True)
     assert done.returncode == 0 and "python -m pytest" in done.stdout, done.stderr
 
 
-def test_links_and_flags_exist():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
-    assert links
-    for path in links:
-        assert (ROOT / path).exists(), path
-    fields = {"--" + name.replace("_", "-") for config, _ in SCRIPTS.values() for name in (f.name for f in dataclasses.fields(config))}
-    fields |= {"--no-pixel", "--help", "--json"}
-    without_torchruns = re.sub(r"torchrun --nproc_per_node=\d", "", TEXT)
-    flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+", without_torchruns)
-    assert flags
-    for flag in flags:
-        assert flag in fields, flag
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_exist(path):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
+    for link in links:
+        assert (path.parent / link).exists(), link
+    if path == README:
+        assert len(links) > 10
 
 
-def test_symbols_and_columns_are_in_the_code():
+def test_files_that_a_rooms_readme_lists_are_all_that_it_has():
+    for path in READMES:
+        named = set(re.findall(r"`(\w+\.py)`", path.read_text().split("\n## ")[0]))
+        there = {file.name for file in path.parent.glob("*.py")}
+        if path != README and there:
+            assert named == there, path
+
+
+def test_flags_exist():
+    fields = {f.name for config, _ in SCRIPTS.values() for f in dataclasses.fields(config)}
+    known = OTHER_FLAGS | {"--" + name.replace("_", "-") for name in fields}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", EVERYWHERE))
+    assert len(flags) > 20 and flags <= known | {"--lr"}, flags - known  # `--lr-…`
+
+
+def test_symbols_are_in_the_code():
+    import models
+
     code = "".join((ROOT / name).read_text() for name in ("ode.py", "models.py", "adp.py", "adm.py"))
-    table = TEXT.split("## Symbols")[1].split("##")[0]
-    names = [name for row in table.splitlines()[4:] if "|" in row for name in re.findall(r"`([^`]+)`", row.split("|")[2])]
-    assert len(names) > 12 and all(re.search(rf"\b{name}\b", code) for name in names), names
-    columns = {n for row in TEXT.split("## log.csv")[1].split("##")[0].splitlines() if row.startswith("| `")
-               for n in re.findall(r"`([^`]+)`", row.split("|")[1])}
-    assert columns == set(adm.COLUMNS) | {"skipped", "seconds", "peak_memory_gb"}
+    table = models.__doc__.split("symbols")[1].splitlines()
+    names = [name for row in table for name in re.findall(r" {2,}([a-zA-Z]\w+)\b", row[20:])]
+    assert {"student", "teacher", "x0_hat"} <= set(names)
+    code = code.replace(models.__doc__, "")
+    assert all(re.search(rf"\b{name}\b", code) for name in names), names
 
 
 def test_prompts_are_a_few_hundred_different_ones():
@@ -108,24 +145,27 @@ def test_every_flag_has_a_help_text(tmp_path):
     for config, _ in SCRIPTS.values():
         assert all(f.metadata.get("help") for f in dataclasses.fields(config))
     done = script(tmp_path, "adm.py", "--help")
-    assert done.returncode == 0 and "--fake-gradient" in done.stdout and "\n    python adm.py   " in done.stdout  # as typed
+    assert done.returncode == 0 and "--fake-gradient" in done.stdout
+    assert "\n    python adm.py   " in done.stdout  # as typed
 
 
 def test_the_toys_table_is_what_its_script_prints(tmp_path):
     done = script(tmp_path, "toy/claims.py", "readme")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) > 6 and done.stdout.strip() in TEXT, done.stderr
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 6, done.stderr
+    assert done.stdout.strip() in TEXT
 
 
-def test_plans_are_what_the_tool_prints(capsys):
-    """The whole output that the README shows, and of its table one column of each kind."""
-    table = TEXT.split("### Sizing a run")[1]
+def test_the_digits_rows_are_those_of_the_long_table():
+    long = Path(ROOT / "toy" / "README.md").read_text()
+    columns = ("method", "fd_teacher", "fd_real", "coverage", "iterations")
 
-    def planned(*flags):
-        call(plan.plan, plan.Config, "--gradient-checkpointing", *flags)
-        return capsys.readouterr().out
-    full = planned("--model", "sd3.5-large")
-    assert full in TEXT
-    for out in (full, planned("--model", "cogvideox-2b", "--world-size", 1, "--lora-rank", 64)):
-        sums = re.search(r"sum +\S+ +(\S+) +(\S+) +(\S+)", out).groups()
-        (activations,), (peak,) = re.findall(r"activations +(\S+)", out), re.findall(r"peak +(\S+)", out)
-        assert ", ".join(sums) in table and f"{activations} → {peak}" in table, out
+    def rows(text):
+        """{method: {column: cell}} of the table in which the digits are measured."""
+        lines = text[text.index("| method | fd_teacher") :].split("\n\n")[0].splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+    shown, measured = rows(TEXT), rows(long)
+    assert len(shown) > 5
+    for method, row in shown.items():
+        assert row == {name: measured[method][name] for name in columns}, method

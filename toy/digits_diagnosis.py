@@ -57,10 +57,8 @@ def alignment(folder, family, batch_size=200):
     cfg = SimpleNamespace(**read_json(folder / "config.json", "run", "config")["config"])
     net = players(folder, family, cfg)
     draw = Draw((cfg.seed, STAGE), range(batch_size))
-    cond = {}  # (B, ...) each
-    for name, c in opened(family)[0].items():
-        # Tokens and pooled embedding are of two prompts drawn apart: so were the results made.
-        cond[name] = c[draw.integers(len(PROMPTS))]
+    numbers = draw.integers(len(PROMPTS))
+    cond = {name: c[numbers] for name, c in opened(family)[0].items()}  # (B, ...) each
     discriminator, schedule = net.discriminator, net.schedule
     with torch.no_grad():
         x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 1, 8, 8)
