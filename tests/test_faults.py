@@ -52,7 +52,10 @@ def long_run(here, tmp_path_factory):
     seen = folder / "seen"
     args = [*here, "--iterations", LONG, "--batch-size", 1, "--checkpoint-every", LONG // 5]
     args += ["--out", folder / "out"]
-    return start(folder, adm.main, adm.Config, args, hook=(watched, seen)), seen
+    processes, errors = start(folder, adm.main, adm.Config, args, hook=(watched, seen))
+    yield (processes, errors), seen
+    for process in processes:
+        process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +145,7 @@ def test_a_run_killed_again_and_again_is_one_that_never_was(here, tmp_path):
     out = tmp_path / "out"
     assert ranks(tmp_path, [*args, "--out", whole])[0] == [0]
     killed = 0
-    for step in range(1, 999, 3):
+    for step in range(1, 999, 4):
         resume = ["--resume"] if (out / "config.json").exists() else []
         codes, said = ranks(tmp_path, [*args, "--out", out, *resume], hook=(die_at, step))
         assert "damaged" not in said[0], said

@@ -292,12 +292,13 @@ def test_the_average_may_begin_and_end(few_prompts, run2, teachers, tmp_path):
     found = exported(run2)
     assert_close({name: found[name] for name in last}, last, atol=0, rtol=0)
     began = {"iteration": 2, "lr_student": [1e-6, 1e-2], "ema": [0.0, 0.75]}
-    assert config_of(run2)["changes"] == [began, {"iteration": 3, "ema": [0.75, 0.0]}]
+    over = {"iteration": 3, "ema": [0.75, 0.0]}
+    assert config_of(run2)["changes"] == [began, over]
 
     damage(run2, 4)
     again = shutil.copytree(run2, tmp_path / "again")
     call(adm.main, adm.Config, *adm_flags(few_prompts, again, 4), *fast)  # from 3, with an average
-    assert_close(weights(again, 4), last, atol=0, rtol=0)
+    assert config_of(again)["changes"] == [began, over]
     assert not (checkpoint(again, 4) / "ema.safetensors").exists()
 
     damage(run2, 3)
@@ -593,4 +594,4 @@ def test_scripts_say_nothing_that_is_not_theirs(few_prompts, tmp_path):
 def test_help_says_nothing_on_stderr(tmp_path):
     done = script(tmp_path, "toy/digits.py", "--help")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "usage:" in done.stdout
+    assert "handwritten digits" in done.stdout
