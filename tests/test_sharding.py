@@ -46,6 +46,7 @@ RUNS = {
         {
             "model": "tiny-sdxl",
             "student_steps": 2,
+            "seed": 9,  # of which iteration 1 trains the first and iteration 2 the last
             "damping": 0.1,
             "fake_samples": "last",
             "fake_gradient": "straight-through",
