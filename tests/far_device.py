@@ -10,6 +10,7 @@ each run's files: crossings.json, for each iteration {"waits": [where in the cod
 "copies" (those that need no waiting): [...]}.
 """
 
+import inspect
 import json
 import sys
 import traceback
@@ -27,12 +28,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import adm
 import adp
-import runtime.files
 import runtime.folder
-import runtime.optimize
 import runtime.ranks
-import runtime.script
-import runtime.settings
 
 aten = torch.ops.aten
 RETURNS_NUMBERS = {aten._local_scalar_dense.default, aten.equal.default}
@@ -77,6 +74,8 @@ class Far(torch.Tensor):
 
 
 class Watch(TorchDispatchMode):
+    """Inside, every operation passes through `compute`."""
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return compute(op, args, kwargs or {})
 
@@ -85,35 +84,49 @@ def compute(op, args, kwargs):
     """One operation of torch, wherever its tensors are. What it changes stays the same object."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     far = {id(x.near): x for x in tensors if isinstance(x, Far)}
+    goes_there = goes_to_the_device(op, args, kwargs, far)
+    if not far and not goes_there:
+        return op(*args, **kwargs)
+
     near = [x for x in tensors if not isinstance(x, Far)]
-    there = bool(far)
-    near_args, near_kwargs = tree_map_only(Far, lambda x: x.near, (args, kwargs))
-    if kwargs.get("device") is not None:
-        there = torch.device(kwargs["device"]).type == "far"
-        near_kwargs = {**near_kwargs, "device": torch.device("cpu")}
-    if op == aten.copy_.default:
-        there = isinstance(args[0], Far)
     by_mask = op == aten.index.Tensor and any(x.dtype == torch.bool for x in tensors[1:])
-    if far and (not there or op in RETURNS_NUMBERS | SIZED_BY_VALUES or by_mask):
+    reads = op in RETURNS_NUMBERS or op in SIZED_BY_VALUES or by_mask
+    if far and (reads or not goes_there):
         note("waits")
-    if there and near:
+    if near and goes_there:
         free = kwargs.get("non_blocking") and all(id(x) in pinned for x in near)
         note("copies" if free else "waits")
+
+    near_args, near_kwargs = tree_map_only(Far, lambda x: x.near, (args, kwargs))
+    if kwargs.get("device") is not None:
+        near_kwargs["device"] = torch.device("cpu")
     out = op(*near_args, **near_kwargs)
-    if not there or op in RETURNS_NUMBERS:
+    if not goes_there or op in RETURNS_NUMBERS:
         return out
     return tree_map_only(torch.Tensor, lambda x: far[id(x)] if id(x) in far else Far(x), out)
 
 
+def goes_to_the_device(op, args, kwargs, far):
+    """Whether the operation's result is on the device; far: its arguments that are."""
+    if op == aten.copy_.default:
+        return isinstance(args[0], Far)
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"]).type == "far"
+    return bool(far)
+
+
 def note(kind):
     """Where in the code that was: the innermost lines that are neither torch's nor this file's."""
-    frames = [(f.f_code, line) for f, line in traceback.walk_stack(None)]
-    frames = [(Path(code.co_filename), line, code.co_name) for code, line in frames]
-    frames = [f for f in frames if "torch" not in f[0].parts and f[0] != Path(__file__)]
-    seen[kind].append(" < ".join(f"{path.name}:{line} {name}" for path, line, name in frames[:3]))
+    places = []
+    for frame, line in traceback.walk_stack(inspect.currentframe()):
+        path = Path(frame.f_code.co_filename)
+        if "torch" not in path.parts and path != Path(__file__):
+            places.append(f"{path.name}:{line} {frame.f_code.co_name}")
+    seen[kind].append(" < ".join(places[:3]))
 
 
 def pin(x):
+    """Tensor.pin_memory: a copy that counts as pinned."""
     copy = x.clone()
     pinned.add(id(copy))
     kept.append(copy)
@@ -135,6 +148,7 @@ def copy_from(near, far, non_blocking=False):
 
 
 def make_the_device():
+    """torch knows the device `far`, and Ranks runs on it. Returns what must be kept as long."""
     _setup_privateuseone_for_python_backend("far")
     library = torch.library.Library("aten", "IMPL")
     for op in (aten.empty.memory_format, aten.empty_strided.default):
@@ -154,12 +168,14 @@ def make_the_device():
 
 
 def main(path):
+    """The runs of runs.json, one after the other."""
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     library = make_the_device()  # kept: its implementations would go with it
-    iterations, record = [], runtime.folder.Run.record
+    iterations = []
+    record = runtime.folder.Run.record
 
     def spy_record(*args):
         record(*args)

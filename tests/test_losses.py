@@ -1,4 +1,4 @@
-"""The losses of adm.py and adp.py against hand values, finite differences and an independent calculation."""
+"""The losses of adm.py and adp.py against hand values and finite differences."""
 
 import pytest
 import torch
@@ -9,99 +9,158 @@ import adp
 import ode
 
 
-def test_hinges_by_hand():
+def vp(prediction, last=0.01):
+    """A VP schedule whose ᾱ falls evenly to `last`."""
+    return ode.VPSchedule(torch.linspace(0.999, last, 1000), prediction)
+
+
+# --- Hinges ---------------------------------------------------------------------------------------
+
+
+def test_adms_hinges_by_hand():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
     assert adm.discriminator_loss(real, fake) == 0.25 + 0.75  # (0 + ½)/2 and (0 + 1½)/2
     assert adm.generator_loss(fake) == 0.75
-    assert adm.generator_loss(fake, torch.tensor([1.0, 4.0])) == 0.0  # −(−2 + 2)/2
-    lambdas, pixel = (0.85, 0.15), torch.tensor([3.0])
-    assert_close(adp.discriminator_loss([real, pixel], [fake, -pixel], lambdas), torch.tensor(0.85))
-    assert_close(adp.generator_loss([fake, pixel], lambdas), torch.tensor(0.85 * 0.75 - 0.15 * 3))
+    weight = torch.tensor([1.0, 4.0])
+    assert adm.generator_loss(fake, weight) == 0.0  # −(−2 + 2)/2
+
+
+def test_adps_hinges_are_weighted_sums_over_discriminators():
+    real, fake, pixel = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5]), torch.tensor([3.0])
+    lambdas = (0.85, 0.15)
+    loss_d = adp.discriminator_loss([real, pixel], [fake, -pixel], lambdas)
+    assert_close(loss_d, torch.tensor(0.85 * 1.0 + 0.15 * 0.0))
+    loss_g = adp.generator_loss([fake, pixel], lambdas)
+    assert_close(loss_g, torch.tensor(0.85 * 0.75 - 0.15 * 3))
     with pytest.raises(ValueError):
         adp.generator_loss([fake], lambdas)
 
 
 def test_hinge_measures_total_variation():
     """The best discriminator between two histograms leaves a loss of 2 (1 − TV)."""
-    p, q = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.1, 0.3, 0.2, 0.4])
-    counts = [torch.repeat_interleave(torch.arange(4), (h * 1000).round().long()) for h in (p, q)]
+    p, q = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.1, 0.3, 0.2, 0.4])  # (4,) each
+    real, fake = (torch.repeat_interleave((10 * h).round().long()) for h in (p, q))  # (10,) each
     logits = torch.zeros(4, requires_grad=True)
     optimizer = torch.optim.SGD([logits], 0.01)
-    for _ in range(2000):
+    for _ in range(400):
         optimizer.zero_grad()
-        loss = adm.discriminator_loss(logits[counts[0]], logits[counts[1]])
+        loss = adm.discriminator_loss(logits[real], logits[fake])
         loss.backward()
         optimizer.step()
-    assert_close(loss.detach(), 2 * (1 - 0.5 * (p - q).abs().sum()), atol=1e-3, rtol=0)
+    variation = 0.5 * (p - q).abs().sum()
+    assert_close(loss.detach(), 2 * (1 - variation), atol=1e-3, rtol=0)
+
+
+# --- DMD ------------------------------------------------------------------------------------------
 
 
 def test_dmd_gradient_is_the_normalised_score_difference():
-    g = torch.Generator().manual_seed(0)
-    x0_hat, x0_real, x0_fake = (torch.randn(3, 4, 2, 2, generator=g) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    x0_hat, x0_real, x0_fake = torch.randn(3, 3, 4, 2, 2, generator=generator)  # (3, 4, 2, 2) each
     x0_hat.requires_grad_()
     loss = adm.dmd_loss(x0_hat, x0_real, x0_fake)
     loss.backward()
+    gradient = x0_hat.grad * x0_hat.numel()  # (3, 4, 2, 2)
     for i in range(3):  # each sample has its own normaliser
-        by_hand = (x0_fake[i] - x0_real[i]) / (x0_hat[i] - x0_real[i]).abs().mean()
-        assert_close(x0_hat.grad[i] * x0_hat.numel(), by_hand.detach(), atol=1e-5, rtol=1e-4)
-    assert_close(loss, 0.5 * (x0_hat.grad * x0_hat.numel()).square().mean(), atol=1e-5, rtol=1e-4)
-    perfect = adm.dmd_loss(x0_real.clone().requires_grad_(), x0_real, x0_real)  # 0/0 otherwise
-    assert perfect == 0
+        distance = (x0_hat[i] - x0_real[i]).abs().mean().detach()
+        by_hand = (x0_fake[i] - x0_real[i]) / distance
+        assert_close(gradient[i], by_hand, atol=1e-5, rtol=1e-4)
+    assert_close(loss, 0.5 * gradient.square().mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_dmd_of_a_perfect_student_is_0():
+    x0 = torch.randn(3, 4)
+    assert adm.dmd_loss(x0.clone().requires_grad_(), x0, x0) == 0  # not 0/0
 
 
 def test_dmd_descends_towards_the_real_score():
     x0_hat = torch.zeros(1, 1, requires_grad=True)
-    adm.dmd_loss(x0_hat, torch.ones(1, 1), -torch.ones(1, 1)).backward()  # real says 1, fake says −1
+    adm.dmd_loss(
+        x0_hat, torch.ones(1, 1), -torch.ones(1, 1)
+    ).backward()  # real says 1, fake says −1
     assert x0_hat.grad.item() < 0  # a step against the gradient moves up, to what the teacher wants
 
 
+# --- What the paper has not -----------------------------------------------------------------------
+
+
 def test_damping_is_half_the_squared_gradient_norm():
-    g = torch.Generator().manual_seed(0)
-    w, x, sigma = torch.randn(8, generator=g), torch.randn(1, 8, generator=g), 0.01
-    moved = (x + sigma * torch.randn(200_000, 8, generator=g)) @ w
-    assert_close(adm.damping_loss((x @ w).expand(200_000), moved, sigma), 0.5 * w.square().sum(), rtol=0.02, atol=0)
+    """Of a linear discriminator, whose gradient is w everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(8, generator=generator), torch.randn(1, 8, generator=generator)
+    n, sigma = 200_000, 0.01
+    moved = (x + sigma * torch.randn(n, 8, generator=generator)) @ w  # (n,)
+    loss = adm.damping_loss((x @ w).expand(n), moved, sigma)
+    assert_close(loss, 0.5 * w.square().sum(), rtol=0.02, atol=0)
 
 
 def test_straight_through_keeps_the_value_and_takes_alpha_s():
-    x0_hat, alpha_s = torch.randn(2, 3, requires_grad=True), torch.tensor([0.25, 0.5])
+    x0_hat = torch.randn(2, 3, requires_grad=True)
     value = torch.randn(2, 3)
+    alpha_s = torch.tensor([0.25, 0.5])
     x_fake = adm.straight_through(value, x0_hat, alpha_s)
     assert_close(x_fake.detach(), value)
     x_fake.sum().backward()
     assert_close(x0_hat.grad, alpha_s[:, None].expand(2, 3))
 
 
-@pytest.mark.parametrize("schedule", [ode.FlowSchedule(), ode.VPSchedule(torch.linspace(0.999, 0.0, 1000), "v_prediction")])
+# --- The fake score -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [ode.FlowSchedule(), vp("v_prediction", last=0.0)])
 def test_generator_gradient_through_the_fake_step_by_finite_differences(schedule):
     """d/dx̂_0 of −D(step(x_t(x̂_0), fake(x_t))) with a nonlinear fake and discriminator."""
-    g = torch.Generator().manual_seed(0)
-    x0, eps, A, w = (torch.randn(s, generator=g) for s in ((2, 5), (2, 5), (5, 5), (5,)))
-    t, s = torch.tensor([700.0, 300.0]), torch.tensor([600.0, 100.0])
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, A, w = (
+        torch.randn(shape, generator=generator) for shape in ((2, 5), (2, 5), (5, 5), (5,))
+    )
+    t, s = torch.tensor([700.0, 300.0]), torch.tensor([600.0, 100.0])  # (2,) each
 
     def loss(x0):
         x_t = schedule.add_noise(x0, eps, t)
         x_fake = schedule.pf_ode_step(x_t, torch.tanh(x_t @ A), t, s)
         return adm.generator_loss(torch.sin(x_fake @ w))
+
     leaf = x0.clone().requires_grad_()
     loss(leaf).backward()
     for i, j in ((0, 0), (0, 3), (1, 1), (1, 4)):
         h = torch.zeros(2, 5)
         h[i, j] = 1e-2
-        assert_close(leaf.grad[i, j], (loss(x0 + h) - loss(x0 - h)) / 2e-2, atol=2e-4, rtol=2e-3)
+        difference = (loss(x0 + h) - loss(x0 - h)) / 2e-2
+        assert_close(leaf.grad[i, j], difference, atol=2e-4, rtol=2e-3)
 
 
-def test_fake_score_loss_is_the_diffusion_loss():
-    schedule, (x0, eps) = ode.VPSchedule(torch.linspace(0.999, 0.01, 1000), "epsilon"), (torch.randn(2, 3), torch.randn(2, 3))
-    assert adm.fake_score_loss(eps, schedule.to_out(x0, eps, torch.tensor([5.0, 900.0]))) == 0
-    assert_close(adm.fake_score_loss(torch.ones(2, 3), torch.full((2, 3), 3.0)), torch.tensor(4.0))
+def test_fake_score_loss_is_the_mean_squared_error_in_float32():
+    out, target = torch.tensor([[1.0, 5.0]]), torch.tensor([[1.0, 2.0]])
+    loss = adm.fake_score_loss(out.bfloat16(), target)
+    assert loss == 4.5  # (0 + 9)/2
+    assert loss.dtype == torch.float32
 
 
-def test_line_times():
+@pytest.mark.parametrize(
+    "schedule, target",
+    [
+        (vp("epsilon"), [[3.0, 5.0]]),
+        (ode.VPSchedule(torch.full((1000,), 0.64), "v_prediction"), [[1.8, 2.8]]),  # α .8, σ .6
+        (ode.FlowSchedule(), [[2.0, 3.0]]),
+    ],
+)
+def test_fake_score_learns_the_teachers_own_prediction(schedule, target):
+    x0, eps = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+    out = schedule.to_out(x0, eps, torch.tensor([500.0]))
+    assert_close(out, torch.tensor(target))
+
+
+# --- ADP's line -----------------------------------------------------------------------------------
+
+
+def test_cubic_times_are_biased_to_noise_and_uniform_ones_are_not():
     u = torch.tensor([0.0, 500.0, 1000.0])
     assert adp.line_times(u, "cubic").tolist() == [1000.0, 875.0, 0.0]
     assert adp.line_times(u, "uniform").tolist() == u.tolist()
     many = adp.line_times(torch.linspace(0, 1000, 100_001), "cubic")
-    assert_close((many > 500).float().mean(), torch.tensor(0.5 ** (1 / 3)), atol=1e-3, rtol=0)  # biased to noise
+    share = (many > 500).float().mean()
+    assert_close(share, torch.tensor(0.5 ** (1 / 3)), atol=1e-3, rtol=0)
 
 
 def test_velocity_loss_by_hand_and_its_minimum():
@@ -109,4 +168,6 @@ def test_velocity_loss_by_hand_and_its_minimum():
     assert adp.velocity_loss(torch.tensor([[2.0, 3.0]]), x_0, x_T) == 0
     assert adp.velocity_loss(torch.tensor([[2.0, 5.0]]), x_0, x_T) == 2.0
     t, line = torch.tensor([400.0]), ode.FlowSchedule()
-    assert_close(line.to_x0_eps(line.add_noise(x_0, x_T, t), x_T - x_0, t)[0], x_0)  # the right velocity lands on x_0
+    x_t = line.add_noise(x_0, x_T, t)
+    landed, _ = line.to_x0_eps(x_t, x_T - x_0, t)
+    assert_close(landed, x_0)  # the right velocity lands on x_0

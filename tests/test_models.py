@@ -1,12 +1,15 @@
-"""models.py on tiny teachers of every family: opening, calling, tapping, heads, gradients, export."""
+"""Tiny teachers of every family: opening, calling, tapping, heads, gradients, export."""
 
 import json
 import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from torch import nn
 from torch.testing import assert_close
+from transformers import Dinov2Config, Dinov2Model
 
 import families
 import families.base
@@ -14,36 +17,59 @@ import families.export
 import models
 import ode
 from families import load_teacher
-from runtime.settings import BadInput
 from families.tiny import build
+from models import load_pixel_backbone
+from runtime.settings import BadInput
 
 FAMILIES = families.TINY
-TIMES = torch.tensor([999.0, 437.5])
+TIMES = torch.tensor([999.0, 437.5])  # (2,)
+PROMPTS = ["a red fox", "two dogs"]  # of the fixture `conditionings`
 
 
 def latents(family, n=2, seed=0):
-    return torch.randn(n, *family.latent_shape(), generator=torch.Generator().manual_seed(seed))
+    """(n, *shape of the model's own size)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *family.latent_shape(), generator=generator)
 
 
-# --- Opening ---------------------------------------------------------------------------------------------------------
+# --- Opening --------------------------------------------------------------------------------------
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
 
 def edited(tmp_path, name, file, **changes):
-    """A copy of a tiny pipeline folder with one json file changed."""
+    """A copy of a tiny pipeline folder with one json file changed; "gone" takes an entry out."""
     folder = tmp_path / name
     shutil.copytree(build(name), folder)
     content = {**json.loads((folder / file).read_text()), **changes}
-    (folder / file).write_text(json.dumps({k: v for k, v in content.items() if v != "gone"}))
+    kept = {key: value for key, value in content.items() if value != "gone"}
+    (folder / file).write_text(json.dumps(kept))
     return folder
 
 
-@pytest.mark.parametrize("name, prediction, shape, guidance, steps", [
-    ("tiny-sdxl", "epsilon", (4, 32, 32), 5.0, 1), ("tiny-sd3", "flow", (16, 16, 16), 7.0, 4),
-    ("tiny-cogvideox-2b", "v_prediction", (3, 16, 16, 16), 6.0, 4), ("tiny-cogvideox-5b", "v_prediction", (3, 16, 16, 16), 6.0, 4)])
-def test_families(teachers, tmp_path, name, prediction, shape, guidance, steps):
+@pytest.mark.parametrize(
+    "name, prediction, shape, guidance, steps",
+    [
+        ("tiny-sdxl", "epsilon", (4, 32, 32), 5.0, 1),
+        ("tiny-sd3", "flow", (16, 16, 16), 7.0, 4),
+        ("tiny-cogvideox-2b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
+        ("tiny-cogvideox-5b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
+    ],
+)
+def test_defaults_are_the_familys(teachers, name, prediction, shape, guidance, steps):
     family = teachers[name]
-    assert (family.schedule.prediction, family.latent_shape(), family.guidance, family.student_steps) == (prediction, shape, guidance, steps)
-    local = load_teacher(shutil.copytree(build(name), tmp_path / "local"))  # any local folder of the same classes
-    assert type(local) is type(family) and local.weights_sha256 == family.weights_sha256
+    assert family.schedule.prediction == prediction
+    assert family.latent_shape() == shape
+    assert family.guidance == guidance
+    assert family.student_steps == steps
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_local_folder_of_the_same_classes_is_the_same_teacher(teachers, tmp_path, name):
+    local = load_teacher(shutil.copytree(build(name), tmp_path / "local"))
+    assert type(local) is type(teachers[name])
+    assert local.weights_sha256 == teachers[name].weights_sha256
 
 
 def test_tiny_teachers_are_the_same_every_time_and_differ(teachers):
@@ -52,32 +78,59 @@ def test_tiny_teachers_are_the_same_every_time_and_differ(teachers):
     before = torch.random.get_rng_state()
     build.cache_clear()
     assert load_teacher("tiny-sd3").weights_sha256 == hashes["tiny-sd3"]
-    assert torch.equal(before, torch.random.get_rng_state())  # a run's own random numbers are untouched
+    after = torch.random.get_rng_state()
+    assert torch.equal(before, after)  # a run's own random numbers are untouched
 
 
-@pytest.mark.parametrize("name, file, changes, says", [
-    ("tiny-sdxl", "scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "predicts epsilon"),
-    ("tiny-sdxl", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "terminal SNR"),
-    ("tiny-sdxl", "scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "1000 time steps"),
-    ("tiny-sdxl", "model_index.json", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "SDXL needs a VP"),
-    ("tiny-sd3", "model_index.json", {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}, "predicts a flow"),
-    ("tiny-sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
-    ("tiny-sd3", "scheduler/scheduler_config.json", {"stochastic_sampling": True}, "stochastic_sampling"),
-    ("tiny-cogvideox-2b", "scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "predicts v_prediction"),
-    ("tiny-cogvideox-5b", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": False}, "terminal SNR"),
-    ("tiny-sd3", "model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
-    ("tiny-sd3", "model_index.json", {"_class_name": "gone"}, "no complete diffusers pipeline folder"),
-    ("tiny-sdxl", "scheduler/scheduler_config.json", {"beta_schedule": "odd"}, "no complete diffusers pipeline folder"),
-    ("tiny-cogvideox-2b", "transformer/config.json", {"patch_size_t": 2, "patch_bias": False}, "pipeline folder|not supported"),
-    ("tiny-sd3", "model_index.json", {"scheduler": "gone"}, "no complete diffusers pipeline folder"),
-    ("tiny-sd3", "model_index.json", {"scheduler": ["diffusers", "NoSuchScheduler"]}, "no complete diffusers pipeline folder"),
-])
+INCOMPLETE = "no complete diffusers pipeline folder"
+
+
+@pytest.mark.parametrize(
+    "name, file, changes, says",
+    [
+        ("tiny-sdxl", SCHEDULER, {"prediction_type": "v_prediction"}, "predicts epsilon"),
+        ("tiny-sdxl", SCHEDULER, {"rescale_betas_zero_snr": True}, "terminal SNR"),
+        ("tiny-sdxl", SCHEDULER, {"num_train_timesteps": 500}, "1000 time steps"),
+        (
+            "tiny-sdxl",
+            INDEX,
+            {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+            "SDXL needs a VP",
+        ),
+        (
+            "tiny-sd3",
+            INDEX,
+            {"scheduler": ["diffusers", "EulerDiscreteScheduler"]},
+            "predicts a flow",
+        ),
+        ("tiny-sd3", SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("tiny-sd3", SCHEDULER, {"stochastic_sampling": True}, "stochastic_sampling"),
+        (
+            "tiny-cogvideox-2b",
+            SCHEDULER,
+            {"prediction_type": "epsilon"},
+            "predicts v_prediction",
+        ),
+        ("tiny-cogvideox-5b", SCHEDULER, {"rescale_betas_zero_snr": False}, "terminal SNR"),
+        ("tiny-sd3", INDEX, {"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
+        ("tiny-sd3", INDEX, {"_class_name": "gone"}, INCOMPLETE),
+        ("tiny-sdxl", SCHEDULER, {"beta_schedule": "odd"}, INCOMPLETE),
+        (
+            "tiny-cogvideox-2b",
+            "transformer/config.json",
+            {"patch_size_t": 2, "patch_bias": False},
+            "time patches .* not supported",
+        ),
+        ("tiny-sd3", INDEX, {"scheduler": "gone"}, INCOMPLETE),
+        ("tiny-sd3", INDEX, {"scheduler": ["diffusers", "NoSuchScheduler"]}, INCOMPLETE),
+    ],
+)
 def test_contradicting_folders_are_refused(tmp_path, name, file, changes, says):
     with pytest.raises(BadInput, match=says):
         load_teacher(edited(tmp_path, name, file, **changes))
 
 
-def test_missing_and_damaged_weights_are_refused(tmp_path):
+def test_damaged_and_missing_weights_are_refused(tmp_path):
     folder = shutil.copytree(build("tiny-sd3"), tmp_path / "sd3")
     (weights,) = (folder / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -86,44 +139,77 @@ def test_missing_and_damaged_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(BadInput, match="no weights"):
         load_teacher(folder)
-    (folder / "model_index.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadInput, match="no complete"):
-        load_teacher(folder)
+
+
+def test_an_unreadable_index_is_refused(tmp_path):
+    (tmp_path / INDEX).write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match=f"{INCOMPLETE}: UnicodeDecodeError"):
+        load_teacher(tmp_path)
 
 
 def test_scheduler_settings_are_read_not_guessed(tmp_path):
-    assert load_teacher(edited(tmp_path, "tiny-sd3", "scheduler/scheduler_config.json", shift=2.0)).schedule.shift == 2.0
-    shifted = load_teacher(edited(tmp_path, "tiny-cogvideox-2b", "scheduler/scheduler_config.json", snr_shift_scale=1.0))
-    stock = load_teacher("tiny-cogvideox-5b").schedule
-    assert_close(shifted.schedule.alphas_cumprod, stock.alphas_cumprod)
+    sd3 = load_teacher(edited(tmp_path, "tiny-sd3", SCHEDULER, shift=2.0))
+    assert sd3.schedule.shift == 2.0
+    cog_2b = load_teacher(edited(tmp_path, "tiny-cogvideox-2b", SCHEDULER, snr_shift_scale=1.0))
+    cog_5b = load_teacher("tiny-cogvideox-5b")  # whose own it is
+    assert_close(cog_2b.schedule.alphas_cumprod, cog_5b.schedule.alphas_cumprod)
 
 
-def test_unknown_models_and_an_unreachable_hub(tmp_path):
+def test_unknown_models_are_refused(tmp_path):
     with pytest.raises(BadInput, match="unknown model 'sd9'"):
         load_teacher("sd9")
-    with pytest.raises(BadInput, match="no complete diffusers pipeline folder"):
+    with pytest.raises(BadInput, match=INCOMPLETE):
         load_teacher(tmp_path)
-    for name in families.HUB:
-        with pytest.raises(BadInput, match="cannot fetch.*--model tiny-") as e:
-            load_teacher(name)
-        assert str(e.value).split("--model ")[1].split()[0] in families.TINY and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name, resolution, frames, says", [
-    ("tiny-sdxl", "60", None, "multiples of 8"), ("tiny-sdxl", "32", None, "at least 8x8"), ("tiny-sd3", "16", None, "at least 8x8"),
-    ("tiny-sd3", "96", None, "at most 64 pixels"), ("tiny-sd3", "33", None, "multiples of 4"), ("tiny-sd3", "big", None, "pixels"),
-    ("tiny-sd3", "-32", None, "pixels"), ("tiny-sd3", "32x32x32", None, "pixels"), ("tiny-sd3", "0", None, "at least 8x8"),
-    ("tiny-sd3", None, 9, "video"), ("tiny-cogvideox-2b", None, 8, "8n \\+ 1 frames"), ("tiny-cogvideox-2b", None, 5, "8n \\+ 1 frames"), ("tiny-cogvideox-2b", None, 1, "frames"),
-    ("tiny-cogvideox-2b", "100", None, "multiples of 16"), ("tiny-cogvideox-2b", "64", None, "at least 8x8")])
-def test_sizes_out_of_reach(teachers, name, resolution, frames, says):
+@pytest.mark.parametrize("name", families.HUB)
+def test_an_unreachable_hub_is_one_line_that_names_a_tiny_model_instead(name):
+    with pytest.raises(BadInput, match="cannot fetch.*--model tiny-") as e:
+        load_teacher(name)
+    said = str(e.value)
+    instead = said.split("--model ")[1].split()[0]
+    assert instead in families.TINY
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "name, resolution, frames, says",
+    [
+        ("tiny-sdxl", "60", None, "multiples of 8"),
+        ("tiny-sdxl", "32", None, "at least 8x8"),
+        ("tiny-sd3", "16", None, "at least 8x8"),
+        ("tiny-sd3", "96", None, "at most 64 pixels"),
+        ("tiny-sd3", "33", None, "multiples of 4"),
+        ("tiny-sd3", "big", None, "pixels, as 1024"),
+        ("tiny-sd3", "-32", None, "pixels, as 1024"),
+        ("tiny-sd3", "32x32x32", None, "pixels, as 1024"),
+        ("tiny-sd3", "0", None, "at least 8x8"),
+        ("tiny-sd3", None, 9, "video"),
+        ("tiny-cogvideox-2b", None, 8, "8n \\+ 1 frames"),
+        ("tiny-cogvideox-2b", None, 5, "8n \\+ 1 frames"),
+        ("tiny-cogvideox-2b", None, 1, "8n \\+ 1 frames"),
+        ("tiny-cogvideox-2b", "100", None, "multiples of 16"),
+        ("tiny-cogvideox-2b", "64", None, "at least 8x8"),
+    ],
+)
+def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says):
     with pytest.raises(BadInput, match=says):
         teachers[name].latent_shape(resolution, frames)
 
 
-@pytest.mark.parametrize("name, resolution, frames, shape", [
-    ("tiny-sdxl", "64x96", None, (4, 32, 48)), ("tiny-sd3", "64", None, (16, 32, 32)), ("tiny-sd3", "32x48", None, (16, 16, 24)),
-    ("tiny-cogvideox-2b", "128x144", 17, (5, 16, 16, 18)), ("tiny-cogvideox-5b", "144x128", 9, (3, 16, 18, 16))])
-def test_other_sizes_run_through_the_discriminator(teachers, conditionings, name, resolution, frames, shape):
+@pytest.mark.parametrize(
+    "name, resolution, frames, shape",
+    [
+        ("tiny-sdxl", "64x96", None, (4, 32, 48)),
+        ("tiny-sd3", "64", None, (16, 32, 32)),
+        ("tiny-sd3", "32x48", None, (16, 16, 24)),
+        ("tiny-cogvideox-2b", "128x144", 17, (5, 16, 16, 18)),
+        ("tiny-cogvideox-5b", "144x128", 9, (3, 16, 18, 16)),
+    ],
+)
+def test_other_sizes_run_through_the_discriminator(
+    teachers, conditionings, name, resolution, frames, shape
+):
     family = teachers[name]
     assert family.latent_shape(resolution, frames) == shape
     discriminator = models.LatentDiscriminator(models.load_denoiser(family), width=32)
@@ -131,40 +217,58 @@ def test_other_sizes_run_through_the_discriminator(teachers, conditionings, name
     assert discriminator.logits(maps).shape == (2,)
 
 
-# --- Conditioning ----------------------------------------------------------------------------------------------------
+# --- Conditioning ---------------------------------------------------------------------------------
 
-def test_unconditional_inputs(teachers):
+
+def test_no_prompt_is_zeros_for_sdxl_and_the_empty_prompt_for_the_others(teachers):
     for name, family in teachers.items():
         pipe = family.text_pipeline()
-        none, empty = family.unconditional(pipe), family.encode(pipe, [""])
-        zeros = all((c == 0).all() for c in none.values())
-        assert zeros if name == "tiny-sdxl" else all(torch.equal(none[k], empty[k]) for k in none) and not zeros
+        none = family.unconditional(pipe)  # {name: (1, ...)}
+        empty = family.encode(pipe, [""])  # the same
+        assert none.keys() == empty.keys()
+        for part in none:
+            if name == "tiny-sdxl":
+                assert (none[part] == 0).all()
+                assert (empty[part] != 0).any()
+            else:
+                assert torch.equal(none[part], empty[part])
+                assert (none[part] != 0).any()
 
 
-# --- The denoiser ----------------------------------------------------------------------------------------------------
+# --- The denoiser ---------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_call_is_the_stock_pipelines(teachers, name):
-    """One guided step of the stock pipeline from given noise equals ours: conditioning, time ids, rotary, time, CFG."""
+    """One guided step of the stock pipeline from given noise: what its network gets and returns.
+
+    Conditioning, time ids, rotary positions, time and CFG are ours there.
+    """
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
     pipe.set_progress_bar_config(disable=True)
-    prompts, x = ["a red fox", "two dogs"], latents(family)
-    stock, seen = type(family.meta_net).forward, {}
+    x = latents(family)  # (2, ...)
+    stock = type(family.meta_net).forward
+    seen = {}
 
     def spy(net, *args, **kwargs):
-        seen["t"] = kwargs["timestep"] if "timestep" in kwargs else args[1]
         seen["in"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen["t"] = kwargs["timestep"] if "timestep" in kwargs else args[1]
         seen["out"] = stock(net, *args, **kwargs)[0]
         return (seen["out"],)
+
     net = getattr(pipe, family.net_name)
     net.forward = spy.__get__(net)
+    options = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
     with torch.no_grad():
-        pipe(prompts, num_inference_steps=1, guidance_scale=3.0, latents=x, output_type="latent")
+        pipe(PROMPTS, latents=x, **options)
         text = family.text_pipeline()
-        cond, none = family.encode(text, prompts), family.unconditional(text)
-        both = {k: torch.cat([none[k].expand_as(cond[k]), cond[k]]) for k in cond}  # the pipelines put "no prompt" first
-        t = seen["t"].float().reshape(-1).expand(4)
+        cond = family.encode(text, PROMPTS)
+        none = family.unconditional(text)
+        both = {}
+        for part, c in cond.items():  # the pipelines put "no prompt" first
+            both[part] = torch.cat([none[part].expand_as(c), c])  # (4, ...)
+        t = seen["t"].float().reshape(-1).expand(4)  # (4,)
         out, _ = models.load_denoiser(family)(seen["in"], t, both)
     assert_close(out, seen["out"].float(), atol=1e-5, rtol=1e-5)
 
@@ -172,226 +276,341 @@ def test_call_is_the_stock_pipelines(teachers, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_early_stop_equals_full_forward(teachers, conditionings, name):
     family, cond = teachers[name], conditionings[name]
-    denoiser, x = models.load_denoiser(family), latents(teachers[name])
+    denoiser = models.load_denoiser(family)
+    x = latents(family)
+    _, following, channels = family.taps(denoiser.net)
     ran = []
-    for block in family.taps(denoiser.net)[1:2]:
-        block.register_forward_hook(lambda *_: ran.append(1))
+    following.register_forward_hook(lambda *_: ran.append(1))
+
     out, maps = denoiser(x, TIMES, cond, want="both")
     assert ran == [1]
     nothing, stopped = denoiser(x, TIMES, cond, want="features")
-    assert nothing is None and ran == [1]  # the block after the last tap did not run
+    assert nothing is None
+    assert ran == [1]  # the block after the last tap did not run
+    plain, none = denoiser(x, TIMES, cond)
+    assert none == []
+
+    assert out.shape == x.shape
+    assert out.dtype == torch.float32
+    assert torch.equal(plain, out)  # nothing stops it any more
+    assert [m.shape[1] for m in maps] == channels  # later passes have not added to them
     for a, b in zip(maps, stopped, strict=True):
         assert torch.equal(a, b)
-    plain, none = denoiser(x, TIMES, cond)
-    assert torch.equal(plain, out) and none == []
-    assert [m.shape[1] for m in maps] == family.taps(denoiser.net)[2]
-    assert out.shape == x.shape and out.dtype == torch.float32
-    assert not any(m._forward_hooks or m._forward_pre_hooks for b in family.taps(denoiser.net)[0] for m in [b])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_batch_equals_samples_and_maps_lie_where_the_image_does(teachers, conditionings, name):
+def test_a_batch_is_its_samples_one_by_one(teachers, conditionings, name):
     family, cond = teachers[name], conditionings[name]
-    denoiser, x = models.load_denoiser(family), latents(teachers[name])
+    denoiser = models.load_denoiser(family)
+    x = latents(family)
     with torch.no_grad():
         out, maps = denoiser(x, TIMES, cond, want="both")
         for i in range(2):
-            one, its_maps = denoiser(x[i:i + 1], TIMES[i:i + 1], {k: c[i:i + 1] for k, c in cond.items()}, want="both")
-            assert_close(one, out[i:i + 1], atol=1e-5, rtol=1e-4)
-            assert_close(its_maps[0], maps[0][i:i + 1], atol=1e-5, rtol=1e-4)
-        moved = x.clone()
-        moved[..., :4, -4:] += 3  # the first tapped map changes most where the latent did: top right
-        change = (denoiser(moved, TIMES, cond, want="features")[1][0] - maps[0]).abs().sum(1).flatten(0, -3).sum(0)  # (H, W)
-    h, w = change.shape
-    assert change.flatten().argmax() % w >= w - w // 3 and change.flatten().argmax() // w <= h // 3
+            row = slice(i, i + 1)
+            its_cond = {part: c[row] for part, c in cond.items()}
+            its_out, its_maps = denoiser(x[row], TIMES[row], its_cond, want="both")
+            assert_close(its_out, out[row], atol=1e-5, rtol=1e-4)
+            for one, many in zip(its_maps, maps, strict=True):
+                assert_close(one, many[row], atol=1e-5, rtol=1e-4)
 
 
-def test_times_reach_the_network_unrounded(teachers, conditionings):
-    for name, family in teachers.items():
-        denoiser, seen = models.load_denoiser(family), []
-        denoiser.bf16 = True  # as on a GPU
-        denoiser.net.time_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0])) if hasattr(denoiser.net, "time_proj") else \
-            denoiser.net.time_text_embed.time_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-        out, _ = denoiser(latents(family), TIMES, conditionings[name])
-        assert seen[0].dtype == torch.float32 and seen[0].tolist() == TIMES.tolist() and out.dtype == torch.float32
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_lie_where_the_image_does(teachers, conditionings, name):
+    """The first tapped map changes most where the latent did: top right."""
+    family, cond = teachers[name], conditionings[name]
+    denoiser = models.load_denoiser(family)
+    x = latents(family)
+    moved = x.clone()
+    moved[..., :4, -4:] += 3
+    with torch.no_grad():
+        before = denoiser(x, TIMES, cond, want="features")[1][0]  # (2, C, [F,] H, W)
+        after = denoiser(moved, TIMES, cond, want="features")[1][0]
+    change = (after - before).abs().sum(1).flatten(0, -3).sum(0)  # (H, W)
+    height, width = change.shape
+    row, column = divmod(int(change.flatten().argmax()), width)
+    assert row <= height // 3
+    assert column >= width - width // 3
 
 
-# --- Heads and discriminators ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", FAMILIES)
+def test_times_reach_the_network_unrounded(teachers, conditionings, name):
+    family = teachers[name]
+    denoiser = models.load_denoiser(family)
+    denoiser.bf16 = True  # as on a GPU
+    net = denoiser.net
+    time_proj = net.time_proj if hasattr(net, "time_proj") else net.time_text_embed.time_proj
+    seen = []
+    time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    out, _ = denoiser(latents(family), TIMES, conditionings[name])
+    assert seen[0].dtype == torch.float32
+    assert seen[0].tolist() == TIMES.tolist()
+    assert out.dtype == torch.float32
 
-def test_heads_shapes_and_least_sizes():
-    h2, h3 = models.Head2d(16), models.Head3d(16)
-    for size in (8, 9, 32):
-        assert h2(torch.randn(3, 16, size, size)).shape == (3,)
-        assert h3(torch.randn(3, 16, 2, size, size)).shape == (3,)
-    small = torch.randn(3, 16, 4, 4)  # the digits teacher's maps: enlarged to what the strides need
-    assert torch.equal(h2(small), h2(torch.nn.functional.interpolate(small, scale_factor=2)))
+
+# --- Heads and discriminators ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head_class, conv, strided, plain",
+    [
+        (models.Head2d, nn.Conv2d, (4, 2, 1), (3, 1, 1)),
+        (models.Head3d, nn.Conv3d, (3, (1, 2, 2), 1), (3, 1, 1)),
+    ],
+)
+@torch.no_grad()
+def test_heads_are_the_papers(head_class, conv, strided, plain):
+    """Three strided stages and a plain one, GroupNorm(32) and SiLU in each; average; Linear."""
+    torch.manual_seed(0)
+    head = head_class(16)
+    paper, linear = [], nn.Linear(256, 1)
+    for channels, kernel_stride_padding in ((16, strided), *[(256, strided)] * 2, (256, plain)):
+        stage = conv(channels, 256, *kernel_stride_padding), nn.GroupNorm(32, 256), nn.SiLU()
+        paper += stage
+    paper = nn.Sequential(*paper)
+    theirs = [*paper.parameters(), *linear.parameters()]
+    for p, ours in zip(theirs, head.parameters(), strict=True):
+        assert p.shape == ours.shape
+        ours += 0.1 * torch.randn(ours.shape)  # norms begin at 1 and 0
+        p.copy_(ours)
+    for side in (8, 9, 32):
+        frames = [2] if conv is nn.Conv3d else []
+        h = torch.randn(3, 16, *frames, side, side)  # (B, C, [F,] H, W)
+        logits = linear(paper(h).flatten(2).mean(2))[:, 0]  # (3,)
+        assert_close(head(h), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_enlarge_maps_of_4x4_and_take_none_that_are_smaller():
+    head = models.Head2d(16)
+    small = torch.randn(3, 16, 4, 4)  # the digits teacher's maps
+    assert torch.equal(head(small), head(F.interpolate(small, scale_factor=2)))
     with pytest.raises(RuntimeError):
-        h2(torch.randn(3, 16, 3, 8))
-    assert [m.num_groups for m in h2.body if isinstance(m, torch.nn.GroupNorm)] == [32] * 4
-    assert [tuple(m.kernel_size) for m in h2.body if isinstance(m, torch.nn.Conv2d)] == [(4, 4)] * 3 + [(3, 3)]
-    assert all(tuple(m.kernel_size) == (3, 3, 3) for m in h3.body if isinstance(m, torch.nn.Conv3d))
+        head(torch.randn(3, 16, 3, 8))
 
 
 def test_narrow_heads_see_something():
     """GroupNorm over a 1x1 map with one channel a group would make every logit the same."""
-    logits = models.Head2d(16, width=32)(torch.randn(5, 16, 8, 8))
+    torch.manual_seed(0)
+    logits = models.Head2d(16, width=32)(torch.randn(5, 16, 8, 8))  # (5,)
     assert logits.std() > 1e-3
 
 
-def test_logits_are_means_over_positions_then_heads():
-    head = models.Head2d(4, 16)
-    head.body = torch.nn.Identity()
-    head.to_logit = torch.nn.Linear(4, 1)
-    small, large = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 16, 16)
-    disc = models.Discriminator(None, [head, head])
-    by_hand = [head.to_logit(m.permute(0, 2, 3, 1)).mean((1, 2, 3)) for m in (small, large)]
-    assert_close(disc.logits([small, large]), (by_hand[0] + by_hand[1]) / 2)
+def test_logits_are_means_over_heads():
+    torch.manual_seed(0)
+    heads = [models.Head2d(4, 16), models.Head2d(4, 16)]
+    small, large = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 16, 16)
+    disc = models.Discriminator(None, heads)
+    by_hand = (heads[0](small) + heads[1](large)) / 2  # (2,)
+    assert_close(disc.logits([small, large]), by_hand)
     with pytest.raises(ValueError):
         disc.logits([small])
 
 
-@pytest.mark.parametrize("name", ["tiny-sam", "tiny-dinov2"])
-def test_pixel_discriminator(name):
-    from models import load_pixel_backbone
+VISION = ("tiny-sam", "tiny-dinov2")
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_pixel_maps_are_the_backbones_layers_at_each_quarter_of_a_normalised_image(name):
     disc = models.PixelDiscriminator(load_pixel_backbone(name), width=32)
+    backbone = load_pixel_backbone(name)  # of four layers
+    size = backbone.config.image_size
+    image = torch.rand(1, 3, size, size) * 2 - 1  # in [−1, 1]
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    normal = ((image + 1) / 2 - mean) / std  # (1, 3, size, size)
+    hidden = backbone(normal, output_hidden_states=True).hidden_states
+    for layer, ours in zip((1, 2, 3, 4), disc.features(image), strict=True):
+        h = hidden[layer]
+        if name == "tiny-dinov2":  # a class token comes first
+            h = h[:, 1:].reshape(1, 8, 8, 16)
+        assert_close(ours, h.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)  # (1, C, H', W')
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_pixel_discriminator_takes_images_of_any_size_and_passes_gradient_to_them(name):
+    backbone = load_pixel_backbone(name)
+    disc = models.PixelDiscriminator(backbone, width=32)
     images = (torch.rand(2, 3, 40, 56) * 2 - 1).requires_grad_()
     maps = disc.features(images)
     assert [tuple(m.shape) for m in maps] == [(2, 16, 8, 8)] * 4
     disc.logits(maps).sum().backward()
-    assert images.grad.abs().sum() > 0 and all(p.grad is None for p in disc.backbone.parameters())
-    size = disc.backbone.config.image_size
-    image = torch.rand(1, 3, size, size) * 2 - 1
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    hidden = disc.backbone(((image + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
-    last = hidden[4] if name == "tiny-sam" else hidden[4][:, 1:].reshape(1, 8, 8, 16)
-    assert_close(disc.features(image)[3], last.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+    assert images.grad.abs().sum() > 0
+    assert all(p.grad is None for p in backbone.parameters())
+    assert all(p.grad is not None for p in disc.heads.parameters())
 
 
-def test_bad_pixel_backbones(tmp_path):
-    from models import load_pixel_backbone
-    from transformers import Dinov2Config, Dinov2Model
-    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56)).save_pretrained(tmp_path / "small")
-    for name in ("facebook/sam-vit-base", str(tmp_path), str(build("tiny-sd3") / "text_encoder"), str(tmp_path / "small")):
-        with pytest.raises(BadInput, match="--pixel-backbone"):
-            load_pixel_backbone(name)
+def test_what_is_no_plain_vision_transformer_is_refused(tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / "small")
+    refused = {
+        "facebook/sam-vit-base": "cannot load it",  # offline
+        tmp_path: "cannot load it",
+        build("tiny-sd3") / "text_encoder": "no plain vision transformer",
+        tmp_path / "small": "4x4 feature maps are too small",
+    }
+    for name, why in refused.items():
+        with pytest.raises(BadInput, match=f"--pixel-backbone {name}: .*{why}"):
+            load_pixel_backbone(str(name))
 
 
 def test_video_views_are_frames_of_the_decoded_video(teachers):
     family = teachers["tiny-cogvideox-2b"]
-    vae, z = family.vae(), latents(family)
+    vae = family.vae()
+    z = latents(family)  # (2, 3, C, H, W)
     with torch.no_grad():
-        views = family.views(vae, z, (0.6, 0.0, 0.999))
-        video = family.decode(vae, z[:, 1:3])
-    assert torch.equal(views, torch.stack([video[0, :, 0], video[0, :, -1], video[1, :, 0], video[1, :, -1]]))
+        views = family.views(vae, z, (0.6, 0.0, 0.999))  # (4, 3, H', W')
+        video = family.decode(vae, z[:, 1:3])  # (2, 3, F', H', W')
+    first, last = video[:, :, 0], video[:, :, -1]  # (2, 3, H', W') each
+    assert torch.equal(views, torch.stack([first[0], last[0], first[1], last[1]]))
 
 
-def test_decode_is_the_stock_pipelines(teachers):
-    for name in ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"):
-        family = teachers[name]
-        pipe, z = DiffusionPipeline.from_pretrained(family.folder), latents(family)
-        pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad():
-            ours = (family.decode(family.vae(), z) / 2 + 0.5).clamp(0, 1)
-            if name == "tiny-cogvideox-5b":
-                theirs = pipe.video_processor.postprocess_video(pipe.decode_latents(z), output_type="pt").transpose(1, 2)
-            else:
-                shift = getattr(pipe.vae.config, "shift_factor", None) or 0
-                theirs = pipe.image_processor.postprocess(pipe.vae.decode(z / pipe.vae.config.scaling_factor + shift)[0], output_type="pt")
-        assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
+def test_decode_is_the_stock_pipelines(teachers, name):
+    family = teachers[name]
+    pipe = DiffusionPipeline.from_pretrained(family.folder)
+    z = latents(family)
+    with torch.no_grad():
+        ours = (family.decode(family.vae(), z) / 2 + 0.5).clamp(0, 1)
+        if name == "tiny-cogvideox-5b":
+            frames = pipe.decode_latents(z)  # (2, 3, F', H', W')
+            theirs = pipe.video_processor.postprocess_video(frames, output_type="pt")
+            theirs = theirs.transpose(1, 2)  # frames come first there
+        else:
+            config = pipe.vae.config
+            shift = getattr(config, "shift_factor", None) or 0
+            image = pipe.vae.decode(z / config.scaling_factor + shift)[0]  # (2, 3, H', W')
+            theirs = pipe.image_processor.postprocess(image, output_type="pt")
+    assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-# --- Who gets gradient -----------------------------------------------------------------------------------------------
+# --- Who gets gradient ----------------------------------------------------------------------------
+
+
+def two_roles(family, lora_rank, **options):
+    """(teacher, student, fake, discriminator) of one seed."""
+    torch.manual_seed(0)
+    roles = ("student", "fake")
+    teacher, student, fake = models.make_roles(family, roles, lora_rank, **options)
+    return teacher, student, fake, models.LatentDiscriminator(teacher, 32)
+
+
+def trained(module):
+    """The parameters that are a role's own, or the heads'."""
+    if isinstance(module, models.Denoiser):
+        return list(module.own_parameters().values())
+    return list(module.parameters())
+
+
+def has_gradient(module):
+    return any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained(module))
+
+
+def has_none(*modules):
+    return all(p.grad is None for module in modules for p in trained(module))
+
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_frozen_networks_pass_gradient_and_keep_none(teachers, conditionings, name, lora_rank, checkpointing):
-    """The generator's path: through the frozen fake network and the frozen discriminator into the student, and nowhere else."""
+def test_frozen_networks_pass_gradient_and_keep_none(
+    teachers, conditionings, name, lora_rank, checkpointing
+):
+    """In each phase of an iteration one network has gradient, whatever it went through."""
     family, cond = teachers[name], conditionings[name]
     schedule = family.schedule
-    torch.manual_seed(0)
-    teacher, student, fake = models.make_roles(family, ("student", "fake"), lora_rank, gradient_checkpointing=checkpointing)
-    disc = models.LatentDiscriminator(teacher, 32)
-    t, s = torch.tensor([700.0, 300.0]), torch.tensor([650.0, 250.0])
+    options = {"gradient_checkpointing": checkpointing}
+    teacher, student, fake, disc = two_roles(family, lora_rank, **options)
+    heads = disc.heads
+    t, s = torch.tensor([700.0, 300.0]), torch.tensor([650.0, 250.0])  # (2,) each
 
-    def grads(module):
-        parameters = module.own_parameters() if isinstance(module, models.Denoiser) else dict(module.named_parameters())
-        return [p.grad for p in parameters.values()]
-    with models.frozen(fake, disc.heads):
-        x0_hat = schedule.to_x0_eps(latents(family), student(latents(family), TIMES, cond)[0], TIMES)[0]
+    # The student's: through the frozen fake network and the frozen discriminator.
+    x = latents(family)
+    with models.frozen(fake, heads):
+        x0_hat = schedule.to_x0_eps(x, student(x, TIMES, cond)[0], TIMES)[0]
         x_t = schedule.add_noise(x0_hat, latents(family, seed=1), t)
         x_fake = schedule.pf_ode_step(x_t, fake(x_t, t, cond)[0], t, s)
-        (-disc.logits(disc.features(x_fake, s, cond)).mean()).backward()
-    through = [g for g in grads(student) if g is not None]
-    assert through and sum(float(g.abs().sum()) for g in through) > 0
-    assert all(g is None for m in (fake, disc.heads) for g in grads(m))
-    if not lora_rank:  # one copy of the base serves all roles: only then is the teacher a network of its own
-        assert all(g is None for g in grads(teacher))
-    everyone = {id(p) for p in teacher.net.parameters()}
-    trained = {id(p) for d in (student, fake) for p in d.own_parameters().values()}
-    assert all(not p.requires_grad and p.grad is None for p in teacher.net.parameters() if id(p) in everyone - trained)
+        logits = disc.logits(disc.features(x_fake, s, cond))
+        (-logits.mean()).backward()
+    assert has_gradient(student)
+    assert has_none(fake, heads)
+    adapted = {id(p) for p in (*trained(student), *trained(fake))}
+    for p in teacher.net.parameters():  # with LoRA the others' adapters are among them
+        assert id(p) in adapted or (p.grad is None and not p.requires_grad)
 
-    for p in student.own_parameters().values():
+    # The discriminator's.
+    for p in trained(student):
         p.grad = None
-    disc.logits([m.detach() for m in disc.features(x_fake.detach(), s, cond)]).mean().backward()  # discriminator's phase
-    assert all(g is not None for g in grads(disc.heads)) and all(g is None for m in (student, fake) for g in grads(m))
+    maps = disc.features(x_fake.detach(), s, cond)
+    disc.logits([m.detach() for m in maps]).mean().backward()
+    assert all(p.grad is not None for p in heads.parameters())
+    assert has_none(student, fake)
+
+    # The fake score's.
     disc.heads.zero_grad()
-    fake(x_t.detach(), t, cond)[0].square().mean().backward()  # fake score's phase
-    assert any(g is not None and g.abs().sum() > 0 for g in grads(fake))
-    assert all(g is None for m in (student, disc.heads) for g in grads(m))
+    fake(x_t.detach(), t, cond)[0].square().mean().backward()
+    assert has_gradient(fake)
+    assert has_none(student, heads)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
 def test_checkpointing_changes_no_gradient(teachers, conditionings, name, lora_rank):
-    family, cond, found = teachers[name], conditionings[name], []
+    family, cond = teachers[name], conditionings[name]
+    found = []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
-        teacher, student, fake = models.make_roles(family, ("student", "fake"), lora_rank, gradient_checkpointing=checkpointing)
-        disc = models.LatentDiscriminator(teacher, 32)
-        with torch.no_grad():
-            for role in (student, fake):  # LoRA starts at zero: move both adapters, to tell them apart
-                for i, p in enumerate(role.own_parameters().values()):
-                    p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i + 100 * (role is fake)))
+        options = {"gradient_checkpointing": checkpointing}
+        _, student, fake, disc = two_roles(family, lora_rank, **options)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # LoRA starts at zero: both adapters are moved, to tell them apart
+            for p in (*trained(student), *trained(fake)):
+                p += 0.02 * torch.randn(p.shape, generator=generator)
         with models.frozen(fake, disc.heads):
             x = student(latents(family), TIMES, cond)[0]
             x = fake(x, TIMES, cond)[0]
             disc.logits(disc.features(x, TIMES, cond)).mean().backward()
-        found.append([p.grad for p in student.own_parameters().values() if p.grad is not None])
-    for a, b in zip(*found, strict=True):
-        assert_close(a, b, atol=1e-7, rtol=1e-4)
+        found.append([p.grad for p in trained(student) if p.grad is not None])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert_close(plain, checkpointed, atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bf16_as_on_a_gpu(teachers, conditionings, name, lora_rank):
-    """Frozen weights and embeddings held in bf16, bf16 compute, checkpointing: masters and their gradients stay float32."""
+def test_masters_and_gradients_are_float32_where_all_else_is_bf16(
+    teachers, conditionings, name, lora_rank
+):
+    """As on a GPU: frozen weights and embeddings held in bf16, bf16 compute, checkpointing."""
     family = teachers[name]
-    cond = {k: c.bfloat16() for k, c in conditionings[name].items()}
-    teacher, student, fake = models.make_roles(family, ("student", "fake"), lora_rank, "cpu", torch.bfloat16, gradient_checkpointing=True)
+    cond = {part: c.bfloat16() for part, c in conditionings[name].items()}
+    options = {"frozen_dtype": torch.bfloat16, "gradient_checkpointing": True}
+    teacher, student, fake, disc = two_roles(family, lora_rank, **options)
     for role in (teacher, student, fake):
         role.bf16 = True
-    disc = models.LatentDiscriminator(teacher, 32)
     with models.frozen(fake, disc.heads):
-        x = fake(student(latents(family), TIMES, cond)[0], TIMES, cond)[0]
+        x = student(latents(family), TIMES, cond)[0]
+        x = fake(x, TIMES, cond)[0]
         logits = disc.logits(disc.features(x, TIMES, cond))
         logits.mean().backward()
-    assert x.dtype == logits.dtype == torch.float32 and {p.dtype for p in fake.own_parameters().values()} == {torch.float32}
-    grads = [p.grad for p in student.own_parameters().values() if p.grad is not None]
-    assert grads and all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+    assert x.dtype == torch.float32
+    assert logits.dtype == torch.float32
+    for p in (*trained(student), *trained(fake)):
+        assert p.dtype == torch.float32
+    assert has_gradient(student)
+    for p in trained(student):
+        assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all())
 
 
 def test_frozen_restores_flags_also_after_an_error():
-    module = torch.nn.Linear(2, 2)
+    module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     with pytest.raises(KeyError), models.frozen(module):
         assert not module.weight.requires_grad
         raise KeyError
-    assert module.weight.requires_grad and not module.bias.requires_grad
+    assert module.weight.requires_grad
+    assert not module.bias.requires_grad
 
 
 def test_lora_roles_share_one_base(teachers, conditionings):
-    family, cond, x = teachers["tiny-sd3"], conditionings["tiny-sd3"], latents(teachers["tiny-sd3"])
+    family, cond = teachers["tiny-sd3"], conditionings["tiny-sd3"]
+    x = latents(family)
     teacher, student, fake = models.make_roles(family, ("student", "fake"), 4)
     assert teacher.net is student.net is fake.net
     original = models.load_denoiser(family)(x, TIMES, cond)[0]
@@ -405,16 +624,26 @@ def test_lora_roles_share_one_base(teachers, conditionings):
     assert_close(fake(x, TIMES, cond)[0], original)
 
 
-# --- Export ----------------------------------------------------------------------------------------------------------
+# --- Export ---------------------------------------------------------------------------------------
 
-def our_sample(family, denoiser, schedule, steps, cond, generator):
+
+def our_sample(denoiser, schedule, steps, cond, generator):
+    """What ode.py's sampler makes of the denoiser, (2, ...)."""
+    family = denoiser.family
     x_T = torch.randn(2, *family.latent_shape(), generator=generator)
-    if family.name == "tiny-sd3":  # its pipeline draws the noise between steps from the global generator
+    times = schedule.timesteps(steps)[:-1]  # (steps,)
+    if family.name == "tiny-sd3":  # its pipeline draws noise between steps from torch's global one
         torch.manual_seed(11)
         generator = None
+
+    def predict(x, t):
+        return denoiser(x, t, cond)[0]
+
+    def fresh():
+        return torch.randn(x_T.shape, generator=generator)
+
     with torch.no_grad():
-        return ode.student_sample(lambda x, t: denoiser(x, t, cond)[0], schedule, x_T, schedule.timesteps(steps)[:-1],
-                                  lambda: torch.randn(x_T.shape, generator=generator))
+        return ode.student_sample(predict, schedule, x_T, times, fresh)
 
 
 @pytest.mark.parametrize("after_adp", [False, True])
@@ -424,37 +653,64 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
     family = teachers[name]
     denoiser = models.load_denoiser(family)
     with torch.no_grad():
-        for p in denoiser.parameters():
-            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))  # a student, not the teacher
-    schedule = ode.on_the_line(family.schedule) if after_adp else family.schedule
+        for p in denoiser.parameters():  # a student, not the teacher
+            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    schedule = family.schedule
+    if after_adp:
+        schedule = ode.on_the_line(schedule)
     opened = {}
     for steps in (1, 2, 3, 4, 8):
         folder = tmp_path / f"pipeline-{steps}"
-        families.export.export_pipeline(denoiser, schedule, steps, family.latent_shape(), folder)
+        shape = family.latent_shape()
+        families.export.export_pipeline(denoiser, schedule, steps, shape, folder)
         pipe = DiffusionPipeline.from_pretrained(folder, **opened)
         opened = {part: module for part, module in pipe.components.items() if part != "scheduler"}
         pipe.set_progress_bar_config(disable=True)
         torch.manual_seed(11)
-        theirs = pipe(["a red fox", "two dogs"], num_inference_steps=steps, guidance_scale=1.0,
-                      output_type="latent", generator=torch.Generator().manual_seed(7))[0]
-        ours = our_sample(family, denoiser, schedule, steps, conditionings[name],
-                          torch.Generator().manual_seed(7))
-        assert_close(theirs, ours, atol=1e-4, rtol=0, msg=lambda m: f"{steps} steps: {m}")
-        says = (folder / "README.md").read_text()
-        assert f"num_inference_steps={steps}" in says and "height=" in says
-        assert ("num_frames=9" in says) == ("cogvideox" in name)
+        theirs = pipe(
+            PROMPTS,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(7),
+        )[0]
+        again = torch.Generator().manual_seed(7)
+        ours = our_sample(denoiser, schedule, steps, conditionings[name], again)
+        label = f"{steps} steps"
+        assert_close(theirs, ours, atol=1e-4, rtol=0, msg=lambda m, label=label: f"{label}: {m}")
 
 
-def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path):
-    for name in ("tiny-sd3", "tiny-sdxl"):
-        family, cond, x = teachers[name], conditionings[name], latents(teachers[name])
-        _, student = models.make_roles(family, ("student",), 4)
-        with torch.no_grad():
-            for p in student.own_parameters().values():
-                p += 0.05
-            ours = student(x, TIMES, cond)[0]
-            families.export.export_pipeline(student, family.schedule, 4, family.latent_shape(), tmp_path / name)
-            assert_close(models.load_denoiser(family, folder=tmp_path / name)(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
-            pipe = DiffusionPipeline.from_pretrained(family.folder)
-            pipe.load_lora_weights(tmp_path / name / "lora")
-            assert_close(models.Denoiser(family, getattr(pipe, family.net_name))(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("tiny-sd3", "height=32, width=32)"),
+        ("tiny-cogvideox-2b", "height=128, width=128, num_frames=9)"),
+    ],
+)
+def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, size):
+    family = teachers[name]
+    shape = family.latent_shape()
+    denoiser = models.load_denoiser(family)
+    families.export.export_pipeline(denoiser, family.schedule, 3, shape, tmp_path / "out")
+    says = (tmp_path / "out" / "README.md").read_text()
+    assert f"num_inference_steps=3, guidance_scale=1.0, {size}" in says
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl"])
+def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path, name):
+    family, cond = teachers[name], conditionings[name]
+    x = latents(family)
+    _, student = models.make_roles(family, ("student",), 4)
+    with torch.no_grad():
+        for p in student.own_parameters().values():
+            p += 0.05
+        ours = student(x, TIMES, cond)[0]
+        shape = family.latent_shape()
+        families.export.export_pipeline(student, family.schedule, 4, shape, tmp_path / name)
+
+        merged = models.load_denoiser(family, folder=tmp_path / name)
+        assert_close(merged(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
+        pipe = DiffusionPipeline.from_pretrained(family.folder)
+        pipe.load_lora_weights(tmp_path / name / "lora")
+        adapted = models.Denoiser(family, getattr(pipe, family.net_name))
+        assert_close(adapted(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)

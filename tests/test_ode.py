@@ -1,24 +1,38 @@
 """ode.py against diffusers' own schedulers, exact flows and hand values."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch.testing import assert_close
 
 import ode
 
-BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def sdxl_ddim(**kwargs):
-    return DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, **kwargs)
+def sdxl_ddim(**options):
+    return DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, **options)
 
 
 def cog_ddim(shift):
-    return CogVideoXDDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True,
-                                  timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=shift)
+    return CogVideoXDDIMScheduler(
+        **BETAS,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=shift,
+    )
 
 
 def vp(prediction="epsilon", zero_snr=False):
@@ -26,12 +40,32 @@ def vp(prediction="epsilon", zero_snr=False):
     return ode.VPSchedule(scheduler.alphas_cumprod, prediction)
 
 
-ALL = {"epsilon": vp(), "v": vp("v_prediction"), "v zero-SNR": vp("v_prediction", zero_snr=True), "flow": ode.FlowSchedule(3.0)}
+ALL = {
+    "epsilon": vp(),
+    "v": vp("v_prediction"),
+    "v zero-SNR": vp("v_prediction", zero_snr=True),
+    "flow": ode.FlowSchedule(3.0),
+}
 
 
 def batch(*shape, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=g) for _ in range(2)]
+    """Two tensors of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(2)]
+
+
+# --- Steps and noise of the stock schedulers ------------------------------------------------------
+
+DDIM_TIMES = torch.tensor([999, 701, 500, 301, 21, 1])  # (6,)
+
+
+def stepped(scheduler, x, out):
+    """Each sample (6, ...) a step of a stock DDIM on, from DDIM_TIMES."""
+    rows = []
+    for i, t in enumerate(DDIM_TIMES):
+        row = slice(i, i + 1)
+        rows.append(scheduler.step(out[row], int(t), x[row], eta=0.0)[0])
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("steps", [50, 64])
@@ -39,11 +73,11 @@ def batch(*shape, seed=0):
 def test_vp_step_is_ddims(steps, to_one):
     scheduler = sdxl_ddim(set_alpha_to_one=to_one)
     scheduler.set_timesteps(steps)
-    schedule = ode.VPSchedule(scheduler.alphas_cumprod, "epsilon", scheduler.final_alpha_cumprod)
-    t = torch.tensor([999, 701, 500, 301, 21, 1])
+    last = scheduler.final_alpha_cumprod
+    schedule = ode.VPSchedule(scheduler.alphas_cumprod, "epsilon", last)
     x, out = batch(6, 4, 8, 8)
-    theirs = torch.cat([scheduler.step(out[i:i + 1], int(t[i]), x[i:i + 1], eta=0.0)[0] for i in range(6)])
-    assert_close(schedule.pf_ode_step(x, out, t, t - 1000 // steps), theirs, atol=1e-5, rtol=1e-5)
+    ours = schedule.pf_ode_step(x, out, DDIM_TIMES, DDIM_TIMES - 1000 // steps)
+    assert_close(ours, stepped(scheduler, x, out), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [50, 64])
@@ -52,24 +86,25 @@ def test_vp_step_is_cogvideox_ddims_also_at_zero_snr(steps, shift):
     scheduler = cog_ddim(shift)
     scheduler.set_timesteps(steps)
     schedule = ode.VPSchedule(scheduler.alphas_cumprod, "v_prediction")
-    t = torch.tensor([999, 701, 500, 301, 21, 1])
     x, out = batch(6, 3, 16, 8, 8)
-    theirs = torch.cat([scheduler.step(out[i:i + 1], int(t[i]), x[i:i + 1], eta=0.0)[0] for i in range(6)])
-    assert_close(schedule.pf_ode_step(x, out, t, t - 1000 // steps), theirs.float(), atol=1e-5, rtol=1e-5)
+    ours = schedule.pf_ode_step(x, out, DDIM_TIMES, DDIM_TIMES - 1000 // steps)
+    assert_close(ours, stepped(scheduler, x, out).float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_step_is_eulers(shift):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(64)
-    at = [0, 5, 20, 40, 62, 63]
     x, out = batch(6, 16, 8, 8)
-    theirs = []
-    for i, k in enumerate(at):
-        scheduler._step_index = None
-        theirs.append(scheduler.step(out[i:i + 1], scheduler.timesteps[k], x[i:i + 1])[0])
-    t, s = scheduler.timesteps[at], scheduler.sigmas[[k + 1 for k in at]] * 1000
-    assert_close(ode.FlowSchedule(shift).pf_ode_step(x, out, t, s), torch.cat(theirs), atol=1e-5, rtol=1e-5)
+    t, s, theirs = [], [], []
+    for i, k in enumerate((0, 5, 20, 40, 62, 63)):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(64)
+        scheduler.set_begin_index(k)
+        row = slice(i, i + 1)
+        theirs.append(scheduler.step(out[row], scheduler.timesteps[k], x[row])[0])
+        t.append(scheduler.timesteps[k])
+        s.append(scheduler.sigmas[k + 1] * 1000)
+    ours = ode.FlowSchedule(shift).pf_ode_step(x, out, torch.stack(t), torch.stack(s))
+    assert_close(ours, torch.cat(theirs), atol=1e-5, rtol=1e-5)
 
 
 def test_vp_step_is_sdxls_own_eulers():
@@ -77,78 +112,101 @@ def test_vp_step_is_sdxls_own_eulers():
     euler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
     euler.set_timesteps(50)
     x, out = batch(6, 4, 8, 8)
-    t, s, sigma_t, sigma_s = euler.timesteps[10], euler.timesteps[11], euler.sigmas[10], euler.sigmas[11]
-    theirs = euler.step(out, t, x * (1 + sigma_t ** 2).sqrt())[0] / (1 + sigma_s ** 2).sqrt()
-    ours = ode.VPSchedule(euler.alphas_cumprod, "epsilon").pf_ode_step(x, out, t.expand(6).float(), s.expand(6).float())
+    t, s = euler.timesteps[10], euler.timesteps[11]
+    scale_t = (1 + euler.sigmas[10] ** 2).sqrt()  # 1/α_t
+    scale_s = (1 + euler.sigmas[11] ** 2).sqrt()
+    theirs = euler.step(out, t, x * scale_t)[0] / scale_s
+    schedule = ode.VPSchedule(euler.alphas_cumprod, "epsilon")
+    ours = schedule.pf_ode_step(x, out, t.expand(6).float(), s.expand(6).float())
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_add_noise_is_ddpms():
-    ddpm, (x0, eps) = DDPMScheduler(**BETAS), batch(3, 4, 8, 8)
+    ddpm = DDPMScheduler(**BETAS)
+    x0, eps = batch(3, 4, 8, 8)
     t = torch.tensor([999, 437, 12])
-    assert_close(ode.VPSchedule(ddpm.alphas_cumprod, "epsilon").add_noise(x0, eps, t), ddpm.add_noise(x0, eps, t), atol=1e-6, rtol=0)
+    ours = ode.VPSchedule(ddpm.alphas_cumprod, "epsilon").add_noise(x0, eps, t)
+    assert_close(ours, ddpm.add_noise(x0, eps, t), atol=1e-6, rtol=0)
+
+
+# --- The processes --------------------------------------------------------------------------------
 
 
 def test_alpha_bar_is_linear_between_integer_times():
     schedule = vp()
-    table = schedule.alphas_cumprod
-    alpha, sigma = schedule.alpha_sigma(torch.tensor([437.25]))
+    table = schedule.alphas_cumprod  # (1000,)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([437.25]))  # (1,) each
     expected = 0.75 * table[437] + 0.25 * table[438]
     assert_close(alpha.double() ** 2, expected[None], atol=1e-6, rtol=0)
-    assert_close(alpha ** 2 + sigma ** 2, torch.ones(1), atol=1e-6, rtol=0)
+    assert_close(alpha**2 + sigma**2, torch.ones(1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_network_output_round_trip(name):
     """x_0, ε → x_t, the right output → x_0, ε again; and a step there and back."""
-    schedule, (x0, eps) = ALL[name], batch(5, 4, 8, 8)
-    t, s = torch.tensor([940.0, 700.5, 333.3, 100.0, 20.0]), torch.tensor([900.0, 20.0, 340.0, 800.25, 35.6])
-    x_t, out = schedule.add_noise(x0, eps, t), schedule.to_out(x0, eps, t)
+    schedule = ALL[name]
+    x0, eps = batch(5, 4, 8, 8)
+    t = torch.tensor([940.0, 700.5, 333.3, 100.0, 20.0])
+    s = torch.tensor([900.0, 20.0, 340.0, 800.25, 35.6])
+    x_t = schedule.add_noise(x0, eps, t)
+    out = schedule.to_out(x0, eps, t)
     x0_back, eps_back = schedule.to_x0_eps(x_t, out, t)
     assert_close(x0_back, x0, atol=1e-4, rtol=1e-4)
     assert_close(eps_back, eps, atol=1e-4, rtol=1e-4)
     x_s = schedule.pf_ode_step(x_t, out, t, s)
     assert_close(x_s, schedule.add_noise(x0, eps, s), atol=1e-4, rtol=1e-4)
-    assert_close(schedule.pf_ode_step(x_s, schedule.to_out(x0, eps, s), s, t), x_t, atol=1e-4, rtol=1e-4)
+    x_t_back = schedule.pf_ode_step(x_s, schedule.to_out(x0, eps, s), s, t)
+    assert_close(x_t_back, x_t, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["v zero-SNR", "flow"])
 def test_finite_at_pure_noise(name):
-    schedule, (x, out) = ALL[name], batch(3, 4, 8, 8)
+    schedule = ALL[name]
+    x, out = batch(3, 4, 8, 8)
     t = torch.full((3,), schedule.t_noise)
     assert schedule.alpha_sigma(t)[0].tolist() == [0, 0, 0]
-    for y in (*schedule.to_x0_eps(x, out, t), schedule.pf_ode_step(x, out, t, t - 15.625)):
-        assert y.isfinite().all()
+    assert all(y.isfinite().all() for y in schedule.to_x0_eps(x, out, t))
+    assert schedule.pf_ode_step(x, out, t, t - 15.625).isfinite().all()
 
 
-def test_epsilon_prediction_at_zero_snr_is_refused():
+def test_predictions_that_say_nothing_about_x_0_are_refused():
     with pytest.raises(ValueError, match="zero terminal SNR"):
         vp("epsilon", zero_snr=True)
     with pytest.raises(ValueError, match="predicts epsilon or v"):
         vp("sample")
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_float32_whatever_comes_in(name):
-    schedule, (x, out) = ALL[name], batch(3, 4, 8, 8)
-    for t in (torch.tensor([900.5, 500.0, 20.0]), torch.tensor([900, 500, 20])):
-        half = schedule.pf_ode_step(x.bfloat16(), out.bfloat16(), t, t - 10)
-        assert half.dtype == torch.float32
-        assert_close(half, schedule.pf_ode_step(x.bfloat16().float(), out.bfloat16().float(), t, t - 10), atol=0, rtol=0)
-    with pytest.raises(TypeError, match="bfloat16"):
-        schedule.add_noise(x, out, t.bfloat16())
+def test_float32_whatever_comes_in(name, whole):
+    schedule = ALL[name]
+    x, out = (tensor.bfloat16() for tensor in batch(3, 4, 8, 8))
+    t = torch.tensor([900, 500, 20]) if whole else torch.tensor([900.5, 500.0, 20.0])
+    half = schedule.pf_ode_step(x, out, t, t - 10)
+    assert half.dtype == torch.float32
+    exact = schedule.pf_ode_step(x.float(), out.float(), t, t - 10)
+    assert_close(half, exact, atol=0, rtol=0)
+
+
+def test_times_in_half_precision_are_refused():
+    x0, eps = batch(3, 4, 8, 8)
+    for schedule in ALL.values():
+        for dtype in (torch.bfloat16, torch.float16):
+            with pytest.raises(TypeError, match=str(dtype)):
+                schedule.add_noise(x0, eps, torch.tensor([900, 500, 20]).to(dtype))
 
 
 def test_times_are_per_sample_even_where_the_batch_is_as_wide_as_the_data():
     """(B,) against (B, B): silent broadcasting would multiply columns, not samples."""
-    schedule, (x0, eps) = ode.FlowSchedule(), batch(4, 4)
+    schedule = ode.FlowSchedule()
+    x0, eps = batch(4, 4)
     t = torch.tensor([100.0, 300.0, 600.0, 900.0])
-    one_by_one = torch.cat([schedule.add_noise(x0[i:i + 1], eps[i:i + 1], t[i:i + 1]) for i in range(4)])
+    rows = [slice(i, i + 1) for i in range(4)]
+    one_by_one = torch.cat([schedule.add_noise(x0[row], eps[row], t[row]) for row in rows])
     assert_close(schedule.add_noise(x0, eps, t), one_by_one, atol=0, rtol=0)
-    with pytest.raises(ValueError, match="one time per sample"):
-        schedule.add_noise(x0, eps, t[:, None])
-    with pytest.raises(ValueError, match="one time per sample"):
-        schedule.add_noise(x0, eps, t[:1])
+    for wrong in (t[:, None], t[:1]):
+        with pytest.raises(ValueError, match="one time per sample"):
+            schedule.add_noise(x0, eps, wrong)
 
 
 def test_sampling_times():
@@ -156,48 +214,82 @@ def test_sampling_times():
     assert vp().timesteps(1).tolist() == [999, -1]
     assert ode.FlowSchedule(1.0).timesteps(4).tolist() == [1000, 750, 500, 250, 0]
     assert ode.FlowSchedule(3.0).timesteps(4).tolist() == [1000, 900, 750, 500, 0]
-    assert ode.on_the_line(vp()).timesteps(1).tolist() == [999, 0]
-    assert ode.on_the_line(ALL["flow"]) is ALL["flow"]
-    line = ode.on_the_line(vp())
-    assert line.timesteps(2).tolist() == [999, 499.5, 0] and line.shown(line.timesteps(2)).tolist() == [999, 499, 0]
 
+
+def test_students_after_adp_walk_on_the_line():
+    assert ode.on_the_line(ALL["flow"]) is ALL["flow"]
+    for name in ("epsilon", "v", "v zero-SNR"):
+        line = ode.on_the_line(ALL[name])
+        assert line.prediction == "flow"
+        assert line.timesteps(1).tolist() == [999, 0]
+        times = line.timesteps(2)
+        assert times.tolist() == [999, 499.5, 0]
+        assert line.shown(times).tolist() == [999, 499, 0]
+
+
+@pytest.mark.parametrize("t", [1000.0, 999.99994, 999.0])
+def test_a_network_of_1000_time_steps_is_never_shown_another(t):
+    """Cubic times close to T round to it in float32; a VP teacher's last index is 999."""
+    times = torch.tensor([t])
+    assert ode.StudentLine().shown(times).tolist() == [999.0]
+    # Where T is a time like any other:
+    assert ode.FlowSchedule().shown(times).tolist() == times.tolist()
+
+
+# --- Exact flows ----------------------------------------------------------------------------------
 
 MEAN, STD = 0.7, 0.4  # of one-dimensional Gaussian data, whose posterior means are linear
 
 
 def gaussian_network(schedule):
+    """predict(x, t) of a network that is exact on such data."""
+
     def predict(x, t):
         alpha, sigma = (ode.per_sample(c, x) for c in schedule.alpha_sigma(t))
-        total = alpha ** 2 * STD ** 2 + sigma ** 2
-        x0 = MEAN + alpha * STD ** 2 / total * (x - alpha * MEAN)
+        total = alpha**2 * STD**2 + sigma**2  # variance of x
+        x0 = MEAN + alpha * STD**2 / total * (x - alpha * MEAN)
         eps = sigma / total * (x - alpha * MEAN)
         return schedule.to_out(x0, eps, t)
+
     return predict
+
+
+def spread(schedule, t):
+    """(α_t μ, √(α_t² s² + σ_t²)): mean and deviation of x_t, float64, for a number t."""
+    alpha, sigma = (c.double() for c in schedule.alpha_sigma(torch.tensor([t])))
+    return alpha * MEAN, (alpha**2 * STD**2 + sigma**2).sqrt()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_pf_ode_of_a_gaussian_converges_at_first_order(name):
     """The PF-ODE of Gaussian data is known: it keeps (x − α_t μ) / √(α_t² s² + σ_t²)."""
     schedule = ALL[name]
+    predict = gaussian_network(schedule)
     x = torch.linspace(-2, 2, 41)[:, None]  # (B, 1)
-    start, end = torch.full((41,), 900.0), torch.full((41,), 100.0)
-    (a, s), (b, r) = ([c[0].double() for c in schedule.alpha_sigma(t)] for t in (start, end))
-    exact = b * MEAN + (x - a * MEAN) * ((b ** 2 * STD ** 2 + r ** 2) / (a ** 2 * STD ** 2 + s ** 2)).sqrt()
+    mean_from, std_from = spread(schedule, 900.0)
+    mean_to, std_to = spread(schedule, 100.0)
+    exact = mean_to + (x - mean_from) * std_to / std_from  # (B, 1)
     errors = []
     for n in (20, 40, 80):
-        y, times = x, torch.linspace(900, 100, n + 1)
-        for t, u in zip(times[:-1], times[1:]):
-            y = schedule.pf_ode_step(y, gaussian_network(schedule)(y, t.expand(41)), t.expand(41), u.expand(41))
+        y = x
+        for t, s in pairwise(torch.linspace(900, 100, n + 1)):
+            t, s = t.expand(41), s.expand(41)  # (B,) each
+            y = schedule.pf_ode_step(y, predict(y, t), t, s)
         errors.append(float((y - exact).abs().max()))
-    orders = [math.log2(e / f) for e, f in zip(errors, errors[1:])]
-    assert errors[-1] < 0.02 and all(0.8 < order < 1.2 for order in orders), (errors, orders)
+    orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert errors[-1] < 0.02, errors
+    assert all(0.8 < order < 1.2 for order in orders), orders
 
 
 def test_teacher_sample_reaches_the_data():
     schedule = ALL["flow"]
     x_T = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
     x_0 = ode.teacher_sample(gaussian_network(schedule), schedule, x_T, 500)
-    assert_close(x_0, MEAN + STD * x_T, atol=0.02, rtol=0)  # the exact map from N(0, 1) to N(μ, s²)
+    exact = MEAN + STD * x_T  # the map from N(0, 1) to N(μ, s²)
+    assert_close(x_0, exact, atol=0.02, rtol=0)
+
+
+# --- Guidance, walks, draws -----------------------------------------------------------------------
 
 
 def test_guidance_convention():
@@ -208,52 +300,67 @@ def test_guidance_convention():
     assert ode.guide(cond.bfloat16(), uncond.bfloat16(), 4.0).dtype == torch.float32
 
 
-def test_guidance_is_one_pass_of_both_halves():
-    calls = []
+def test_guidance_is_one_pass_of_both_halves_and_without_guidance_of_one():
+    batches = []
 
     def denoiser(x_t, t, cond):
-        calls.append(len(x_t))
+        batches.append(len(x_t))
         return x_t * cond["c"], []
-    predict = ode.with_guidance(denoiser, {"c": torch.full((2, 1), 3.0)}, {"c": torch.full((2, 1), 1.0)}, 2.0)
-    assert_close(predict(torch.ones(2, 1), torch.ones(2)), torch.full((2, 1), 5.0))  # 1 + 2 (3 − 1)
-    ode.with_guidance(denoiser, {"c": torch.ones(2, 1)}, None, 1)(torch.ones(2, 1), torch.ones(2))
-    assert calls == [4, 2]
+
+    x, t = torch.ones(2, 1), torch.ones(2)
+    cond, uncond = {"c": torch.full((2, 1), 3.0)}, {"c": torch.full((2, 1), 1.0)}
+    guided = ode.with_guidance(denoiser, cond, uncond, 2.0)(x, t)
+    assert_close(guided, torch.full((2, 1), 5.0))  # 1 + 2 (3 − 1)
+    plain = ode.with_guidance(denoiser, cond, None, 1)(x, t)
+    assert_close(plain, torch.full((2, 1), 3.0))
+    assert batches == [4, 2]
 
 
 @pytest.mark.parametrize("renoise", [True, False])
 def test_student_walk_by_hand(renoise):
     schedule = ode.FlowSchedule(1.0)
     schedule.renoise = renoise
-    times, x_T = schedule.timesteps(2)[:-1], torch.tensor([[1.0], [2.0]])
+    times = schedule.timesteps(2)[:-1]  # (2,)
+    x_T = torch.tensor([[1.0], [2.0]])
     seen = []
 
     def predict(x, t):
         seen.append((x.clone(), t.clone()))
         return 0.5 * x
-    result = ode.student_sample(predict, schedule, x_T, times, lambda: torch.full((2, 1), 10.0))
+
+    def fresh():
+        return torch.full((2, 1), 10.0)
+
     x0 = x_T - 1.0 * 0.5 * x_T  # at t = 1000: x_0 = x − v; ε = x
-    x_next = 0.5 * x0 + 0.5 * (10.0 if renoise else x_T)
-    assert_close(seen[1][0], x_next)
-    assert seen[0][1].tolist() == [1000, 1000] and seen[1][1].tolist() == [500, 500]
-    assert_close(result, x_next - 0.5 * 0.5 * x_next)
-    assert_close(ode.student_input(predict, schedule, x_T, times, 1, lambda: torch.full((2, 1), 10.0)), x_next)
+    x_next = 0.5 * x0 + 0.5 * (fresh() if renoise else x_T)
+    x0_next = x_next - 0.5 * 0.5 * x_next  # at t = 500
+    result = ode.student_sample(predict, schedule, x_T, times, fresh)
+    (_, first_t), (second_x, second_t) = seen
+    assert first_t.tolist() == [1000, 1000]
+    assert second_t.tolist() == [500, 500]
+    assert_close(second_x, x_next)
+    assert_close(result, x0_next)
+    assert_close(ode.student_input(predict, schedule, x_T, times, 1, fresh), x_next)
     assert_close(ode.student_input(predict, schedule, x_T, times, 0, None), x_T)
 
 
 def test_draws_depend_on_key_and_sample_alone():
-    one = ode.Draw((7, 3), range(4))
-    a, u, n = one.normal((2, 3)), one.uniform(5, 6), one.integers(10)
+    whole = ode.Draw((7, 3), range(4))
     low, high = ode.Draw((7, 3), range(2)), ode.Draw((7, 3), range(2, 4))
-    assert torch.equal(a, torch.cat([low.normal((2, 3)), high.normal((2, 3))]))
-    assert torch.equal(u, torch.cat([low.uniform(5, 6), high.uniform(5, 6)])) and n == low.integers(10) + high.integers(10)
-    assert ((5 <= u) & (u < 6)).all() and all(0 <= i < 10 for i in n)
-    assert not torch.equal(a, ode.Draw((7, 4), range(4)).normal((2, 3)))
-    assert a.flatten(1).unique(dim=0).shape[0] == 4  # no two samples share noise
-    assert ode.common(1, 2).integers(1000) == ode.common(1, 2).integers(1000)
+    noise = whole.normal((2, 3))  # (4, 2, 3)
+    assert torch.equal(noise, torch.cat([low.normal((2, 3)), high.normal((2, 3))]))
+    uniform = whole.uniform(5, 6)  # (4,)
+    assert torch.equal(uniform, torch.cat([low.uniform(5, 6), high.uniform(5, 6)]))
+    assert ((uniform >= 5) & (uniform < 6)).all()
+    numbers = whole.integers(10)
+    assert numbers == low.integers(10) + high.integers(10)
+    assert all(0 <= n < 10 for n in numbers)
+
+    assert len(noise.flatten(1).unique(dim=0)) == 4  # no two samples share noise
+    assert not torch.equal(noise, ode.Draw((7, 4), range(4)).normal((2, 3)))
 
 
-@pytest.mark.parametrize("t", [1000.0, 999.99994, 999.0])
-def test_a_network_of_1000_time_steps_is_never_shown_another(t):
-    """Cubic times close to T round to it in float32; the last index of a variance-preserving teacher is 999."""
-    assert ode.StudentLine().shown(torch.tensor([t])).tolist() == [999.0]
-    assert ode.FlowSchedule().shown(torch.tensor([t])).tolist() == torch.tensor([t]).tolist()  # where T is a time like any other
+def test_what_ranks_share_depends_on_the_key_alone():
+    numbers = [int(ode.common(*key).integers(10**9)) for key in ((1, 2), (1, 2), (1, 3))]
+    assert numbers[0] == numbers[1]
+    assert numbers[1] != numbers[2]
