@@ -14,8 +14,8 @@ from conftest import ROOT, script
 import adm
 import adp
 import data
-from runtime.script import parse
 from runtime.flags import parser_of
+from runtime.script import parse
 from tools import plan
 
 README = ROOT / "README.md"
@@ -128,7 +128,9 @@ def test_flags_exist():
 def test_symbols_are_in_the_code():
     import models
 
-    code = "".join((ROOT / name).read_text() for name in ("ode.py", "models.py", "adp.py", "adm.py"))
+    code = "".join(
+        (ROOT / name).read_text() for name in ("ode.py", "models.py", "adp.py", "adm.py")
+    )
     table = models.__doc__.split("symbols")[1].splitlines()
     names = [name for row in table for name in re.findall(r" {2,}([a-zA-Z]\w+)\b", row[20:])]
     assert {"student", "teacher", "x0_hat"} <= set(names)

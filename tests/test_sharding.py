@@ -27,7 +27,7 @@ from families import full
 from runtime.optimize import OffloadedAdamW, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.settings import BadInput
-from tools import plan
+from sizing import count
 
 STAGES = {"adm": adm, "adp": adp}
 CHECKS = {"adm": check_adm, "adp": check_adp}
@@ -236,7 +236,7 @@ def test_adapters_alone_are_saved_and_load_into_the_stock_pipeline(runs, ranks):
     assert any(not torch.equal(w, teacher[name]) for name, w in merged.items())
 
 
-# --- The plan (tools/plan.py) ---------------------------------------------------------------------
+# --- The plan (sizing/) ---------------------------------------------------------------------------
 
 TRAINED = ("student", "heads", "fake")  # in the order in which their gradients are clipped
 
@@ -246,56 +246,25 @@ def test_the_plan_is_what_ranks_hold(runs, name):
     """Every entry, summed over the parts that a rank of a real run held, to 1%."""
     _, changes = RUNS[name]
     family = families.load_teacher(changes["model"])
-    roles = plan.build(family, changes.get("lora_rank", 0), SMALL["head_width"], torch.float32)
-    rows = plan.states(roles, 2, changes.get("ema", 0))
+    cfg = adm.Config(**{**SMALL, **changes})
+    parts = count.build(family, cfg, torch.float32)
+    rows = count.states(parts, cfg, 2)
     for rank in (0, 1):
         held = json.loads((runs / "two" / name / f"held-{rank}.json").read_text())
         for role in ("teacher", *TRAINED):
             assert rows[role]["weights"] == pytest.approx(held[role]["weights"], rel=0.01)
         for role in TRAINED:
-            assert rows[role]["optimizer"] == pytest.approx(held[role]["optimizer"], rel=0.01)
+            assert rows[role]["moments"] == pytest.approx(held[role]["optimizer"], rel=0.01)
         for role, gradients in zip(2 * TRAINED, held["gradients"], strict=True):
             assert rows[role]["gradients"] == pytest.approx(gradients, rel=0.01)
         assert rows["buffers"]["weights"] == held["buffers"]
-        average = held["ema"]["weights"] if "ema" in changes else 0
-        assert rows["student"]["ema"] == average
+        if "ema" in changes:
+            assert rows["student"]["ema"] == held["ema"]["weights"]
 
-    alone = plan.states(roles, 1)  # one rank has twice as much
+    alone = count.states(parts, cfg, 1)  # one rank has twice as much
     fake = saved(runs / "one" / name, 2, "fake")
     whole = sum(w.nbytes for key, w in fake.items() if key.startswith("weight/"))
     assert alone["fake"]["weights"] == whole == pytest.approx(2 * rows["fake"]["weights"], rel=0.01)
-
-
-def planned(batch=1, fake_gradient="exact", gradient_checkpointing=False):
-    """Bytes of activations of tiny-sd3, {network: bytes}."""
-    family = families.load_teacher("tiny-sd3")
-    roles = plan.build(family, gradient_checkpointing=gradient_checkpointing)
-    return plan.activations(family, roles, family.latent_shape(), batch, fake_gradient)[0]
-
-
-def test_planned_activations_follow_the_batch_and_what_saves_memory():
-    one, two = planned(), planned(batch=2)
-    for network in one:
-        assert two[network] == pytest.approx(2 * one[network], rel=0.02)
-    around = planned(fake_gradient="straight-through")
-    assert around["fake"] == 0 < one["fake"]
-    assert around["student"] == one["student"]
-    checkpointed = planned(gradient_checkpointing=True)
-    assert checkpointed["student"] < one["student"] / 3
-
-
-def test_planned_activations_are_what_autograd_saves():
-    """On a real CPU pass of the student in bf16 and on its meta twin."""
-    family = families.load_teacher("tiny-sd3")
-    real = models.load_denoiser(family)
-    real.net.bfloat16().requires_grad_(True)
-    x = torch.randn(1, *family.latent_shape()).bfloat16()  # (1, ...)
-    t = torch.tensor([500.0])  # (1,)
-    cond = {name: c.bfloat16() for name, c in family.random_cond(["a"]).items()}
-    with plan.FlashAttention(), plan.Saved(real) as counted:
-        real(x, t, cond)
-    # A CPU keeps LayerNorm's statistics in bf16, others do not.
-    assert counted.bytes == pytest.approx(planned()["student"], rel=0.02)
 
 
 # --- Random weights at full size ------------------------------------------------------------------

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import call, refused
-from torch.testing import assert_close
 
 import adm
 import adp
@@ -93,6 +92,42 @@ def test_the_phases_are_sums_of_what_is_there(teachers):
     assert less.phases["updates"] == held - sum(moments) + max(moments)
     average = plan_of(replace(config(adm.Config, *flags), ema=0.9), 1)
     assert average.total["ema"] == average.rows["student"]["weights"]
+
+
+def planned(batch=1, fake_gradient="exact", gradient_checkpointing=False):
+    """Bytes of activations of tiny-sd3, {network: bytes}."""
+    family = families.load_teacher("tiny-sd3")
+    cfg = adm.Config(
+        model="tiny-sd3", fake_gradient=fake_gradient, gradient_checkpointing=gradient_checkpointing
+    )
+    parts = count.build(family, cfg)
+    phases, _ = count.activations(family, parts, cfg, family.latent_shape(), batch)
+    return phases["generator"]
+
+
+def test_planned_activations_follow_the_batch_and_what_saves_memory():
+    one, two = planned(), planned(batch=2)
+    for network in one:
+        assert two[network] == pytest.approx(2 * one[network], rel=0.02)
+    around = planned(fake_gradient="straight-through")
+    assert around["fake"] == 0 < one["fake"]
+    assert around["student"] == one["student"]
+    checkpointed = planned(gradient_checkpointing=True)
+    assert checkpointed["student"] < one["student"] / 3
+
+
+def test_planned_activations_are_what_autograd_saves():
+    """On a real CPU pass of the student in bf16 and on its meta twin."""
+    family = families.load_teacher("tiny-sd3")
+    real = models.load_denoiser(family)
+    real.net.bfloat16().requires_grad_(True)
+    x = torch.randn(1, *family.latent_shape()).bfloat16()  # (1, ...)
+    t = torch.tensor([500.0])  # (1,)
+    cond = {name: c.bfloat16() for name, c in family.random_cond(["a"]).items()}
+    with count.FlashAttention(), count.Saved(real) as counted:
+        real(x, t, cond)
+    # A CPU keeps LayerNorm's statistics in bf16, others do not.
+    assert counted.bytes == pytest.approx(planned()["student"], rel=0.02)
 
 
 def test_dmd_and_regression_have_no_adversary():
