@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call, refused
+from conftest import ROOT, call, refused
 
 import adm
 import adp
@@ -146,3 +146,16 @@ def test_the_tool_knows_recipes_and_both_stages(capsys):
     assert "VAE, SAM" in shown and re.search("of 48, .*: it does not fit; with --", shown)
     assert "at least 1" in refused(capsys, plan.show, plan.AdmConfig, "--world-size", 0)
     assert "a multiple of 8" in refused(capsys, plan.show, plan.AdpConfig, "--head-width", 3)
+
+
+def test_the_readmes_figures_are_what_the_tool_prints(capsys):
+    """The whole output in sizing/README.md, and a row of README.md's table."""
+    call(plan.show, plan.AdmConfig, "--model", "sdxl")
+    shown = capsys.readouterr().out
+    assert shown in (ROOT / "sizing" / "README.md").read_text()
+    call(plan.show, plan.AdmConfig, "--model", "sdxl", "--world-size", 1)
+    peak = re.search(r"^peak +(\S+)", shown, re.M)[1]
+    alone = re.search(r"with (--\S+) it takes (\S+)", capsys.readouterr().out)
+    checkpoint = re.search(r"^checkpoint +(\d+)", shown, re.M)[1]
+    row = f"| {checkpoint} GB | {peak}; {alone[2]} with `{alone[1]}` |"
+    assert row in (ROOT / "README.md").read_text()
