@@ -370,9 +370,9 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    ranks = Ranks()
-    must_fit(cfg, ranks)
+    must_fit(cfg)
     family = load_teacher(cfg.model, cfg.random_init)
+    ranks = Ranks()
     text = text_sha256(cfg.prompts, family)
     shape = family.latent_shape(cfg.resolution, cfg.frames)
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
