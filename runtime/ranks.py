@@ -156,7 +156,7 @@ def gather(tensors, keep=True):
 
 def like(p, whole):
     """`whole` where p is, and sharded as p is."""
-    whole = whole.to(p.device)
+    whole = whole.detach().to(p.device)  # a copy of a parameter would be no leaf to distribute
     if isinstance(p, DTensor):
         return distribute_tensor(whole, p.device_mesh, p.placements)
     return whole
