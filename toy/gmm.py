@@ -30,7 +30,8 @@ def grid(side, spacing):
     return torch.cartesian_prod(line, line), [1] * side**2
 
 
-NAMED = {  # (means, weights); all ours but for the weights of ring8-rare, which are the first trial's
+# (means, weights); all ours but for the weights of ring8-rare, which are the first trial's.
+NAMED = {
     "ring8": ring(8.0, [1] * 8),
     "ring8-rare": ring(8.0, [1, 2, 1, 4, 1, 2, 1, 4]),
     "ring4-rare": ring(4.0, [1, 2, 1, 4]),

@@ -385,10 +385,6 @@ class World:
         """The teacher in closed form, as a denoiser without features."""
         return self.mixture.velocity(x_t, t), []
 
-    def fresh(self, seed):
-        """(4000, 2) draws that nothing was trained on."""
-        return self.mixture.sample((4000,), torch.Generator().manual_seed(10**6 + seed))
-
     def after_adp(self, cfg):
         """(student, its curves' points, iterations, seconds) after ADP as the first part of adp+….
 
@@ -574,7 +570,7 @@ def train(cfg, method, world):
     results = []
     for i, (seed, x) in enumerate(zip(world.seeds, samples, strict=True)):
         what = {"method": method, "mixture": cfg.mixture, "separation": world.mixture.separation}
-        measured = metrics(world.mixture, x, world.fresh(seed))
+        measured = metrics(world.mixture, x, fresh(world.mixture, seed))
         spent = {"iterations": cfg.iterations, "seconds": seconds}
         more = {
             "shares": [round(float(share), 4) for share in shares(world.mixture, x)],
@@ -583,6 +579,11 @@ def train(cfg, method, world):
         }
         results.append(what | {"seed": seed} | measured | spent | more)
     return results, samples
+
+
+def fresh(mixture, seed):
+    """(4000, 2) draws that nothing was trained on."""
+    return mixture.sample((4000,), torch.Generator().manual_seed(10**6 + seed))
 
 
 def rounded(x):
@@ -662,7 +663,7 @@ def main(cfg):
     for separation in separations(cfg):
         world = World(cfg, separation)
         if target is None:  # of the first separation, which the headline draws
-            target = rounded(world.fresh(cfg.first_seed)[:1000])
+            target = rounded(fresh(world.mixture, cfg.first_seed)[:1000])
         for method in cfg.methods.split(","):
             results, x = train(cfg, method, world)
             runs += results
