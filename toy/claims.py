@@ -527,7 +527,7 @@ def main():
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**about)
     everything = [f.__name__ for f in RUN]
-    parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; default: all but two")
+    parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; default: all but the last two")
     parser.add_argument(
         "--methods",
         help=f"{', '.join(PARTLY)}: measure these alone, keep the others' rows; comma-separated",
@@ -537,9 +537,13 @@ def main():
     unknown = ", ".join(name for name in steps if name not in STEPS)
     if unknown:
         parser.error(f"unknown step {unknown}; there are {', '.join(STEPS)}")
+    methods = args.methods.split(",") if args.methods else None
+    strange = ", ".join(name for name in methods or () if name not in toy.METHODS)
+    if strange:
+        parser.error(f"unknown method {strange}; there are {', '.join(toy.METHODS)}")
     for name in steps:
-        if args.methods and name in PARTLY:
-            STEPS[name](args.methods.split(","))
+        if methods and name in PARTLY:
+            STEPS[name](methods)
         else:
             STEPS[name]()
 
