@@ -120,7 +120,7 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
     logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
     loss_d = discriminator_loss(logits_real, logits_fake)
     pairs = ((x_real, logits_real), (x_fake.detach(), logits_fake))
-    learn(loss_d + damping(net, cfg, draw, cond, s, pairs))
+    learn(loss_d + damping(discriminator, cfg, draw, cond, s, pairs))
 
     # 6. Fake score: f_ψ learns the student's samples by its diffusion loss.
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)  # x̂_0, or with --fake-samples: ours
@@ -210,7 +210,7 @@ def fake_round(net, cfg, draw, cond, uncond, k, learn):
     """A further round of DMD under TTUR: the fake score alone learns, on new samples."""
     x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
-    return {"loss_fake": learn_fake(net, draw, cond, x0, learn)}, {}
+    return {"loss_fake": learn_fake(net, draw, cond, x0, learn)}, {"student": x0_hat}
 
 
 # --- What the paper has not (ours): off, but where a recipe or a flag says so ---------------------
@@ -240,15 +240,15 @@ def weight_in_t(cfg, schedule, t):
     return 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3)
 
 
-def damping(net, cfg, draw, cond, s, pairs):
+def damping(discriminator, cfg, draw, cond, s, pairs):
     """--damping: the penalty's weighted sum over `pairs` of (x, D's logits at x); 0 without."""
     loss = 0
     if cfg.damping:
         for x, logits in pairs:
             with torch.no_grad():
-                nearby = x + cfg.damping_sigma * draw.normal(net.shape)  # (B, ...)
-                maps = net.discriminator.features(nearby, s, cond)
-            moved = net.discriminator.logits(maps)  # (B,)
+                nearby = x + cfg.damping_sigma * draw.normal(x.shape[1:])  # (B, ...)
+                maps = discriminator.features(nearby, s, cond)
+            moved = discriminator.logits(maps)  # (B,)
             loss = loss + cfg.damping * damping_loss(logits, moved, cfg.damping_sigma)
     return loss
 
