@@ -12,6 +12,7 @@ import diffusers
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from watch import lines_of
 
 import families
@@ -30,6 +31,7 @@ class Notes:
         self.watch = watch
         self.names = {}  # {id of a Denoiser: its role}
         self.owners = {}  # {id of a parameter that is trained: its role}
+        self.held = {}  # {network: its bytes on this device}
         self.parameters = Counter()
         self.buffers = Counter()
         self.gradients = Counter()
@@ -40,6 +42,7 @@ class Notes:
         counted = ("parameters", "buffers", "gradients", "times")
         return {
             **{name: sorted(getattr(self, name)) for name in counted},
+            "held": self.held,
             "iterations": self.iterations,
             "end": figures(self.watch),
         }
@@ -76,7 +79,7 @@ def install():
     record = runtime.folder.Run.record
     runtime.folder.Run.record = noting_record(record)
     # Where time enters a network, and where there it becomes sines.
-    note_times(models.Denoiser, "a role", lambda x_t, t, *args, **kwargs: t)
+    note_times(models.Denoiser, "a role", lambda x_t=None, t=None, *args, **kwargs: t)
     note_times(diffusers.models.embeddings.Timesteps, "an embedding", lambda t: t)
     # What would look at values.
     runtime.files.file_sha256 = of_headers(runtime.files.file_sha256)
@@ -154,16 +157,26 @@ def kind_of(x):
     return f"{str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
+def bytes_of(tensors):
+    """Of this rank's parts."""
+    parts = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return sum(x.nbytes for x in parts)
+
+
 def noting_roles(make_roles):
     @wraps(make_roles)
     def noting(family, roles, *args, **kwargs):
-        made = make_roles(family, roles, *args, **kwargs)
+        teacher, *trained = made = make_roles(family, roles, *args, **kwargs)
+        for name, role in zip(roles, trained, strict=True):
+            now.owners |= {id(p): name for p in role.own_parameters().values()}
+        frozen = [p for p in teacher.net.parameters() if id(p) not in now.owners]
+        buffers = {}  # LoRA's roles share theirs
         for name, role in zip(("teacher", *roles), made, strict=True):
             now.names[id(role)] = name
-            if name != "teacher":
-                now.owners |= {id(p): name for p in role.own_parameters().values()}
             for b in role.net.buffers():
+                buffers[id(b)] = b
                 now.buffers[f"{name}: {kind_of(b)}"] += 1
+        now.held |= {"teacher": bytes_of(frozen), "buffers": bytes_of(buffers.values())}
         return made
 
     return noting
@@ -174,6 +187,7 @@ def noting_step(step):
     def noting(optimizer, clip):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         network = now.owners.get(id(parameters[0]), "heads")
+        now.held[network] = bytes_of(parameters)
         for p in parameters:
             now.parameters[f"{network}: {kind_of(p)}"] += 1
             gradient = "none" if p.grad is None else kind_of(p.grad)
@@ -189,8 +203,9 @@ def note_times(owner, who, time_of):
 
     @wraps(plain)
     def noting(self, *args, **kwargs):
-        if now is not None:
-            now.times[f"{who}: {kind_of(time_of(*args, **kwargs))}"] += 1
+        t = time_of(*args, **kwargs)
+        if now is not None and t is not None:  # FSDP settles what it shards by a call without
+            now.times[f"{who}: {kind_of(t)}"] += 1
         return plain(self, *args, **kwargs)
 
     owner.__call__ = noting

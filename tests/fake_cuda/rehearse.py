@@ -3,11 +3,11 @@
     python tests/fake_cuda/rehearse.py SHIM.so RUNS.json [--shallow]
 
 Every tensor is fake, on a fake cuda:0: shapes, types, devices and storages are true, values are 0.
-Networks of any size take no memory; --shallow ones are of full width and have four blocks, or one
-where SDXL has up to ten, for time. RUNS.json is a list of
+Networks of any size take no memory; --shallow ones have few layers, of full width. RUNS.json is a
+list of
 
     {"name", "script": "adm", "adp" or "pairs", "words": [of its command line],
-     "world": number of ranks, of which this is the first}
+     "world": number of ranks, of which this is the first; 1 where it is not there}
 
 For each a line of json on stdout: what went wrong, when the host waited, what lay in memory, and of
 which types parameters, gradients and times were.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import shim
@@ -46,6 +47,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools import fake_collectives  # noqa: F401  it registers them
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
+import transformers
 
 import notes
 from families import full
@@ -103,12 +105,22 @@ def ranks_of(world):
 
 
 def make_shallow():
+    """Of full width, with as many layers as it takes for each kind of them to be there."""
     for name, (kind, config) in full.DENOISERS.items():
         if "num_layers" in config:
-            fewer = {"num_layers": 4}
+            fewer = {"num_layers": 2}
         else:
-            fewer = {"transformer_layers_per_block": (1, 1, 1)}
+            fewer = {
+                "block_out_channels": (320, 640),
+                "attention_head_dim": (5, 10),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 1),
+                "layers_per_block": 1,
+            }
         full.DENOISERS[name] = (kind, {**config, **fewer})
+    fewer = {"num_hidden_layers": 4, "global_attn_indexes": (1, 3)}
+    transformers.SamVisionConfig = partial(transformers.SamVisionConfig, **fewer)
 
 
 def main():

@@ -63,10 +63,11 @@ class Watch(TorchDispatchMode):
             self.phases.pop()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
+        if DTensor in types:
             return NotImplemented  # its parts come here
         kwargs = kwargs or {}
-        check_generator(op, args, kwargs)
+        if kwargs.get("generator") is not None:
+            check_generator(op, args, kwargs)
         if op is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self.value_of(args[0])
         if op is aten.is_pinned.default:
@@ -77,7 +78,7 @@ class Watch(TorchDispatchMode):
             return copy
         out = op(*args, **kwargs)
         self.note_crossings(op, args, kwargs, out)
-        for x in tree_leaves(out):
+        for x in [out] if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(x, FakeTensor) and x.device.type == "cuda":
                 self.track(x.untyped_storage())
         return out
@@ -170,9 +171,8 @@ def nested(one, shape):
 
 def check_generator(op, args, kwargs):
     """Raises as CUDA does where a generator is of another device than what it fills."""
-    generator = kwargs.get("generator")
-    found = generator and Generator.PLACES.get(generator._cdata)
-    if not found:
+    found = Generator.PLACES.get(kwargs["generator"]._cdata)
+    if found is None:  # not one that the project made
         return
     there = kwargs.get("device") or "cpu"
     if args and isinstance(args[0], torch.Tensor):
