@@ -114,7 +114,7 @@ def make_shallow():
                 "block_out_channels": (320, 640),
                 "attention_head_dim": (5, 10),
                 "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "up_block_types": ("UpBlock2D", "UpBlock2D"),
                 "transformer_layers_per_block": (1, 1),
                 "layers_per_block": 1,
             }
