@@ -69,10 +69,10 @@ def install():
     runtime.optimize.step = noting_step(runtime.optimize.step)
     wrap(models.Denoiser, "__call__", role_phase)
     wrap(models.LatentDiscriminator, "features", lambda *args: "features of the discriminator")
-    wrap(models.PixelDiscriminator, "features", lambda *args: "features of the pixel discriminator")
+    wrap(models.PixelDiscriminator, "features", pixel_phase)
     wrap(models.Discriminator, "logits", lambda *args: "heads")
     for kind in (diffusers.AutoencoderKL, diffusers.AutoencoderKLCogVideoX):
-        wrap(kind, "decode", lambda *args, **kwargs: "VAE")
+        wrap(kind, "decode", vae_phase)
     wrap(torch.Tensor, "backward", backward_phase)
     for name in ("save", "picture", "finish", "restore"):
         wrap(runtime.folder.Run, name, lambda *args, name=name, **kwargs: name)
@@ -130,6 +130,16 @@ def role_phase(role, *args, **kwargs):
     if phase.startswith(("forward", "features")):
         return phase
     return f"forward of {now.names.get(id(role), 'teacher')}"
+
+
+def pixel_phase(discriminator, images):
+    now.held["pixel backbone"] = bytes_of(discriminator.backbone.parameters())
+    return "features of the pixel discriminator"
+
+
+def vae_phase(vae, *args, **kwargs):
+    now.held["VAE"] = bytes_of(vae.parameters())
+    return "VAE"
 
 
 def backward_phase(*args, **kwargs):

@@ -47,7 +47,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools import fake_collectives  # noqa: F401  it registers them
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
-import transformers
 
 import notes
 from families import full
@@ -57,6 +56,7 @@ notes.install()
 import adm
 import adp
 import data
+import models
 
 SCRIPTS = {
     "adm": (adm.main, adm.Config),
@@ -120,7 +120,8 @@ def make_shallow():
             }
         full.DENOISERS[name] = (kind, {**config, **fewer})
     fewer = {"num_hidden_layers": 4, "global_attn_indexes": (1, 3)}
-    transformers.SamVisionConfig = partial(transformers.SamVisionConfig, **fewer)
+    sam = models.transformers
+    sam.SamVisionConfig = partial(sam.SamVisionConfig, **fewer)
 
 
 def main():
