@@ -21,26 +21,37 @@ PEAKS = ROOT / "tests" / "fake_cuda" / "peaks.json"
 
 # {name: (words of the command line, ranks)}. Nothing here depends on a model's recipe.
 ALWAYS = "--random-init --paper --iterations 2 --samples 1 --sample-every 0".split()
+ONE = "--batch-size 1 --lora-rank 0 --no-gradient-checkpointing"
+LORA = "--batch-size 1 --lora-rank 8 --gradient-checkpointing"
+SHARDED = "--batch-size 8 --lora-rank 0 --gradient-checkpointing"
+OFFLOAD = "--batch-size 2 --lora-rank 0 --no-gradient-checkpointing --accumulate 2 --offload"
 HOW = {
-    "full": ("--batch-size 1 --lora-rank 0 --no-gradient-checkpointing", 1),
-    "LoRA": ("--batch-size 1 --lora-rank 8 --gradient-checkpointing", 1),
-    "8 ranks": ("--batch-size 8 --lora-rank 0 --gradient-checkpointing", 8),
-    "offload": (
-        "--batch-size 2 --lora-rank 0 --no-gradient-checkpointing --accumulate 2 --offload "
-        "--ema 0.9",
-        1,
-    ),
-    "LoRA, 8 ranks": ("--batch-size 8 --lora-rank 8 --gradient-checkpointing", 8),
+    "full": (f"{ONE} --sample-every 2", 1),
+    "LoRA": (LORA, 1),
+    "8 ranks": (SHARDED, 8),
+    "offload": (f"{OFFLOAD} --ema 0.9", 1),
+    "LoRA, 8 ranks": (f"{LORA} --batch-size 8", 8),
+    "after adp.py": (ONE, 1),
+    "LoRA after adp.py": (LORA, 1),
+    "8 ranks after adp.py": (SHARDED, 8),
+    "full, resumed": (f"{ONE} --iterations 3 --resume", 1),
+    "8 ranks, resumed": (f"{SHARDED} --iterations 3 --resume", 8),
+    "offload, resumed": (f"{OFFLOAD} --ema 0.9 --iterations 3 --resume", 1),
 }
-MICRO_BATCHES = {"offload": 2}
+# What is wrong with the project as it is: {run: where}. It is to be emptied.
+BROKEN = {
+    "sd3 adm 8 ranks after adp.py": "runtime/ranks.py like(): a parameter that comes from main "
+    "memory to the GPU is no leaf any more, and distribute_tensor refuses it"
+}
+USUAL = ("full", "LoRA", "8 ranks", "offload")
+FROM_ADP = {"after adp.py": "full", "LoRA after adp.py": "LoRA", "8 ranks after adp.py": "8 ranks"}
 
 
 def runs():
     """(model, script, how) of each run, in an order in which one finds what it reads."""
-    usual = ("full", "LoRA", "8 ranks", "offload")
     for model in ("sdxl", "sd3", "cogvideox-5b"):
-        yield from ((model, script, how) for how in usual for script in ("adm", "adp"))
-    yield "sd3", "adm", "LoRA, 8 ranks"
+        yield from ((model, script, how) for how in USUAL for script in ("adm", "adp"))
+    yield from (("sd3", "adm", how) for how in HOW if how not in USUAL)
     for model in ("sd3.5-large", "cogvideox-2b"):  # what they have that the others have not
         yield model, "adm", "8 ranks" if FULL else "full"
 
@@ -49,23 +60,36 @@ RUNS = list(runs())
 NAMES = [" ".join(run) for run in RUNS]
 
 
+def read_by(model, script, how):
+    """The names of runs that this one goes on from."""
+    if "resumed" in how:
+        yield f"{model} {script} {how.removesuffix(', resumed')}"
+    if how in FROM_ADP:
+        yield f"{model} adp {FROM_ADP[how]}"
+
+
 def specs(folder, wanted):
     """What rehearse.py is to run for the runs of these names: pairs for adp.py first."""
     (folder / "prompts.txt").write_text("a red fox\ntwo dogs on a hill\n")
     prompts = ["--prompts", str(folder / "prompts.txt")]
+    all_runs = dict(zip(NAMES, RUNS, strict=True))
+    wanted = wanted | {other for name in wanted for other in read_by(*all_runs[name])}
+    chosen = [(name, run) for name, run in all_runs.items() if name in wanted]
     done = []
-    chosen = [(name, run) for name, run in zip(NAMES, RUNS, strict=True) if name in wanted]
     for model in dict.fromkeys(model for _, (model, script, _) in chosen if script == "adp"):
         words = "--random-init --count 2 --steps 2 --batch-size 2 --model".split()
         words += [model, *prompts, "--out", str(folder / model)]
         done.append({"name": f"{model} pairs", "script": "pairs", "words": words})
     for name, (model, script, how) in chosen:
         flags, world = HOW[how]
-        words = ["--model", model, *ALWAYS, *flags.split(), "--out", str(folder / name)]
+        words = ["--model", model, *ALWAYS, *flags.split()]
+        words += ["--out", str(folder / name.removesuffix(", resumed"))]
         if script == "adm":
-            words += ["--student-steps", "2" if how == "full" else "1", *prompts]
+            words += ["--student-steps", "2" if how.startswith("full") else "1", *prompts]
         else:
             words += ["--pairs", str(folder / model), "--mse-iterations", "0"]
+        if how in FROM_ADP:
+            words += ["--init", str(folder / f"{model} adp {FROM_ADP[how]}")]
         done.append({"name": name, "script": script, "words": words, "world": world})
     return done
 
@@ -107,8 +131,11 @@ def run(name, rehearsed):
 
 def test_it_runs_to_its_end(name, rehearsed):
     """No device or type error: iterations, checkpoint and export."""
+    if name in BROKEN:
+        assert "distribute leaf tensors" in rehearsed[name]["error"]  # mended: out of BROKEN
+        pytest.xfail(BROKEN[name])
     assert not rehearsed[name]["error"], rehearsed[name]["error"]
-    assert len(rehearsed[name]["iterations"]) == 2
+    assert len(rehearsed[name]["iterations"]) == (1 if "resumed" in name else 2)
 
 
 def test_pairs_are_collected(rehearsed):
@@ -131,15 +158,17 @@ def waits_by_place(iteration):
 
 def test_the_host_waits_once_an_iteration_for_its_log_row(name, run):
     model, script, how = RUNS[NAMES.index(name)]
-    steady = waits_by_place(run["iterations"][1])  # in the first, tables and moments are made
+    steady = waits_by_place(run["iterations"][-1])  # in the first, tables and moments are made
     expected = {"folder.py record": 1}
-    if how == "offload":  # each moment of each tensor goes to the device and back by itself
+    if "resumed" in how:
+        pytest.skip("it has no second iteration")
+    if "offload" in how:  # each moment of each tensor goes to the device and back by itself
         expected["optimize.py placed"] = steady.get("optimize.py placed")
         assert expected["optimize.py placed"] % 4 == 0
     if script == "adp" and model.startswith("cogvideox"):
         # The chosen frames, a list, go to the device for real and for fake videos.
-        expected["cogvideox.py views"] = 2 * MICRO_BATCHES.get(how, 1)
-    assert steady == expected, run["iterations"][1]["waits"]
+        expected["cogvideox.py views"] = 2 * (2 if how == "offload" else 1)  # micro-batches
+    assert steady == expected, run["iterations"][-1]["waits"]
 
 
 # --- Precision ----------------------------------------------------------------------------------
@@ -151,6 +180,11 @@ def test_what_is_trained_is_float32_and_so_is_its_gradient(name, run):
     expected = [f"{network}: float32 on cuda:0" for network in networks]
     assert run["parameters"] == expected
     assert run["gradients"] == expected
+
+
+def test_gradients_are_averaged_over_the_ranks_in_float32(name, run):
+    averaged = [kind for kind in run["reduced"] if kind.startswith("backward")]
+    assert averaged == ["backward: torch.float32"] * ("8 ranks" in name)
 
 
 def test_no_buffer_is_in_half_precision(run):
@@ -177,24 +211,24 @@ def test_between_iterations_there_is_what_must_be_and_no_more(name, run):
     else:
         expected += 2 * trained
     left = [iteration["left"] for iteration in run["iterations"]]
-    assert left[1] <= left[0] * 1.001
+    assert left[-1] <= left[0] * 1.001
     # The rest is conditioning and latents: of no prompt, of the last batch, for pictures.
-    assert expected <= left[1] <= expected * 1.01 + 3e7
+    assert expected <= left[-1] <= expected * 1.01 + 3e7
 
 
 def test_less_is_in_memory_where_a_flag_says_so(name, run, rehearsed):
     model, script, how = RUNS[NAMES.index(name)]
     full = rehearsed.get(f"{model} {script} full")
-    if how == "full" or not full or full["error"]:
+    if not set(how.split(", ")) & {"LoRA", "8 ranks", "offload"} or not full or full["error"]:
         pytest.skip("nothing to compare with")
-    assert run["iterations"][1]["peak"] < full["iterations"][1]["peak"]
+    assert run["iterations"][-1]["peak"] < full["iterations"][-1]["peak"]
 
 
 def test_the_peak_is_as_recorded(name, run):
     """Within 3%. After a change that is meant to move it, record it anew: REHEARSAL_RECORD=1."""
     depth = "full depth" if FULL else "shallow"
     recorded = json.loads(PEAKS.read_text()) if PEAKS.exists() else {}
-    peak = round(run["iterations"][1]["peak"] / 1e9, 3)
+    peak = round(run["iterations"][-1]["peak"] / 1e9, 3)
     if os.environ.get("REHEARSAL_RECORD"):
         recorded.setdefault(depth, {})[name] = peak
         PEAKS.write_text(json.dumps(recorded, indent=1) + "\n")

@@ -103,6 +103,17 @@ def apply_by_slots(self, change, recurse=True):
     return self
 
 
+def set_by_slot(module, name, device, value=None, dtype=None, **options):
+    """accelerate's set_module_tensor_to_device: that makes a tensor of the old one's class."""
+    *path, slot = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    value = value.to(device, dtype)
+    if slot in owner._parameters:
+        owner._parameters[slot] = torch.nn.Parameter(value, owner._parameters[slot].requires_grad)
+    else:
+        owner._buffers[slot] = value
+
+
 def moved_first(managed_states):
     """FSDP moves a unit's tensors by setting .data, which fake tensors of two devices refuse."""
 

@@ -40,8 +40,6 @@ def install():
 def save_file(tensors, path, metadata=None):
     if not any(isinstance(x, FakeTensor) for x in tensors.values()):
         return real_save(tensors, path, metadata)
-    devices = {str(x.device) for x in tensors.values()}
-    assert devices == {"cpu"}, f"safetensors writes from main memory, not from {devices}"
     header, end = {}, 0
     if metadata:
         header["__metadata__"] = metadata

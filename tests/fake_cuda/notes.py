@@ -42,6 +42,7 @@ class Notes:
         counted = ("parameters", "buffers", "gradients", "times")
         return {
             **{name: sorted(getattr(self, name)) for name in counted},
+            "reduced": sorted(self.watch.reduced),
             "held": self.held,
             "iterations": self.iterations,
             "end": figures(self.watch),
@@ -138,7 +139,8 @@ def pixel_phase(discriminator, images):
 
 
 def vae_phase(vae, *args, **kwargs):
-    now.held["VAE"] = bytes_of(vae.parameters())
+    if "picture" not in now.watch.phases:  # for that it is loaded, and dropped again
+        now.held["VAE"] = bytes_of(vae.parameters())
     return "VAE"
 
 

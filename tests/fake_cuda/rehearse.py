@@ -49,10 +49,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
 
 import notes
+from diffusers.models import model_loading_utils
 from families import full
 from runtime.script import run
 
 notes.install()
+model_loading_utils.set_module_tensor_to_device = device.set_by_slot
+
 import adm
 import adp
 import data

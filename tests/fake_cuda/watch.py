@@ -30,6 +30,12 @@ SIZED_BY_VALUES = (
     aten.bincount,
     aten.repeat_interleave,
 )
+REDUCES = (  # over the ranks
+    torch.ops.c10d._reduce_scatter_base_,
+    torch.ops.c10d.allreduce_,
+    torch.ops._c10d_functional.reduce_scatter_tensor,
+    torch.ops._c10d_functional.all_reduce,
+)
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 UNIT = 512  # of CUDA's allocator, in bytes
 plain_resize = torch.UntypedStorage.resize_
@@ -44,6 +50,7 @@ class Watch(TorchDispatchMode):
         self.now = 0
         self.pinned = weakref.WeakSet()  # storages
         self.phases = ["begin"]  # innermost last
+        self.reduced = Counter()  # {phase and type of what is reduced over the ranks: times}
         self.clear()
 
     def clear(self):
@@ -101,6 +108,9 @@ class Watch(TorchDispatchMode):
 
     def note_crossings(self, op, args, kwargs, out):
         packet = op.overloadpacket
+        if packet in REDUCES:
+            kinds = {str(x.dtype) for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+            self.reduced[f"{self.phases[-1].split(' ')[0]}: {', '.join(sorted(kinds))}"] += 1
         if packet in SIZED_BY_VALUES and args[0].device.type == "cuda":
             self.waits[f"size {where()}"] += 1
         if packet in INDEXED and args[0].device.type == "cuda":
