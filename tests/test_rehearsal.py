@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -20,7 +19,8 @@ FULL = os.environ.get("REHEARSAL") == "full"
 PEAKS = ROOT / "tests" / "fake_cuda" / "peaks.json"
 
 # {name: (words of the command line, ranks)}. Nothing here depends on a model's recipe.
-ALWAYS = "--random-init --paper --iterations 2 --samples 1 --sample-every 0".split()
+ALWAYS = "--random-init --paper --iterations 2 --samples 1 --sample-every 0"
+PAIRS = "--random-init --count 2 --steps 2 --batch-size 2"
 ONE = "--batch-size 1 --lora-rank 0 --no-gradient-checkpointing"
 LORA = "--batch-size 1 --lora-rank 8 --gradient-checkpointing"
 SHARDED = "--batch-size 8 --lora-rank 0 --gradient-checkpointing"
@@ -77,12 +77,11 @@ def specs(folder, wanted):
     chosen = [(name, run) for name, run in all_runs.items() if name in wanted]
     done = []
     for model in dict.fromkeys(model for _, (model, script, _) in chosen if script == "adp"):
-        words = "--random-init --count 2 --steps 2 --batch-size 2 --model".split()
-        words += [model, *prompts, "--out", str(folder / model)]
+        words = ["--model", model, *PAIRS.split(), *prompts, "--out", str(folder / model)]
         done.append({"name": f"{model} pairs", "script": "pairs", "words": words})
     for name, (model, script, how) in chosen:
         flags, world = HOW[how]
-        words = ["--model", model, *ALWAYS, *flags.split()]
+        words = ["--model", model, *ALWAYS.split(), *flags.split()]
         words += ["--out", str(folder / name.removesuffix(", resumed"))]
         if script == "adm":
             words += ["--student-steps", "2" if how.startswith("full") else "1", *prompts]
@@ -113,7 +112,9 @@ def rehearsed(tmp_path_factory, pytestconfig, request):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     noted = [json.loads(line) for line in done.stdout.splitlines()]
-    (folder / "noted.json").write_text(json.dumps(noted, indent=2))
+    seen = ROOT / "out" / "rehearsal.json" if FULL else folder / "noted.json"
+    seen.parent.mkdir(exist_ok=True)
+    seen.write_text(json.dumps(noted, indent=1) + "\n")
     return {one["name"]: one for one in noted}
 
 
@@ -232,4 +233,6 @@ def test_the_peak_is_as_recorded(name, run):
     if os.environ.get("REHEARSAL_RECORD"):
         recorded.setdefault(depth, {})[name] = peak
         PEAKS.write_text(json.dumps(recorded, indent=1) + "\n")
+    if name not in recorded.get(depth, {}):
+        pytest.skip("there is no figure yet")
     assert peak == pytest.approx(recorded[depth][name], rel=0.03)

@@ -86,7 +86,7 @@ class Generator(torch.Generator):
 
 
 def apply_by_slots(self, change, recurse=True):
-    """Module._apply, for .to() and .float(): torch's own swaps what fake tensors refer to weakly."""
+    """Module._apply, for .to() and .float(): torch's own swaps what fakes refer to weakly."""
     for child in self.children() if recurse else ():
         child._apply(change)
     for slots in (self._parameters, self._buffers):

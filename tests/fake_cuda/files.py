@@ -58,7 +58,8 @@ def load_file(path, device="cpu"):
     if not active_fake_mode():
         return real_load(path, device)
     with File(path) as f:
-        return {name: f.get_tensor(name).to(device) for name in f.keys()}
+        names = f.keys()  # as safe_open, it is no dictionary
+        return {name: f.get_tensor(name).to(device) for name in names}
 
 
 class File:

@@ -6,10 +6,10 @@ The project's functions are wrapped where they are defined, before the scripts i
 import linecache
 from collections import Counter
 from functools import wraps
-from pathlib import Path
 
 import diffusers
 import torch
+from files import header_bytes
 from PIL import Image
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
@@ -21,7 +21,6 @@ import runtime.files
 import runtime.folder
 import runtime.optimize
 import runtime.ranks
-from files import header_bytes
 
 
 class Notes:
