@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from watch import lines_of
 
 import families
+import families.base
 import models
 import runtime.files
 import runtime.folder
@@ -84,7 +85,7 @@ def install():
     # What would look at values.
     runtime.files.file_sha256 = of_headers(runtime.files.file_sha256)
     runtime.files.tensors_sha256 = lambda tensors: " ".join(sorted(tensors))
-    runtime.folder.file_sha256 = runtime.files.file_sha256
+    families.base.file_sha256 = runtime.folder.file_sha256 = runtime.files.file_sha256
     runtime.folder.contact_sheet = lambda rows: Image.new("RGB", (8, 8))
 
 

@@ -21,15 +21,6 @@ from torch.utils._pytree import tree_leaves
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 aten = torch.ops.aten
-# Their results' sizes depend on values, so the host asks for these.
-SIZED_BY_VALUES = (
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique2,
-    aten.unique_dim,
-    aten.bincount,
-    aten.repeat_interleave,
-)
 REDUCES = (  # over the ranks
     torch.ops.c10d._reduce_scatter_base_,
     torch.ops.c10d.allreduce_,
@@ -42,7 +33,11 @@ plain_resize = torch.UntypedStorage.resize_
 
 
 class Watch(TorchDispatchMode):
-    """A mode inside which FakeTensorMode does the work; it answers what that cannot: values, 0."""
+    """A mode inside which FakeTensorMode does the work; it answers what that cannot: values, 0.
+
+    Sizes that depend on values (nonzero, a boolean mask), for which the host would wait too, are
+    an error of FakeTensorMode's: the run ends.
+    """
 
     def __init__(self):
         super().__init__()
@@ -111,8 +106,6 @@ class Watch(TorchDispatchMode):
         if packet in REDUCES:
             kinds = {str(x.dtype) for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
             self.reduced[f"{self.phases[-1].split(' ')[0]}: {', '.join(sorted(kinds))}"] += 1
-        if packet in SIZED_BY_VALUES and args[0].device.type == "cuda":
-            self.waits[f"size {where()}"] += 1
         if packet in INDEXED and args[0].device.type == "cuda":
             for index in tree_leaves(args[1]):
                 if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
