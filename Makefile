@@ -5,7 +5,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO := out/demo-$(NOW)
 TOY := out/toy-$(NOW)
 
-.PHONY: demo test mutants toy
+.PHONY: demo test mutants rehearse toy
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 300 --out $(DEMO)/toy
@@ -31,6 +31,11 @@ test: $(VENV)/.installed
 
 mutants: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutants.py
+
+# On a GPU that is not there, all models at their full depth; needs a C++ compiler, takes an hour.
+# What was seen, run by run: out/rehearsal.json.
+rehearse: $(VENV)/.installed
+	REHEARSAL=full $(PYTEST) tests/test_rehearsal.py
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 500 --out $(TOY)

@@ -1,0 +1,223 @@
+"""What is noted while a script runs: phases, and of which types everything is.
+
+The project's functions are wrapped where they are defined, before the scripts import them by name.
+"""
+
+import linecache
+from collections import Counter
+from functools import wraps
+
+import diffusers
+import torch
+from files import header_bytes
+from PIL import Image
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from watch import lines_of
+
+import families
+import families.base
+import models
+import runtime.files
+import runtime.folder
+import runtime.optimize
+import runtime.ranks
+
+
+class Notes:
+    """Of one run, which `watch` sees. Counters are of what was seen, in words."""
+
+    def __init__(self, watch):
+        self.watch = watch
+        self.names = {}  # {id of a Denoiser: its role}
+        self.owners = {}  # {id of a parameter that is trained: its role}
+        self.held = {}  # {network: its bytes on this device}
+        self.parameters = Counter()
+        self.buffers = Counter()
+        self.gradients = Counter()
+        self.times = Counter()
+        self.iterations = []
+
+    def as_json(self):
+        counted = ("parameters", "buffers", "gradients", "times")
+        return {
+            **{name: sorted(getattr(self, name)) for name in counted},
+            "reduced": sorted(self.watch.reduced),
+            "held": self.held,
+            "iterations": self.iterations,
+            "end": figures(self.watch),
+        }
+
+
+now = None  # the Notes of the run that is on
+
+
+def figures(watch):
+    """What has been since watch.clear(), in json's terms."""
+    return {
+        "waits": dict(watch.waits),
+        "copies": dict(watch.copies),
+        "peak": watch.peak,
+        "peaks": dict(watch.peaks),
+        "left": watch.now,
+    }
+
+
+def install():
+    families.load_teacher = outside(families.load_teacher)
+    runtime.ranks.init_device_mesh = outside(runtime.ranks.init_device_mesh)
+    models.make_roles = noting_roles(models.make_roles)
+    runtime.optimize.step = noting_step(runtime.optimize.step)
+    wrap(models.Denoiser, "__call__", role_phase)
+    wrap(models.LatentDiscriminator, "features", lambda *args: "features of the discriminator")
+    wrap(models.PixelDiscriminator, "features", pixel_phase)
+    wrap(models.Discriminator, "logits", lambda *args: "heads")
+    for kind in (diffusers.AutoencoderKL, diffusers.AutoencoderKLCogVideoX):
+        wrap(kind, "decode", vae_phase)
+    wrap(torch.Tensor, "backward", backward_phase)
+    for name in ("save", "picture", "finish", "restore"):
+        wrap(runtime.folder.Run, name, lambda *args, name=name, **kwargs: name)
+    record = runtime.folder.Run.record
+    runtime.folder.Run.record = noting_record(record)
+    # Where time enters a network, and where there it becomes sines.
+    note_times(models.Denoiser, "a role", lambda x_t=None, t=None, *args, **kwargs: t)
+    note_times(diffusers.models.embeddings.Timesteps, "an embedding", lambda t: t)
+    # What would look at values.
+    runtime.files.file_sha256 = of_headers(runtime.files.file_sha256)
+    runtime.files.tensors_sha256 = lambda tensors: " ".join(sorted(tensors))
+    families.base.file_sha256 = runtime.folder.file_sha256 = runtime.files.file_sha256
+    runtime.folder.contact_sheet = lambda rows: Image.new("RGB", (8, 8))
+
+
+def outside(plain):
+    """For what needs a scheduler's numbers, not fakes."""
+
+    @wraps(plain)
+    def inside(*args, **kwargs):
+        with unset_fake_temporarily():
+            return plain(*args, **kwargs)
+
+    return inside
+
+
+def of_headers(sha256):
+    def short(path):
+        header = header_bytes(path)
+        return sha256(path) if header is None else header.hex()
+
+    return short
+
+
+# --- Phases ---------------------------------------------------------------------------------------
+
+
+def wrap(owner, name, phase_of):
+    """Let owner.name(...) be the phase phase_of(its arguments)."""
+    plain = getattr(owner, name)
+
+    @wraps(plain)
+    def inside(*args, **kwargs):
+        if now is None:
+            return plain(*args, **kwargs)
+        with now.watch.phase(phase_of(*args, **kwargs)):
+            return plain(*args, **kwargs)
+
+    setattr(owner, name, inside)
+
+
+def role_phase(role, *args, **kwargs):
+    """Inside a discriminator, or another role, it stays that."""
+    phase = now.watch.phases[-1]
+    if phase.startswith(("forward", "features")):
+        return phase
+    return f"forward of {now.names.get(id(role), 'teacher')}"
+
+
+def pixel_phase(discriminator, images):
+    now.held["pixel backbone"] = bytes_of(discriminator.backbone.parameters())
+    return "features of the pixel discriminator"
+
+
+def vae_phase(vae, *args, **kwargs):
+    if "picture" not in now.watch.phases:  # for that it is loaded, and dropped again
+        now.held["VAE"] = bytes_of(vae.parameters())
+    return "VAE"
+
+
+def backward_phase(*args, **kwargs):
+    """Named by the line of a script that asked for it."""
+    for file, line, name in lines_of("project"):
+        if name not in ("learn", "backward"):
+            return f"backward in {name}: {linecache.getline(file, line).strip()}"
+
+
+def noting_record(record):
+    @wraps(record)
+    def noting(self, *args, **kwargs):
+        with now.watch.phase("log row"):
+            record(self, *args, **kwargs)
+        now.iterations.append(figures(now.watch))
+        now.watch.clear()
+
+    return noting
+
+
+# --- Types ----------------------------------------------------------------------------------------
+
+
+def kind_of(x):
+    return f"{str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def bytes_of(tensors):
+    """Of this rank's parts."""
+    parts = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return sum(x.nbytes for x in parts)
+
+
+def noting_roles(make_roles):
+    @wraps(make_roles)
+    def noting(family, roles, *args, **kwargs):
+        teacher, *trained = made = make_roles(family, roles, *args, **kwargs)
+        for name, role in zip(roles, trained, strict=True):
+            now.owners |= {id(p): name for p in role.own_parameters().values()}
+        frozen = [p for p in teacher.net.parameters() if id(p) not in now.owners]
+        buffers = {}  # LoRA's roles share theirs
+        for name, role in zip(("teacher", *roles), made, strict=True):
+            now.names[id(role)] = name
+            for b in role.net.buffers():
+                buffers[id(b)] = b
+                now.buffers[f"{name}: {kind_of(b)}"] += 1
+        now.held |= {"teacher": bytes_of(frozen), "buffers": bytes_of(buffers.values())}
+        return made
+
+    return noting
+
+
+def noting_step(step):
+    @wraps(step)
+    def noting(optimizer, clip):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        network = now.owners.get(id(parameters[0]), "heads")
+        now.held[network] = bytes_of(parameters)
+        for p in parameters:
+            now.parameters[f"{network}: {kind_of(p)}"] += 1
+            gradient = "none" if p.grad is None else kind_of(p.grad)
+            now.gradients[f"{network}: {gradient}"] += 1
+        with now.watch.phase(f"step of {network}"):
+            return step(optimizer, clip)
+
+    return noting
+
+
+def note_times(owner, who, time_of):
+    plain = owner.__call__
+
+    @wraps(plain)
+    def noting(self, *args, **kwargs):
+        t = time_of(*args, **kwargs)
+        if now is not None and t is not None:  # FSDP settles what it shards by a call without
+            now.times[f"{who}: {kind_of(t)}"] += 1
+        return plain(self, *args, **kwargs)
+
+    owner.__call__ = noting

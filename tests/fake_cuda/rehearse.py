@@ -1,0 +1,54 @@
+"""The scripts on a GPU that is not there.
+
+    python tests/fake_cuda/rehearse.py SHIM.so RUNS.json [--shallow]
+
+Every tensor is fake, on a fake cuda:0: shapes, types, devices and storages are true, values are 0.
+Networks of any size take no memory; --shallow ones have few layers, of full width. RUNS.json is a
+list of
+
+    {"name", "script": "adm", "adp" or "pairs", "words": [of its command line],
+     "world": number of ranks, of which this is the first; 1 where it is not there}
+
+For each a line of json on stdout: what went wrong, when the host waited, what lay in memory, and of
+which types parameters, gradients and times were.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import shim
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main():
+    problem = shim.other_torch()
+    if problem:
+        sys.exit(problem)
+    library, runs, *flags = sys.argv[1:]
+    sys.path.insert(0, str(ROOT))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+    # Each of these is what the next imports, and must be as it is to be by then.
+    shim.load(library)
+    import device
+    import files
+
+    device.install()
+    files.install()
+    import notes
+
+    notes.install()
+    import stage
+
+    if "--shallow" in flags:
+        stage.make_shallow()
+    for spec in json.loads(Path(runs).read_text()):
+        name = spec.pop("name")
+        print(json.dumps({"name": name, **stage.rehearse(**spec)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

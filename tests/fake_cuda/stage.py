@@ -1,0 +1,93 @@
+"""A script's run on the fake device, as the first of its ranks."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from functools import partial
+
+import device
+import notes
+import torch
+from diffusers.models import model_loading_utils
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools import fake_collectives  # noqa: F401  it registers them
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from watch import Watch
+
+import adm
+import adp
+import data
+import models
+from families import full
+from runtime.script import run
+
+torch.set_num_threads(1)
+model_loading_utils.set_module_tensor_to_device = device.set_by_slot
+
+SCRIPTS = {
+    "adm": (adm.main, adm.Config),
+    "adp": (adp.main, adp.Config),
+    "pairs": (data.pairs, data.PairsConfig),
+}
+
+
+def rehearse(script, words, world=1):
+    """Run a script to its end; what was noted, and what went wrong."""
+    watch = Watch()
+    notes.now = notes.Notes(watch)
+    FakeTensor.tolist = lambda x: watch.values_of(x)
+    torch.cuda.max_memory_allocated = lambda *args: watch.peak
+    torch.UntypedStorage.resize_ = lambda storage, size: watch.resize(storage, size)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    began = time.process_time()
+    wrong = None
+    try:
+        with ranks_of(world), contextlib.redirect_stdout(sys.stderr), fakes, watch:
+            run(*SCRIPTS[script], words, prog=f"{script}.py")
+    except SystemExit as e:
+        wrong = f"it ended with {e.code}"
+    except Exception:
+        wrong = traceback.format_exc()
+    seconds = round(time.process_time() - began, 2)
+    noted = notes.now.as_json()
+    notes.now = None
+    return {"error": wrong, "seconds": seconds, "peak": watch.peak, **noted}
+
+
+@contextlib.contextmanager
+def ranks_of(world):
+    """As the first of `world` ranks, whose collectives do nothing."""
+    before = dict(os.environ)
+    if world > 1:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world))
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if dist.is_initialized():  # where the script ended before it did that itself
+            dist.destroy_process_group()
+
+
+def make_shallow():
+    """Of full width, with as many layers as it takes for each kind of them to be there."""
+    for name, (kind, config) in full.DENOISERS.items():
+        if "num_layers" in config:
+            fewer = {"num_layers": 2}
+        else:
+            fewer = {
+                "block_out_channels": (320, 640),
+                "attention_head_dim": (5, 10),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("UpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 1),
+                "layers_per_block": 1,
+            }
+        full.DENOISERS[name] = (kind, {**config, **fewer})
+    fewer = {"num_hidden_layers": 4, "global_attn_indexes": (1, 3)}
+    sam = models.transformers
+    sam.SamVisionConfig = partial(sam.SamVisionConfig, **fewer)
