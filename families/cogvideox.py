@@ -4,6 +4,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import diffusers
+import torch
 
 from families.base import Family, read_vp_schedule
 from runtime.settings import require
@@ -77,4 +78,5 @@ class CogVideoX(Family):
         start = int(u[0] * (latents.shape[1] - 1))
         video = self.decode(vae, latents[:, start : start + 2])  # (B, 3, F', H', W')
         chosen = [int(n * video.shape[2]) for n in u[1:]]
-        return video[:, :, chosen].transpose(1, 2).flatten(0, 1)
+        frames = [video[:, :, i] for i in chosen]  # by a list of numbers the host would wait
+        return torch.stack(frames, 1).flatten(0, 1)
