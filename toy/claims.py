@@ -10,11 +10,8 @@ python toy/claims.py grid25 judge --methods dmd,adp+dmd      # these methods' ro
 import argparse
 import json
 import sys
-import time
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import toy.run as toy
 from toy.gmm import Mixture, divergences
-from toy.run import Config, Curves, World, train
+from toy.run import Config, World, train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -151,52 +148,6 @@ def ablations():
         runs += [{"name": name, **r} for r in results]
         print(name, [round(r["tv"], 3) for r in results], flush=True)
         write("ablations.json", {"runs": lean(runs), "config": vars(cfg)})
-
-
-def overhead():
-    """Seconds of an ADM iteration against those of its networks' passes alone.
-
-    In turns, the least of each kept.
-    """
-    cfg = Config(seeds=SEEDS)
-    with mock.patch.object(toy, "TEACHER", 10):
-        world = World(cfg)
-    student = deepcopy(world.mlp).requires_grad_(True)
-    fake = deepcopy(world.mlp).requires_grad_(True)
-    D = toy.NoisyDiscriminator(toy.Draw((5,), world.seeds), world.mlp, cfg.head_width)
-    draw = toy.Noise((0,), world.seeds, cfg.batch_size)
-    x, t = draw.normal((2,)), draw.uniform(0, toy.T)  # (S·B, 2), (S·B,)
-    nets = torch.nn.ModuleList([student, fake, D.heads])
-
-    def bare(n):
-        for _ in range(n):
-            with toy.frozen(fake, D.heads):
-                x0 = student(x, t)[0]
-                world.teacher(x0.detach(), t, {})
-                maps = D.features(fake(x0, t)[0], t, {})
-                D.logits(maps).sum().backward()
-            with torch.no_grad():
-                # x_real, and both moved by the penalty.
-                others = [D.features(x, t, {}) for _ in range(3)]
-            seen = [[h.detach() for h in maps], *others]
-            sum(D.logits(m).sum() for m in seen).backward()
-            fake(x, t)[0].sum().backward()
-            nets.zero_grad()
-
-    def ours(n):
-        curves = Curves(world, "adm", 10**9, n)
-        toy.distil(cfg, "adm", world, deepcopy(world.mlp).requires_grad_(True), n, 1e-4, curves)
-
-    least = {"ours": float("inf"), "bare": float("inf")}
-    for _ in range(8):
-        for loop in (ours, bare):
-            began = time.perf_counter()
-            loop(50)
-            seconds = (time.perf_counter() - began) / 50
-            least[loop.__name__] = min(least[loop.__name__], seconds)
-    ratio = least["ours"] / least["bare"]
-    write("overhead.json", {**least, "ratio": ratio})
-    print(least, ratio)
 
 
 def target(cfg):
@@ -522,7 +473,7 @@ def readme():
     print("\n".join(markdown(read("headline.json")["runs"], "method")))
 
 
-RUN = (headline, grid25, ablations, phase, dmd2, overhead, judge)  # in this order
+RUN = (headline, grid25, ablations, phase, dmd2, judge)  # in this order
 STEPS = {f.__name__: f for f in (*RUN, search, readme)}
 PARTLY = ("headline", "grid25", "phase")  # take --methods
 
