@@ -1,10 +1,10 @@
 """The paper's claims, registered, run and judged: writes toy/CLAIMS.md from toy/results/.
 
-    python toy/claims.py            # everything but the search, within the hour on two idle cores
-    python toy/claims.py judge      # toy/CLAIMS.md again, from results that are there
-    python toy/claims.py readme     # prints the README's table
-    python toy/claims.py search     # the learning rates in run.RATES: results/search.json
-    python toy/claims.py grid25 judge --methods dmd,adp+dmd      # these methods' rows alone
+python toy/claims.py            # everything but the search, within the hour on two idle cores
+python toy/claims.py judge      # toy/CLAIMS.md again, from results that are there
+python toy/claims.py readme     # prints the README's table
+python toy/claims.py search     # the learning rates in run.RATES: results/search.json
+python toy/claims.py grid25 judge --methods dmd,adp+dmd      # these methods' rows alone
 """
 
 import argparse

@@ -23,8 +23,10 @@ import data
 import models
 from families import full
 from runtime.script import run
+from sizing import plan
 
 torch.set_num_threads(1)
+plan.gpu_memory = lambda: None  # runs that do not fit are rehearsed too, and tell by how much
 model_loading_utils.set_module_tensor_to_device = device.set_by_slot
 
 SCRIPTS = {
