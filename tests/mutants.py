@@ -181,6 +181,22 @@ MUTANTS = [
         ("stock sampler of another shift", "stock_warp(schedule.shift, steps)",
          "stock_warp(1.0, steps)"),
         ("stock sampler without noise", "stochastic_sampling=True", "stochastic_sampling=False"),
+        ("a student says a wrong size", '"width": shape[-1] * ', '"width": 2 * shape[-1] * '),
+    ]),
+    *mutants("tools/sample.py", ("tests/test_sample.py",), [
+        ("sample: noise between steps of no seed", "step = partial(plain, pipe.scheduler, "
+         "generator=between)", "step = partial(plain, pipe.scheduler)"),
+        ("sample: one seed for all", "cfg.seed + i for i", "cfg.seed for i"),
+        ("sample: truncated pictures stay", "endswith(PNG_END)", "endswith(b'')"),
+        ("sample: all is made again", " if row_at(out, i) is None]", "]"),
+        ("sample: other settings go on",
+         'check_same(read_json(path, "images", "count"), manifest, out)', "pass"),
+        ("sample: a student's own steps unheard", "    call |= student\n", ""),
+        ("sample: T5's tokens by the pipeline", "min(usual, t5[0].model_max_length)", "usual"),
+        ("sample: any steps of a student", "cfg.steps is None or cfg.steps == own", "True"),
+        ("sample: the recipe unheard", 'if "guidance" in recipe:', "if False:"),
+        ("sample: every rank makes all", "range(ranks.rank, count, ranks.world)", "range(count)"),
+        ("sample: nothing to correct", 'removesuffix(".png").isdecimal()', 'endswith("json")'),
     ]),
 ]
 

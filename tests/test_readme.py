@@ -16,7 +16,7 @@ import adp
 import data
 from runtime.flags import parser_of
 from runtime.script import parse
-from tools import plan
+from tools import plan, sample
 
 README = ROOT / "README.md"
 READMES = [README, *sorted(ROOT.glob("*/README.md")), ROOT / "toy" / "digits-teacher" / "README.md"]
@@ -37,6 +37,7 @@ SCRIPTS = {
     "data.py pairs": (data.PairsConfig, None),
     "tools/plan.py adm": (plan.AdmConfig, plan.check),
     "tools/plan.py adp": (plan.AdpConfig, plan.check),
+    "tools/sample.py": (sample.Config, None),
 }
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
