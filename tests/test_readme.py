@@ -16,7 +16,7 @@ import adp
 import data
 from runtime.flags import parser_of
 from runtime.script import parse
-from tools import plan, sample
+from tools import plan, sample, score
 
 README = ROOT / "README.md"
 READMES = [README, *sorted(ROOT.glob("*/README.md")), ROOT / "toy" / "digits-teacher" / "README.md"]
@@ -38,6 +38,7 @@ SCRIPTS = {
     "tools/plan.py adm": (plan.AdmConfig, plan.check),
     "tools/plan.py adp": (plan.AdpConfig, plan.check),
     "tools/sample.py": (sample.Config, None),
+    "tools/score.py": (score.Config, score.check),
 }
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
