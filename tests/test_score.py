@@ -292,7 +292,8 @@ def test_frechet_to_real_images(clip, images, tmp_path):
     more = ("--metrics", "frechet", "--real", real)
     names = ("student", "blurred", "teacher")
     found = values(again(images, clip, tmp_path / "out", *more, names=names)["rows"], "frechet")
-    assert found["teacher"] < found["blurred"] / 2 and found["student"] < found["blurred"] / 2
+    assert 0.1 < found["teacher"] < found["blurred"] / 2
+    assert found["student"] < found["blurred"] / 2
 
 
 def test_features_of_dinov2_and_a_video(images, few_prompts, tmp_path):
