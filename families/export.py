@@ -64,25 +64,38 @@ def stock_warp(K, n):
 USAGE = """# A {steps}-step student of {base}
 
     pipe = diffusers.DiffusionPipeline.from_pretrained("path/to/this/folder")
-    result = pipe("a red fox", num_inference_steps={steps}, guidance_scale=1.0, {size})
+    result = pipe("a red fox", {call})
 
-Pass all of these: the scheduler visits the student's own times at this number of steps only,
-guidance is in the weights, and the size is what it was trained at. Stable Diffusion 3's pipeline
-draws the noise between steps from torch's global generator: seed that (`torch.manual_seed`) for a
-repeatable picture.
+Pass all of these, which model_index.json has as `_sampling`: the scheduler visits the student's own
+times at this number of steps only, guidance is in the weights, and the size is what it was trained
+at. Stable Diffusion 3's pipeline draws the noise between steps from torch's global generator: seed
+that (`torch.manual_seed`) for a repeatable picture.
 """
 
 
-def usage(family, steps, shape):
-    """The README of an exported student whose latents have this shape."""
-    height, width = shape[-2] * family.vae_scale, shape[-1] * family.vae_scale
-    size = f"height={height}, width={width}"
+def how_to_sample(family, steps, shape):
+    """The arguments, beside prompts, of the call of an exported student's stock pipeline.
+
+    shape: of its latents.
+    """
+    how = {
+        "num_inference_steps": steps,
+        "guidance_scale": 1.0,
+        "height": shape[-2] * family.vae_scale,
+        "width": shape[-1] * family.vae_scale,
+    }
     if len(shape) == 4:
-        frames = (shape[0] - 1) * family.config.temporal_compression_ratio + 1
-        size += f", num_frames={frames}"
+        ratio = family.config.temporal_compression_ratio
+        how["num_frames"] = (shape[0] - 1) * ratio + 1
     if family.text_tokens not in (None, 256):
-        size += f", max_sequence_length={family.text_tokens}"
-    return USAGE.format(steps=steps, base=family.name, size=size)
+        how["max_sequence_length"] = family.text_tokens
+    return how
+
+
+def usage(family, how):
+    """The README of an exported student that is sampled as `how_to_sample` says."""
+    call = ", ".join(f"{name}={value}" for name, value in how.items())
+    return USAGE.format(steps=how["num_inference_steps"], base=family.name, call=call)
 
 
 def export_pipeline(student, schedule, steps, shape, folder, write=True):
@@ -114,8 +127,11 @@ def export_pipeline(student, schedule, steps, shape, folder, write=True):
         scheduler = student_scheduler(schedule, steps)
         scheduler.save_pretrained(partial / "scheduler")
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        # For programs, where it goes with the folder to the hub; diffusers passes over such names.
+        index["_sampling"] = how_to_sample(family, steps, shape)
+        index["_teacher"] = family.name
         (partial / "model_index.json").write_text(json.dumps(index, indent=2))
-        (partial / "README.md").write_text(usage(family, steps, shape))
+        (partial / "README.md").write_text(usage(family, index["_sampling"]))
 
 
 def merged(family, adapter, weights, folder):

@@ -13,6 +13,11 @@ def option(default, help, group="settings"):
     return field(default=default, metadata={"help": help, "group": group})
 
 
+def words(help, metavar, group="settings"):
+    """A config's field of the words that stand without a flag: a list."""
+    return field(default=(), metadata={"help": help, "metavar": metavar, "group": group})
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions as they are written, each flag's default, and whether that is the paper's.
 
@@ -34,7 +39,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 # In this order where there are any, whichever class they come from.
-GROUPS = ("what to distil", "what to make", "the method", "training", "memory", "output")
+GROUPS = (
+    *("what to distil", "what to make", "what to score", "how to score"),
+    *("the method", "training", "memory", "output"),
+)
 
 
 def parser_of(config_class, **about):
@@ -55,6 +63,10 @@ def parser_of(config_class, **about):
             groups[title] = parser.add_argument_group(title)
         assert f.default is not MISSING, f"{f.name} has no default"
         how = {"default": f.default, "help": f.metadata["help"].replace("%", "%%")}
+        if "metavar" in f.metadata:
+            how |= {"default": argparse.SUPPRESS, "metavar": f.metadata["metavar"]}
+            groups[title].add_argument(f.name, nargs="*", **how)
+            continue
         action = groups[title].add_argument(
             flag(f.name), dest=f.name, **how, **typed(hints[f.name])
         )

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import diffusers
+import huggingface_hub
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
@@ -21,8 +22,10 @@ class Stopped(Exception):
 def quiet():
     """Of transformers and diffusers only errors, and no progress bars.
 
-    For a process whose stderr is its own, as a script's is.
+    For a process whose stderr is its own, as a script's is. Of a hub that is not reached its
+    library says every attempt: what comes of it, the script says.
     """
+    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

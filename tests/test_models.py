@@ -694,6 +694,9 @@ def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, size)
     families.export.export_pipeline(denoiser, family.schedule, 3, shape, tmp_path / "out")
     says = (tmp_path / "out" / "README.md").read_text()
     assert f"num_inference_steps=3, guidance_scale=1.0, {size}" in says
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    call = ", ".join(f"{argument}={value}" for argument, value in index["_sampling"].items())
+    assert f'pipe("a red fox", {call})' in says and index["_teacher"] == name
 
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl"])

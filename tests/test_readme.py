@@ -17,7 +17,7 @@ import data
 import models
 from runtime.flags import parser_of
 from runtime.script import parse
-from tools import plan
+from tools import plan, sample, score
 
 README = ROOT / "README.md"
 READMES = [README, *sorted(ROOT.glob("[a-z]*/README.md"))]
@@ -39,6 +39,8 @@ SCRIPTS = {
     "data.py pairs": (data.PairsConfig, None),
     "tools/plan.py adm": (plan.AdmConfig, plan.check),
     "tools/plan.py adp": (plan.AdpConfig, plan.check),
+    "tools/sample.py": (sample.Config, None),
+    "tools/score.py": (score.Config, score.check),
 }
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}

@@ -1,0 +1,214 @@
+"""tools/sample.py: pictures by seed, what a student says of itself, going on, ranks, mistakes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, ended, refused, start
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import families.export
+import models
+from tools import sample
+
+TEACHER = ("--pipeline", "digits", "--steps", 2, "--batch-size", 4)
+
+
+@pytest.fixture(scope="module")
+def digits_prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "digits.txt"
+    path.write_text("a handwritten zero\na handwritten one\na handwritten two\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student of the digits in three steps, exported: steps between which noise is drawn."""
+    return exported(tmp_path_factory.mktemp("student") / "pipeline", 3)
+
+
+@pytest.fixture(scope="module")
+def sampled(student, digits_prompts, tmp_path_factory):
+    """Five images of three prompts by that student, in one batch."""
+    out = tmp_path_factory.mktemp("sampled") / "images"
+    draw(out, digits_prompts, "--pipeline", student, "--count", 5, "--batch-size", 5)
+    return out
+
+
+def exported(folder, steps):
+    """The digits teacher as its own student in so many steps."""
+    family = families.load_teacher("digits")
+    denoiser = models.load_denoiser(family)
+    shape = family.latent_shape()
+    families.export.export_pipeline(denoiser, family.schedule, steps, shape, folder)
+    return folder
+
+
+def draw(out, prompts, *flags):
+    call(sample.main, sample.Config, "--prompts", prompts, "--out", out, "--seed", 7, *flags)
+    return out
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def pictures(folder):
+    """{name: (H, W, 3) float} of a folder's images."""
+    paths = sorted(folder.glob("*.png"))
+    return {p.name: np.asarray(Image.open(p).convert("RGB"), float) for p in paths}
+
+
+def assert_same_pictures(a, b):
+    """To a level of 255: a batch of another size rounds otherwise."""
+    a, b = pictures(a), pictures(b)
+    assert a.keys() == b.keys() and a
+    assert max(np.abs(a[name] - b[name]).max() for name in a) <= 1
+
+
+def test_the_manifest_says_how_each_image_was_made(sampled):
+    m = manifest(sampled)
+    zero, one, two = "a handwritten zero", "a handwritten one", "a handwritten two"
+    rows = m["images"]
+    assert [row["prompt"] for row in rows] == [zero, one, two, zero, one]
+    assert [row["seed"] for row in rows] == [7, 8, 9, 10, 11]
+    assert [row["file"] for row in rows] == sorted(pictures(sampled))
+    assert all(row["seconds"] > 0 for row in rows)
+    assert m["complete"] and m["count"] == 5 and m["teacher"] == "digits"
+
+
+def test_steps_and_guidance_are_the_students_own(sampled):
+    for row in manifest(sampled)["images"]:
+        assert (row["steps"], row["guidance"]) == (3, 1.0)
+    assert manifest(sampled)["call"]["max_sequence_length"] == 4
+
+
+def test_an_image_is_that_of_the_stock_call_with_its_seed(student, sampled):
+    """Of a student that draws noise between its steps, from what was a batch of five."""
+    pipe = DiffusionPipeline.from_pretrained(student)
+    pipe.set_progress_bar_config(disable=True)
+    how = json.loads((student / "model_index.json").read_text())["_sampling"]
+    torch.manual_seed(10)
+    first = torch.Generator().manual_seed(10)
+    stock = pipe("a handwritten zero", generator=first, **how).images[0]
+    ours = pictures(sampled)["000003.png"]
+    assert np.abs(np.asarray(stock, float) - ours).max() <= 1
+    torch.manual_seed(11)
+    other = pipe("a handwritten zero", generator=first.manual_seed(10), **how).images[0]
+    assert np.abs(np.asarray(other, float) - ours).max() > 20  # noise between the steps counts
+
+
+def test_a_second_call_goes_on(student, sampled, digits_prompts, tmp_path):
+    """It makes what is missing, truncated, or more, in other batches, and leaves the rest."""
+    out = tmp_path / "images"
+    flags = ("--pipeline", student, "--batch-size", 2)
+    draw(out, digits_prompts, *flags, "--count", 4)
+    whole = (out / "000003.png").read_bytes()
+    (out / "000001.png").unlink()
+    (out / "000003.png").write_bytes(whole[:-40])
+    kept = (out / "000000.png").stat().st_mtime_ns
+    draw(out, digits_prompts, *flags, "--count", 5)
+    assert_same_pictures(out, sampled)
+    assert (out / "000000.png").stat().st_mtime_ns == kept
+    assert [row["seed"] for row in manifest(out)["images"]] == [7, 8, 9, 10, 11]
+
+
+def test_two_ranks_make_the_same_images(student, sampled, digits_prompts, tmp_path):
+    out = tmp_path / "images"
+    flags = ["--pipeline", student, "--prompts", digits_prompts, "--seed", 7, "--count", 5]
+    args = [*flags, "--batch-size", 2, "--out", out]
+    codes, said = ended(*start(tmp_path, sample.main, sample.Config, args, world=2))
+    assert codes == [0, 0], said
+    assert_same_pictures(out, sampled)
+    assert len(manifest(out)["images"]) == 5
+
+
+def test_student_and_teacher_begin_with_the_same_noise(digits_prompts, tmp_path):
+    """In one step the teacher and its copy, whose scheduler is the student's, make the same."""
+    student = exported(tmp_path / "pipeline", 1)
+    a = draw(tmp_path / "student", digits_prompts, "--pipeline", student)
+    b = draw(tmp_path / "teacher", digits_prompts, "--pipeline", "digits", "--steps", 1)
+    assert_same_pictures(a, b)
+
+
+def test_a_teacher_is_sampled_as_its_pipeline_or_recipe_says(digits_prompts, tmp_path):
+    """28 steps are the stock pipeline's, no guidance the recipe's, 4 tokens the tokenizer's."""
+    out = draw(tmp_path / "out", digits_prompts, "--pipeline", "digits", "--count", 1)
+    call_made = manifest(out)["call"]
+    assert call_made == {
+        "num_inference_steps": 28,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 4,
+    }
+
+
+def test_a_video_is_a_folder_of_frames(few_prompts, tmp_path):
+    flags = ("--steps", 1, "--guidance", 1, "--frames", 9, "--resolution", 64, "--count", 1)
+    out = draw(tmp_path / "out", few_prompts, "--pipeline", "tiny-cogvideox-2b", *flags)
+    frames = sorted((out / "000000").glob("*.png"))
+    assert len(frames) == 9 and Image.open(frames[0]).size == (64, 64)
+    assert Image.open(out / "000000" / "video.gif").n_frames > 1
+    assert manifest(out)["images"][0]["file"] == "000000"
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
+def said(capsys, *args):
+    return refused(capsys, sample.main, sample.Config, *args)
+
+
+def test_other_images_in_the_folder_are_left_alone(capsys, sampled, student, digits_prompts):
+    before = {p.name: p.read_bytes() for p in sampled.iterdir()}
+    flags = ("--prompts", digits_prompts, "--out", sampled, "--seed", 7, "--count", 5)
+    line = said(capsys, "--pipeline", student, *flags, "--guidance", 2)
+    assert "other settings" in line and "call" in line
+    assert "weights_sha256" in said(capsys, *TEACHER, *flags)
+    assert before == {p.name: p.read_bytes() for p in sampled.iterdir()}
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(capsys, digits_prompts, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    line = said(capsys, *TEACHER, "--prompts", digits_prompts, "--out", tmp_path)
+    assert "not empty" in line and [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_size_that_is_not_taken_can_be_corrected(capsys, digits_prompts, tmp_path):
+    out = tmp_path / "out"
+    flags = (*TEACHER, "--prompts", digits_prompts, "--count", 1, "--out", out)
+    assert "divisible" in said(capsys, *flags, "--resolution", 7)
+    assert "pixels" in said(capsys, *flags, "--resolution", "big")
+    call(sample.main, sample.Config, *flags)
+    assert len(pictures(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        (None, "which?"),
+        ("no-such-model", "unknown model"),
+        ("nobody/no-such-pipeline", "cannot be fetched"),
+    ],
+)
+def test_a_pipeline_that_is_not_there(capsys, tmp_path, name, problem):
+    flags = () if name is None else ("--pipeline", name)
+    assert problem in said(capsys, *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_has_its_own_number_of_steps(capsys, student, tmp_path):
+    line = said(capsys, "--pipeline", student, "--steps", 1, "--out", tmp_path / "out")
+    assert "student of 3" in line and not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_without_weights(capsys, student, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(student, folder)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    line = said(capsys, "--pipeline", folder, "--out", tmp_path / "out")
+    assert "no complete diffusers pipeline" in line and not (tmp_path / "out").exists()
+    line = said(capsys, "--pipeline", tmp_path, "--out", tmp_path / "out")
+    assert "model_index.json is missing" in line
