@@ -19,7 +19,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
@@ -262,27 +261,6 @@ class Run:
         done = iteration + 1
         return done % every == 0 or done == self.cfg.iterations
 
-    def picture(self, iteration, latents):
-        """samples/<iteration>.png, of rank 0: a row for each {label: latents (B, ...)}.
-
-        For video a row of frames for each sample. The VAE is loaded for this and dropped again.
-        """
-        if not self.ranks.main:
-            return
-        vae = self.family.vae(self.ranks.device)
-        rows = []  # (label, images (N, 3, H, W) uint8)
-        for label, z in latents.items():
-            most = 8 if z.ndim == 4 else 2
-            with torch.no_grad():
-                x = torch.cat([self.family.decode(vae, one) for one in z[:most].split(1)])
-            x = x.float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
-            if x.ndim == 4:  # (B, 3, H, W)
-                rows.append((label, x))
-            else:  # (B, 3, frames, H, W)
-                rows += [(label, video[:8]) for video in x.transpose(1, 2)]
-        (self.folder / "samples").mkdir(exist_ok=True)
-        contact_sheet(rows).save(self.folder / "samples" / f"{iteration:06d}.png")
-
     def checkpoints(self):
         """Their folders, oldest first. One that is being written has another kind of name."""
         found = (self.folder / "checkpoints").glob("[0-9]*")
@@ -425,21 +403,6 @@ def peak_memory(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return peak * unit
-
-
-def contact_sheet(rows):
-    """One picture of rows [(label, images (N, 3, H, W) uint8)], all of one height and width."""
-    _, first = rows[0]
-    margin = 120  # for the label, in pixels
-    enlarge = max(1, 96 // first.shape[-2])  # small pictures are hard to see
-    height, width = (n * enlarge for n in first.shape[-2:])
-    sheet = Image.new("RGB", (margin + len(first) * width, len(rows) * height), "white")
-    for i, (label, images) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((4, i * height + 4), label, fill="black")
-        for j, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            tile = Image.fromarray(image).resize((width, height), Image.NEAREST)
-            sheet.paste(tile, (margin + j * width, i * height))
-    return sheet
 
 
 def load_network(path, parameters, optimizer):
