@@ -21,7 +21,6 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import PROMPTS, encode_prompts, teacher_steps, text_sha256
 from families import load_teacher, recipes
@@ -427,9 +426,7 @@ def main(cfg):
         if loss.requires_grad:  # not so where the student rests
             backward(loss, len(parts))
 
-    iterations = range(first, cfg.iterations)
-    bar = tqdm(iterations, cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar)
-    for iteration in bar:
+    for iteration in here.iterations(first):
         began, logs, shown = time.perf_counter(), [], []
         # The student learns in round 0; TTUR's further rounds are new samples for the others. In a
         # round, gradients add up over the micro-batches `parts`, and only then every network steps:

@@ -21,7 +21,6 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import Pairs, pairs_shape
 from families import load_teacher, recipes
@@ -283,9 +282,7 @@ def main(cfg):
     def learn(loss):
         backward(loss, len(parts))
 
-    iterations = range(first, cfg.iterations)
-    bar = tqdm(iterations, cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar)
-    for iteration in bar:
+    for iteration in here.iterations(first):
         began, logs = time.perf_counter(), []
         regresses = cfg.loss == "mse" or iteration < cfg.mse_iterations
         for group in optimizers["student"].param_groups:

@@ -1,6 +1,7 @@
 """A run's curves: log.csv as a picture, of one run or of several."""
 
 import csv
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +33,26 @@ POINTS = 2000  # of a faint line: of a longer run's, every second or third itera
 def read(folder):
     """log.csv of a run's folder: {column: (N,) float64}, NaN where a cell is empty.
 
-    Raises BadInput where there is none, or where it is damaged.
+    A last row that was cut off, by a kill, is left out. Raises BadInput where there is no log, or
+    where it is damaged.
     """
     path = Path(folder) / "log.csv"
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f, strict=True))
-        names = [name for name in rows[0] if name]
-        log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+        if None in rows[-1].values():
+            rows.pop()
+        log = {name: np.array([number(row[name]) for row in rows]) for name in rows[0]}
         log["iteration"], log["skipped"]
     except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error):
         problem = "log.csv is missing, empty or damaged"
         raise BadInput(f"{folder} holds no run of adp.py or adm.py: {problem}") from None
     return log
+
+
+def number(cell):
+    """A cell's number: NaN where it is empty."""
+    return float("nan") if cell == "" else float(cell)
 
 
 def smooth(y, window):
@@ -78,24 +86,30 @@ def draw(folders, path):
     logs = {str(folder): read(folder) for folder in folders}
     panels = [name for name in PANELS if any(has(log, name) for log in logs.values())]
     down = -(-(len(panels) + 1) // ACROSS)  # one for the legend
-    width, height = 4.2 * ACROSS, 2.6 * down  # inches, as the distances below
+    width, height = 4.2 * ACROSS, 2.65 * down  # inches, as the distances below
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(down, ACROSS, squeeze=False).flatten()
     edges = {"left": 0.6 / width, "right": 1 - 0.2 / width}
-    edges |= {"bottom": 0.35 / height, "top": 1 - 0.4 / height}
-    figure.subplots_adjust(**edges, wspace=0.22, hspace=0.32)
+    edges |= {"bottom": 0.5 / height, "top": 1 - 0.4 / height}
+    figure.subplots_adjust(**edges, wspace=0.22, hspace=0.36)
+    last = max(log["iteration"].max() for log in logs.values())
+    for axis in axes[: len(panels)][-ACROSS:]:
+        axis.set_xlabel("iteration", fontsize=9)
     for axis, name in zip(axes, panels, strict=False):
         title, logarithmic = PANELS[name]
         axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(-0.02 * last, 1.02 * last)
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
         axis.tick_params(which="both", labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if logarithmic:
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_major_formatter("{x:g}")
             # Numbers between the powers of ten too, where there are few of those.
-            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            wanted = LogFormatter(minor_thresholds=(1.5, 0.5))
+            wanted.set_axis(axis.yaxis)
+            axis.yaxis.set_minor_formatter(functools.partial(minor_label, wanted))
         else:
             axis.ticklabel_format(axis="y", useOffset=False)
         for i, (folder, log) in enumerate(logs.items()):
@@ -120,6 +134,12 @@ def draw(folders, path):
     return figure
 
 
+def minor_label(wanted, value, position):
+    """A number on a logarithmic axis, where the formatter `wanted` would write one."""
+    wanted.set_locs(wanted.axis.get_minorticklocs())
+    return f"{value:g}" if wanted(value, position) else ""
+
+
 def has(log, name):
     """Whether there is anything to draw of a column."""
     return name in log and bool(np.isfinite(log[name]).any())
@@ -138,7 +158,7 @@ def curve(axis, log, name, color, logarithmic):
     every = -(-len(x) // POINTS)
     # A single iteration is no line, nor is one between two that are missing.
     marker = "." if np.isfinite(y).sum() < 20 else None
-    axis.plot(x[::every], y[::every], color=color, alpha=0.25, linewidth=0.8, marker=marker)
+    axis.plot(x[::every], y[::every], color=color, alpha=0.35, linewidth=0.8, marker=marker)
     axis.plot(x, smooth(y, window_of(len(x))), color=color, linewidth=1.6)
     skipped = x[log["skipped"] > 0]
     bottom = np.zeros(len(skipped))

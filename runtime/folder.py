@@ -1,6 +1,7 @@
 """A run's folder: config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/.
 
-All of it is safetensors and json, written aside and renamed: a file is whole or absent.
+samples/ and curves.png are made in sheets.py and curves.py. All else is safetensors and json,
+written aside and renamed: a file is whole or absent.
 """
 
 import csv
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
+from runtime.progress import Progress
 from runtime.ranks import assign, gather, like
 from runtime.script import Stopped
 from runtime.settings import require
@@ -35,6 +37,7 @@ MAY_CHANGE = (
     "iterations",
     "checkpoint_every",
     "sample_every",
+    "log_every",
     "keep_checkpoints",
     "accumulate",
     "samples",
@@ -192,6 +195,12 @@ class Run:
             print(f"{self.folder}: from iteration {done + 1} on {'; '.join(said)}", file=sys.stderr)
         write_json(self.folder / "config.json", {**self.about, "changes": changes})
 
+    def iterations(self, first):
+        """The numbers of the iterations from `first` on; how far they are stands on stderr."""
+        self.progress = Progress(self.cfg, first, self.ranks.main)
+        yield from range(first, self.cfg.iterations)
+        self.progress.close()
+
     def record(self, iteration, logs, began):
         """Append a row to log.csv, and set self.stop where the run ends after it.
 
@@ -228,6 +237,7 @@ class Run:
                 if iteration == 1:
                     writer.writeheader()
                 writer.writerow(row)
+        self.progress.show(row)
         self.decide(iteration, asked)
 
     def decide(self, iteration, asked):
@@ -378,7 +388,7 @@ class Run:
         export(self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
             use = "pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)"
-            print(f"{self.folder}: log.csv, samples/, and {use}")
+            print(f"{self.folder}: log.csv, curves.png, samples/, and {use}")
 
 
 def versions():

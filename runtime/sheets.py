@@ -73,8 +73,8 @@ class Sheets:
     def batch(self, iteration, rows, t):
         """samples/<iteration>-batch.png of latents of the training batch, at times t (B,).
 
-        rows: {label: latents (B, ...)}, this rank's. No network runs for it, only the VAE. To be called on
-        every rank; rank 0 writes.
+        rows: {label: latents (B, ...)}, this rank's. No network runs for it, only the VAE. To be
+        called on every rank; rank 0 writes.
         """
         joined = self.here.ranks.joined
         rows = {label: joined(z.detach())[: self.columns].cpu() for label, z in rows.items()}
