@@ -120,7 +120,7 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
     logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
     loss_d = discriminator_loss(logits_real, logits_fake)
     pairs = ((x_real, logits_real), (x_fake.detach(), logits_fake))
-    learn(loss_d + damping(net, cfg, draw, cond, s, pairs))
+    learn(loss_d + damping(discriminator, cfg, draw, cond, s, pairs))
 
     # 6. Fake score: f_ψ learns the student's samples by its diffusion loss.
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)  # x̂_0, or with --fake-samples: ours
@@ -161,27 +161,18 @@ def learn_fake(net, draw, cond, x0, learn):
     return loss
 
 
-class Clean(NamedTuple):
-    """x̂_0 and what teacher and fake score made of x_t: for figures and pictures."""
-
-    x0_hat: torch.Tensor  # (B, ...)
-    x0_real: torch.Tensor  # (B, ...)
-    x0_fake: torch.Tensor  # (B, ...)
-    t: torch.Tensor  # (B,)
-
-
 def clean(net, x_t, t, x0_hat, out_real, out_fake):
-    """The Clean of these outputs at x_t."""
+    """x̂_0, what teacher and fake score made of x_t, (B, ...) each, and t (B,): {name: tensor}."""
     x0_real = net.schedule.to_x0_eps(x_t, out_real, t)[0].detach()
     x0_fake = net.schedule.to_x0_eps(x_t, out_fake, t)[0].detach()
-    return Clean(x0_hat, x0_real, x0_fake, t)
+    return {"student": x0_hat, "teacher's x_0": x0_real, "fake score's x_0": x0_fake, "t": t}
 
 
 def figures(latents):
     """What the log shows of them, beside the losses that are descended."""
-    x0_hat = latents.x0_hat
+    x0_hat, x0_real, x0_fake, _ = latents.values()
     spread = x0_hat.flatten(1).std(1).mean()
-    loss = dmd_loss(x0_hat, latents.x0_real, latents.x0_fake)
+    loss = dmd_loss(x0_hat, x0_real, x0_fake)
     return {"dmd_loss": loss.detach(), "x0_mean": x0_hat.mean(), "x0_std": spread}
 
 
@@ -208,7 +199,8 @@ def dmd_round(net, cfg, draw, cond, uncond, k, learn):
         out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
         out_fake = net.fake(x_t, t, cond)[0]
     latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
-    loss_g = dmd_loss(x0_hat, latents.x0_real, latents.x0_fake)
+    _, x0_real, x0_fake, _ = latents.values()
+    loss_g = dmd_loss(x0_hat, x0_real, x0_fake)
     learn(loss_g)
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
     loss_f = learn_fake(net, draw, cond, x0, learn)
@@ -219,7 +211,7 @@ def fake_round(net, cfg, draw, cond, uncond, k, learn):
     """A further round of DMD under TTUR: the fake score alone learns, on new samples."""
     x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
-    return {"loss_fake": learn_fake(net, draw, cond, x0, learn)}, None
+    return {"loss_fake": learn_fake(net, draw, cond, x0, learn)}, {"student": x0_hat}
 
 
 # --- What the paper has not (ours): off, but where a recipe or a flag says so ---------------------
@@ -249,15 +241,15 @@ def weight_in_t(cfg, schedule, t):
     return 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3)
 
 
-def damping(net, cfg, draw, cond, s, pairs):
+def damping(discriminator, cfg, draw, cond, s, pairs):
     """--damping: the penalty's weighted sum over `pairs` of (x, D's logits at x); 0 without."""
     loss = 0
     if cfg.damping:
         for x, logits in pairs:
             with torch.no_grad():
-                nearby = x + cfg.damping_sigma * draw.normal(net.shape)  # (B, ...)
-                maps = net.discriminator.features(nearby, s, cond)
-            moved = net.discriminator.logits(maps)  # (B,)
+                nearby = x + cfg.damping_sigma * draw.normal(x.shape[1:])  # (B, ...)
+                maps = discriminator.features(nearby, s, cond)
+            moved = discriminator.logits(maps)  # (B,)
             loss = loss + cfg.damping * damping_loss(logits, moved, cfg.damping_sigma)
     return loss
 
@@ -379,9 +371,9 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    ranks = Ranks()
-    must_fit(cfg, ranks)
+    must_fit(cfg)
     family = load_teacher(cfg.model, cfg.random_init)
+    ranks = Ranks()
     text = text_sha256(cfg.prompts, family)
     shape = family.latent_shape(cfg.resolution, cfg.frames)
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
@@ -459,9 +451,8 @@ def main(cfg):
         here.record(iteration + 1, logs, began)
         if here.due(cfg.sample_every, iteration):
             sheets.draw(iteration + 1, networks)
-            x0_hat, x0_real, x0_fake, t = map(torch.cat, zip(*shown, strict=True))  # (B, ...) each
-            rows = {label: x0_hat, "teacher's x_0": x0_real, "fake score's x_0": x0_fake}
-            sheets.batch(iteration + 1, rows, t)
+            rows = {name: torch.cat([one[name] for one in shown]) for name in shown[0]}  # (B, ...)
+            sheets.batch(iteration + 1, {label: rows.pop("student")} | rows)
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
         if here.stop:

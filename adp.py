@@ -228,14 +228,14 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    ranks = Ranks()
-    must_fit(cfg, ranks, pairs_shape(cfg.pairs))
+    must_fit(cfg, pairs_shape(cfg.pairs))
     family = load_teacher(cfg.model, cfg.random_init)
     use_pixel = cfg.pixel and cfg.loss == "adp"
     if use_pixel:
         tiny = cfg.model.startswith(("tiny-", "digits"))
         named = cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base")
         backbone = load_pixel_backbone(named, cfg.random_init)
+    ranks = Ranks()
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     pairs = Pairs(cfg.pairs, family, ranks.device, cfg.resolution, cfg.frames, cfg.guidance)
     line = on_the_line(family.schedule)  # the student's process

@@ -12,6 +12,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.settings import require
 
 
+def world_size():
+    """How many processes there are: plain python is one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_gpu():
+    """The GPU of this process."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def gpu_memory():
+    """Bytes of this process's GPU, or None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(own_gpu()).total_memory
+
+
 class Ranks:
     """This process among the others; plain python is one rank of one.
 
@@ -20,15 +37,13 @@ class Ranks:
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world = world_size()
         self.main = self.rank == 0
         cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
-        self.memory = None  # bytes of this rank's GPU
         if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = own_gpu()
             torch.cuda.set_device(self.device)
-            self.memory = torch.cuda.get_device_properties(self.device).total_memory
         # Of weights that are never trained.
         self.frozen_dtype = torch.bfloat16 if cuda else torch.float32
         # tqdm's `disable`; None: quiet when stderr is no terminal.
@@ -149,7 +164,7 @@ def gather(tensors, keep=True):
 
 def like(p, whole):
     """`whole` where p is, and sharded as p is."""
-    whole = whole.to(p.device)
+    whole = whole.detach().to(p.device)  # a copy of a parameter would be no leaf to distribute
     if isinstance(p, DTensor):
         return distribute_tensor(whole, p.device_mesh, p.placements)
     return whole

@@ -70,15 +70,15 @@ class Sheets:
         curves.draw([folder], folder / "curves.png")
 
     @torch.no_grad()
-    def batch(self, iteration, rows, t):
-        """samples/<iteration>-batch.png of latents of the training batch, at times t (B,).
+    def batch(self, iteration, rows):
+        """samples/<iteration>-batch.png of the training batch.
 
-        rows: {label: latents (B, ...)}, this rank's. No network runs for it, only the VAE. To be
-        called on every rank; rank 0 writes.
+        rows: this rank's latents {label: (B, ...)}, and their times "t", (B,). No network runs for
+        it, only the VAE. To be called on every rank; rank 0 writes.
         """
         joined = self.here.ranks.joined
-        rows = {label: joined(z.detach())[: self.columns].cpu() for label, z in rows.items()}
-        captions = [f"t = {time:.0f}" for time in joined(t.float())[: self.columns].tolist()]
+        rows = {name: joined(x.detach())[: self.columns].cpu() for name, x in rows.items()}
+        captions = [f"t = {time:.0f}" for time in rows.pop("t").tolist()]
         if self.here.ranks.main:
             title = f"iteration {iteration}, training batch"
             self.write(f"{iteration:06d}-batch", title, captions, rows)

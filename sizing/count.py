@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     student: Denoiser
     fake: Denoiser | None  # of ADM
     latent: LatentDiscriminator
-    pixel: PixelDiscriminator | None  # of ADP, SAM-B
+    pixel: PixelDiscriminator | None  # of ADP, on SAM-B, whatever --pixel-backbone says
     vae: torch.nn.Module | None  # decodes for it
 
     def networks(self):

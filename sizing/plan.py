@@ -5,7 +5,7 @@ from functools import cache
 from types import SimpleNamespace
 
 from families import HUB, load_teacher
-from runtime.ranks import micro_batches
+from runtime.ranks import gpu_memory, micro_batches, world_size
 from runtime.settings import BadInput, flag
 from sizing.count import COLUMNS, activations, build, copies, flops, gathered, states
 
@@ -207,13 +207,14 @@ def typed(settings):
     return " ".join(words)
 
 
-def must_fit(cfg, ranks, latent=None):
+def must_fit(cfg, latent=None):
     """Raises BadInput where a run cannot fit its GPU: the plan's figures, and what would make it.
 
-    On a CPU there is nothing to refuse. One rank plans for all.
+    latent: the shape of one, if it is known. On a CPU there is nothing to refuse.
     """
-    if ranks.memory is not None:
-        ranks.first(lambda: refuse_what_does_not_fit(cfg, ranks.world, ranks.memory, latent))
+    memory = gpu_memory()
+    if memory is not None:
+        refuse_what_does_not_fit(cfg, world_size(), memory, latent)
 
 
 def refuse_what_does_not_fit(cfg, world, gpu_bytes, latent=None):

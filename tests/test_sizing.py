@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call, refused
+from conftest import ROOT, call, refused
 
 import adm
 import adp
 import data
 import families
 import models
+import sizing.plan
 from runtime.flags import parser_of
-from runtime.ranks import Ranks
 from runtime.script import parse
 from sizing import count
 from sizing.plan import enough_gpus, plan_of
@@ -26,16 +26,13 @@ def config(kind, *argv):
     return parse(parser_of(kind), kind, [str(word) for word in argv])
 
 
-class SmallGpu(Ranks):
-    """This process, as if its device had 24 GB."""
-
-    def __init__(self):
-        super().__init__()
-        self.memory = 24 * GB
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """This process's device, as if it were a GPU of 24 GB."""
+    monkeypatch.setattr(sizing.plan, "gpu_memory", lambda: 24 * GB)
 
 
-def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(adm, "Ranks", SmallGpu)
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(capsys, tmp_path, small_gpu):
     out = tmp_path / "out"
     line = refused(capsys, adm.main, adm.Config, "--model", "sdxl", "--out", out)
     assert "sdxl needs 109.86 GB of each of 1 GPU(s) with 24.00" in line
@@ -46,16 +43,14 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(capsys, tmp
     assert not out.exists()
 
 
-def test_what_fits_is_not_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(adm, "Ranks", SmallGpu)
+def test_what_fits_is_not_refused(tmp_path, small_gpu):
     flags = ["--model", "tiny-sd3", "--iterations", 1, "--batch-size", 1, "--head-width", 8]
     call(adm.main, adm.Config, *flags, "--sample-every", 0, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "pipeline").is_dir()
 
 
-def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, monkeypatch):
+def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, small_gpu):
     """CogVideoX's decoder needs 47 GB, which is known without its weights."""
-    monkeypatch.setattr(adp, "Ranks", SmallGpu)
     flags = ["--model", "cogvideox-2b", "--random-init", "--frames", 9, "--out", tmp_path / "pairs"]
     cfg = config(data.PairsConfig, *flags)
     shape = families.load_teacher(cfg.model, True).latent_shape(None, 9)
@@ -141,8 +136,22 @@ def test_the_tool_knows_recipes_and_both_stages(capsys):
     call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 8)
     shown = capsys.readouterr().out
     assert "1 a GPU x 8 GPUs x 4 micro-batches" in shown and "student             37.6M" in shown
-    call(plan.show, plan.AdpConfig, "--model", "sdxl", "--world-size", 1, "--gpu-gb", 48)
+    call(plan.show, plan.AdpConfig, "--model", "tiny-sd3", "--world-size", 1, "--gpu-gb", 4)
     shown = capsys.readouterr().out
-    assert "VAE, SAM" in shown and re.search("of 48, .*: it does not fit; with --", shown)
+    assert "VAE, SAM" in shown
+    assert re.search("of 4, generator: it does not fit; with --gradient-checkpointing", shown)
     assert "at least 1" in refused(capsys, plan.show, plan.AdmConfig, "--world-size", 0)
     assert "a multiple of 8" in refused(capsys, plan.show, plan.AdpConfig, "--head-width", 3)
+
+
+def test_the_readmes_figures_are_what_the_tool_prints(capsys):
+    """The whole output in sizing/README.md, and a row of README.md's table."""
+    call(plan.show, plan.AdmConfig, "--model", "sdxl")
+    shown = capsys.readouterr().out
+    assert shown in (ROOT / "sizing" / "README.md").read_text()
+    call(plan.show, plan.AdmConfig, "--model", "sdxl", "--world-size", 1)
+    peak = re.search(r"^peak +(\S+)", shown, re.M)[1]
+    alone = re.search(r"with (--\S+) it takes (\S+)", capsys.readouterr().out)
+    checkpoint = re.search(r"^checkpoint +(\d+)", shown, re.M)[1]
+    row = f"| {checkpoint} GB | {peak}; {alone[2]} with `{alone[1]}` |"
+    assert row in (ROOT / "README.md").read_text()

@@ -1,5 +1,9 @@
-"""The 2-D experiment: closed forms against Monte Carlo and finite differences, metrics against known answers, every method, and
-the claims that must not break: DMDX covers all modes of a small mixture, and DMD's gradient is the score difference."""
+"""The 2-D experiment: closed forms, metrics, methods, and what its claims rest on.
+
+Closed forms are compared with Monte Carlo and finite differences, metrics with known answers. The
+methods' training is that of adp.py and adm.py. And two results must not break: DMDX covers all
+modes of a small mixture, and DMD's gradient is the score difference.
+"""
 
 import json
 from copy import deepcopy
@@ -8,13 +12,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import script
 from torch.testing import assert_close
 
 import adm
+import adp
 import toy.run as toy
-from conftest import script
-from runtime.script import run
 from ode import Draw, T
+from runtime.script import run
 from toy import claims, gmm, plot
 from toy.gmm import LINE, Mixture
 from toy.run import Config, World, one_step, train
@@ -22,17 +27,21 @@ from toy.run import Config, World, one_step, train
 torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
 
 
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture(params=[2, 5])
 def mixture(request):
     """Three overlapping modes of unequal weight and width, in 2-D and 5-D."""
-    g = torch.Generator().manual_seed(0)
-    return Mixture(2 * torch.randn(3, request.param, generator=g), [1, 2, 3], [0.3, 0.6, 1.0])
+    means = 2 * torch.randn(3, request.param, generator=generator(0))
+    return Mixture(means, [1, 2, 3], [0.3, 0.6, 1.0])
 
 
 @pytest.fixture
 def points(mixture):
     """(x_t (64, d), t (64,)) where the mixture is, all over the line."""
-    g = torch.Generator().manual_seed(1)
+    g = generator(1)
     t = torch.rand(64, generator=g) * 0.9 * T + 0.05 * T
     x0 = mixture.sample((64,), g)
     return LINE.add_noise(x0, torch.randn(x0.shape, generator=g), t), t
@@ -47,27 +56,33 @@ def world_of(cfg, teacher_iterations):
 def double(mixture):
     """In float64, so that finite differences are sharp."""
     other = deepcopy(mixture)
-    other.means, other.weights, other.std = (x.double() for x in (mixture.means, mixture.weights, mixture.std))
+    for name in ("means", "weights", "std"):
+        setattr(other, name, getattr(mixture, name).double())
     return other
 
 
-# --- Closed forms ------------------------------------------------------------------------------------------------------
+# --- Closed forms ---------------------------------------------------------------------------------
+
 
 def test_density_is_that_of_torch_distributions(mixture, points):
     D = torch.distributions
-    x_t, t = points
-    for x, time in zip(x_t, t):
-        alpha, sigma = (float(c) for c in LINE.alpha_sigma(time[None]))
-        std = ((alpha * mixture.std) ** 2 + sigma ** 2).sqrt()[:, None].expand_as(mixture.means)
+    for x, t in zip(*points, strict=True):
+        alpha, sigma = (float(c) for c in LINE.alpha_sigma(t[None]))
+        std = ((alpha * mixture.std) ** 2 + sigma**2).sqrt()[:, None].expand_as(mixture.means)
         modes = D.Independent(D.Normal(alpha * mixture.means, std), 1)
         expected = D.MixtureSameFamily(D.Categorical(mixture.weights), modes).log_prob(x)
-        assert_close(mixture.log_density(x[None], time[None])[0], expected, rtol=1e-4, atol=1e-4)
+        assert_close(mixture.log_density(x[None], t[None])[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_score_is_the_gradient_of_the_density(mixture, points):
-    mixture, (x_t, t), h = double(mixture), points, 1e-3
-    x_t, steps = x_t.double(), h * torch.eye(mixture.means.shape[1], dtype=torch.float64)
-    slopes = [(mixture.log_density(x_t + e, t) - mixture.log_density(x_t - e, t)) / (2 * h) for e in steps]
+    mixture = double(mixture)
+    x_t, t = points
+    x_t = x_t.double()
+    h = 1e-3
+    slopes = []
+    for step in h * torch.eye(x_t.shape[1], dtype=torch.float64):
+        rise = mixture.log_density(x_t + step, t) - mixture.log_density(x_t - step, t)
+        slopes.append(rise / (2 * h))
     assert_close(mixture.score(x_t, t), torch.stack(slopes, 1), rtol=1e-4, atol=1e-4)
 
 
@@ -75,27 +90,34 @@ def test_score_velocity_and_x0_agree(mixture, points):
     """Tweedie: α E[x_0|x_t] = x_t + σ² score, and x_t = α x_0 + σ ε in the mean as well."""
     x_t, t = points
     alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))
-    assert_close(alpha * mixture.x0(x_t, t), x_t + sigma ** 2 * mixture.score(x_t, t), rtol=1e-3, atol=1e-3)
-    assert_close(mixture.x0(x_t, t), x_t - sigma * mixture.velocity(x_t, t), rtol=1e-3, atol=1e-3)
+    x0 = mixture.x0(x_t, t)
+    assert_close(alpha * x0, x_t + sigma**2 * mixture.score(x_t, t), rtol=1e-3, atol=1e-3)
+    assert_close(x0, x_t - sigma * mixture.velocity(x_t, t), rtol=1e-3, atol=1e-3)
 
 
 def test_posterior_velocity_and_x0_against_monte_carlo(mixture, points):
-    """Means over 400,000 draws of x_0, weighted by how well they explain x_t; where it is noisy, so that many do."""
-    g = torch.Generator().manual_seed(2)
+    """Means over 400,000 draws of x_0, weighted by how well they explain x_t.
+
+    Where it is noisy, so that many do.
+    """
+    g = generator(2)
     k = torch.multinomial(mixture.weights, 400_000, replacement=True, generator=g)
-    x0 = mixture.means[k] + mixture.std[k, None] * torch.randn(len(k), mixture.means.shape[1], generator=g)
-    for x, t in [(x, t) for x, t in zip(*points) if t > 0.6 * T][:8]:
+    noise = torch.randn(len(k), mixture.means.shape[1], generator=g)
+    x0 = mixture.means[k] + mixture.std[k, None] * noise
+    noisy = [(x, t) for x, t in zip(*points, strict=True) if t > 0.6 * T]
+    for x, t in noisy[:8]:
         alpha, sigma = LINE.alpha_sigma(t[None])
-        w = (-0.5 * ((x - alpha * x0) / sigma).square().sum(1)).softmax(0)  # (n,)
         eps = (x - alpha * x0) / sigma
+        w = (-0.5 * eps.square().sum(1)).softmax(0)  # (n,)
+        at = x[None], t[None]
         posterior = torch.zeros(3).index_add_(0, k, w)
-        assert_close(mixture.posterior(x[None], t[None])[0], posterior, rtol=0, atol=0.03)
-        assert_close(mixture.x0(x[None], t[None])[0], w @ x0, rtol=0, atol=0.1)
-        assert_close(mixture.velocity(x[None], t[None])[0], w @ (eps - x0), rtol=0, atol=0.15)
+        assert_close(mixture.posterior(*at)[0], posterior, rtol=0, atol=0.03)
+        assert_close(mixture.x0(*at)[0], w @ x0, rtol=0, atol=0.1)
+        assert_close(mixture.velocity(*at)[0], w @ (eps - x0), rtol=0, atol=0.15)
 
 
 def test_samples_have_the_moments_of_the_mixture(mixture):
-    x = mixture.sample((200_000,), torch.Generator().manual_seed(3))
+    x = mixture.sample((200_000,), generator(3))
     assert_close(x.mean(0), mixture.weights @ mixture.means, rtol=0, atol=0.02)
     assert_close(float((x.square().mean()) ** 0.5), mixture.spread, rtol=0.01, atol=0)
 
@@ -107,50 +129,62 @@ def test_the_exact_teacher_carries_noise_to_the_mixture():
 
 def test_separation_scales_radius_over_sigma():
     mixture = gmm.load_mixture("ring8-rare", 12)
-    assert mixture.separation == pytest.approx(12) and mixture.std[0] == pytest.approx(gmm.STD)
+    assert mixture.separation == pytest.approx(12)
+    assert mixture.std[0] == pytest.approx(0.3)
     assert gmm.load_mixture("ring8-rare").separation == pytest.approx(8 / 0.3)
 
 
-# --- Metrics -----------------------------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 TWO = Mixture([[-4.0, 0.0], [4.0, 0.0]], [3, 1], 0.5)
 
 
 def test_mode_metrics_against_a_known_answer():
     """10 samples: 6 in the heavy mode, 1 in the light one, 1 at just under and 2 beyond 4σ."""
-    x = torch.tensor([[-4.0, 0]] * 6 + [[4.0, 0]] + [[4.0, 1.99]] + [[4.0, 2.01], [0.0, 0.0]])
+    x = torch.tensor([[-4.0, 0]] * 6 + [[4.0, 0], [4.0, 1.99], [4.0, 2.01], [0.0, 0.0]])
     assert_close(gmm.shares(TWO, x), torch.tensor([0.6, 0.2, 0.2]))
     assert gmm.in_mode(TWO, x) == pytest.approx(0.8)
     assert gmm.mode_tv(TWO, x) == pytest.approx(0.5 * (0.15 + 0.05 + 0.2))
     assert gmm.modes_covered(TWO, x) == 2
-    barely = torch.tensor([[-4.0, 0]] * 94 + [[4.0, 0]] * 6)  # 0.06 is less than a quarter of 0.25, 0.07 is more
+    # 0.06 is less than a quarter of 0.25, 0.07 is more.
+    barely = torch.tensor([[-4.0, 0]] * 94 + [[4.0, 0]] * 6)
     assert gmm.modes_covered(TWO, barely) == 1
     barely[0] = torch.tensor([4.0, 0])
     assert gmm.modes_covered(TWO, barely) == 2
 
 
 def test_density_tv_against_known_answers():
-    draws = TWO.sample((100_000,), torch.Generator().manual_seed(0))
+    draws = TWO.sample((100_000,), generator(0))
     assert gmm.density_tv(TWO, draws) < 0.02
-    assert gmm.density_tv(TWO, torch.full((100, 2), 99.0)) == pytest.approx(1, abs=1e-3)  # all of it outside the cells
-    assert gmm.density_tv(TWO, draws[draws[:, 0] < 0]) == pytest.approx(0.25, abs=0.02)  # the light mode is missing
-    # Moved by one σ, which is one cell: the cells' masses along x rise and fall once, so ½ Σ |difference| is the greatest of
-    # them, Φ(1) − Φ(0).
-    assert gmm.density_tv(TWO, draws + torch.tensor([0.5, 0])) == pytest.approx(0.3413, abs=0.01)
-
+    outside = torch.full((100, 2), 99.0)
+    assert gmm.density_tv(TWO, outside) == pytest.approx(1, abs=1e-3)
+    without_the_light_mode = draws[draws[:, 0] < 0]
+    assert gmm.density_tv(TWO, without_the_light_mode) == pytest.approx(0.25, abs=0.02)
+    # Moved by one σ, which is one cell: the cells' masses along x rise and fall once, so
+    # ½ Σ |difference| is the greatest of them, Φ(1) − Φ(0).
+    moved = draws + torch.tensor([0.5, 0])
+    assert gmm.density_tv(TWO, moved) == pytest.approx(0.3413, abs=0.01)
 
 
 def test_energy_against_known_answers():
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     a, b = torch.randn(4000, 2, generator=g), torch.randn(4000, 2, generator=g)
     assert abs(gmm.energy(a, b)) < 0.01
-    x, y = torch.tensor([[0.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [3, 2]])  # cross 3, 3, √13, √13; within 2 and 2
-    assert gmm.energy(x, y) == pytest.approx(3 + 13 ** 0.5 - 4, abs=1e-5)
+    # Between them 3, 3, √13, √13; within 2 and 2.
+    x, y = torch.tensor([[0.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [3, 2]])
+    assert gmm.energy(x, y) == pytest.approx(3 + 13**0.5 - 4, abs=1e-5)
 
 
-# --- Networks and methods ----------------------------------------------------------------------------------------------
+# --- Networks and methods -------------------------------------------------------------------------
 
-TINY = dict(mixture="ring4-rare", seeds=2, iterations=6, batch_size=16, width=16, head_width=8)
+TINY = {
+    "mixture": "ring4-rare",
+    "seeds": 2,
+    "iterations": 6,
+    "batch_size": 16,
+    "width": 16,
+    "head_width": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +198,11 @@ def test_every_method_runs_and_trains_only_the_student(tiny, method):
     cfg, world = tiny
     before = [p.clone() for p in world.mlp.parameters()]
     runs, x = train(cfg, method, world)
-    assert [r["seed"] for r in runs] == [0, 1] and x.shape == (2, toy.SAMPLES, 2) and x.isfinite().all()
-    assert all(set(toy.COLUMNS) <= r.keys() and len(r["history"]) == 6 for r in runs)
+    assert [r["seed"] for r in runs] == [0, 1]
+    assert x.shape == (2, toy.SAMPLES, 2) and x.isfinite().all()
+    for r in runs:
+        assert set(toy.COLUMNS) <= r.keys()
+        assert [p["iteration"] for p in r["history"]] == [1, 2, 3, 4, 5, 6]
     for p, q in zip(world.mlp.parameters(), before, strict=True):
         assert p.grad is None and torch.equal(p, q)
 
@@ -181,23 +218,73 @@ def test_a_seed_does_not_depend_on_its_neighbours(tiny):
 def test_gradients_of_a_seed_are_those_of_its_own_mean(tiny):
     cfg, world = tiny
     student = deepcopy(world.mlp).requires_grad_(True)
-    optimizer = toy.Optimizer(student, 1e-3, 2)
-    x_T = toy.Noise((0,), world.seeds, 16).normal()
-    optimizer.step(one_step(student, x_T).square().mean())
+    x_T = toy.Noise((0,), world.seeds, 16).normal((2,))
+    toy.add_gradient(cfg.seeds, one_step(student, x_T).square().mean())
     half = deepcopy(world.mlp).requires_grad_(True)
     one_step(half, x_T)[:16].square().mean().backward()  # the first seed's mean alone
-    for p, q in zip(optimizer.parameters, half.parameters(), strict=True):
+    for p, q in zip(student.parameters(), half.parameters(), strict=True):
         assert_close(p.grad[0], q.grad[0], rtol=1e-4, atol=1e-6)
 
 
-# --- Bad input ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "file, name, method",
+    [
+        (adp, "adp_iteration", "mse"),
+        (adm, "adm_round", "adm"),
+        (adm, "dmd_round", "dmd"),
+        (adm, "dmd_round", "dmd2"),
+    ],
+)
+def test_students_learn_from_what_trains_the_big_models(tiny, file, name, method):
+    """Where that function teaches nothing, the toy's student stays as it was."""
+    _, world = tiny
+    cfg = Config(**{**TINY, "iterations": 2})  # the first at a rate of 0
+    taught = getattr(file, name)
 
-@pytest.mark.parametrize("fields, word", [
-    ("not json", "JSON"), ({"means": [[0, 0], [1, 1]], "weights": [1, -1], "std": 0.3}, "positive"),
-    ({"means": [[0, 0], [1, 1]], "weights": [1], "std": 0.3}, "weights"), ({"means": [[0, 0]], "weights": [1]}, "expected"),
-    ({"means": [[0, 0, 0]], "weights": [1], "std": 1}, "two-dimensional"),
-    ({"means": "x", "weights": [1], "std": 1}, "numbers"),
-    ({"means": [[0, 0], [1, 1]], "weights": [1, 1], "std": [1, 1, 1]}, "std")])
+    def teaches_nothing(*args):
+        *others, learn = args
+        return taught(*others, lambda loss: learn(0 * loss))
+
+    with mock.patch.object(toy, "SAMPLES", 1000), mock.patch.object(toy, "GAN_WEIGHT", 0):
+        start = toy.sample(world, world.mlp)
+        _, moved = train(cfg, method, world)
+        with mock.patch.object(file, name, teaches_nothing):
+            _, rested = train(cfg, method, world)
+    assert not torch.equal(moved, start)
+    assert torch.equal(rested, start)
+
+
+def test_stage_2_takes_the_gradient_of_adm_round(tiny):
+    """Of one seed alone, with what it starts from made by hand."""
+    cfg, world = tiny
+    runs, _ = train(cfg, "adm", world)
+    student = deepcopy(world.mlp).requires_grad_(True)
+    fake = deepcopy(student)
+    D = toy.NoisyDiscriminator(Draw((5,), world.seeds), world.mlp, cfg.head_width)
+    times = torch.tensor([T])
+    net = adm.Players(world.teacher, student, fake, D, LINE, LINE, times, (2,), 1)
+    draw = toy.Noise((6, 0, 0), world.seeds, cfg.batch_size)
+    adm.adm_round(net, cfg, draw, {}, {}, 0, lambda loss: (2 * loss).backward())
+    for i, r in enumerate(runs):
+        norm = sum(p.grad[i].square().sum() for p in student.parameters()).sqrt()
+        assert r["history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [
+        ("not json", "JSON"),
+        ({"means": [[0, 0], [1, 1]], "weights": [1, -1], "std": 0.3}, "positive"),
+        ({"means": [[0, 0], [1, 1]], "weights": [1], "std": 0.3}, "weights"),
+        ({"means": [[0, 0]], "weights": [1]}, "expected"),
+        ({"means": [[0, 0, 0]], "weights": [1], "std": 1}, "two-dimensional"),
+        ({"means": "x", "weights": [1], "std": 1}, "numbers"),
+        ({"means": [[0, 0], [1, 1]], "weights": [1, 1], "std": [1, 1, 1]}, "std"),
+    ],
+)
 def test_bad_mixture_files(tmp_path, capsys, fields, word):
     path = tmp_path / "mixture.json"
     path.write_text(fields if isinstance(fields, str) else json.dumps(fields))
@@ -205,10 +292,19 @@ def test_bad_mixture_files(tmp_path, capsys, fields, word):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv, word", [
-    (("--methods", "adm,gan"), "gan"), (("--seeds", "0"), "seeds"), (("--mixture", "nowhere.json"), "nowhere"),
-    (("--separation", "-1"), "separation"), (("--separation", "5,far"), "far"),
-    (("--dt", "0"), "dt"), (("--teacher", "best"), "best"), (("--no-such", "1"), "--no-such")])
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (("--methods", "adm,gan"), "gan"),
+        (("--seeds", "0"), "seeds"),
+        (("--mixture", "nowhere.json"), "nowhere"),
+        (("--separation", "-1"), "separation"),
+        (("--separation", "5,far"), "far"),
+        (("--dt", "0"), "dt"),
+        (("--teacher", "best"), "best"),
+        (("--no-such", "1"), "--no-such"),
+    ],
+)
 def test_bad_flags(tmp_path, capsys, argv, word):
     refused(capsys, word, *argv, "--out", str(tmp_path / "out"))
 
@@ -223,21 +319,29 @@ def refused(capsys, word, *argv):
 
 def test_the_command_itself_refuses_with_one_line(tmp_path):
     result = script(tmp_path, "toy/run.py", "--seeds", "0")
-    assert result.returncode == 2 and "--seeds 0" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert result.returncode == 2
+    assert "--seeds 0" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
 def test_the_command_writes_results_and_samples_and_they_can_be_drawn(tmp_path, capsys):
-    argv = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    argv = ["--methods=mse,dmd", "--separation=5,9", "--teacher=mlp", f"--out={tmp_path}"]
+    for name, value in TINY.items():
+        argv += [f"--{name.replace('_', '-')}", str(value)]
     with mock.patch.object(toy, "TEACHER", 5):
-        run(toy.main, Config, [*argv, "--methods=mse,dmd", "--separation=5,9", "--teacher=mlp", f"--out={tmp_path}"])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [(r["method"], r["seed"]) for r in results["runs"][:4]] == [("mse", 0), ("mse", 1), ("dmd", 0), ("dmd", 1)]
-    named = {"modes", "modes_covered", "in_mode", "tv", "density_tv", "energy", "iterations", "seconds", "history"}
-    assert named <= results["runs"][0].keys()
-    assert results["runs"][0]["separation"] == pytest.approx(5) and len(results["runs"]) == 8
+        run(toy.main, Config, argv)
+    assert "±" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert len(runs) == 8
+    first = [(r["method"], r["seed"]) for r in runs[:4]]
+    assert first == [("mse", 0), ("mse", 1), ("dmd", 0), ("dmd", 1)]
+    assert runs[0]["separation"] == pytest.approx(5)
+    measured = {"modes", "modes_covered", "in_mode", "tv", "density_tv", "energy"}
+    assert measured | {"iterations", "seconds", "history"} <= runs[0].keys()
+
     plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
-    assert {f"results{part}.png" for part in ("", "-curves", "-dmd-loss", "-gradient")} <= {f.name for f in tmp_path.iterdir()}
-    assert (tmp_path / "phase.png").exists() and (tmp_path / "samples.npz").exists() and "±" in capsys.readouterr().out
+    written = {f.name for f in tmp_path.iterdir()}
+    assert {f"results{part}.png" for part in ("", "-curves", "-dmd-loss", "-gradient")} <= written
+    assert {"phase.png", "samples.npz"} <= written
 
 
 def test_plot_refuses_what_is_no_results_file(tmp_path, capsys):
@@ -247,21 +351,30 @@ def test_plot_refuses_what_is_no_results_file(tmp_path, capsys):
     assert e.value.code == 2 and "x.json" in capsys.readouterr().err
 
 
-# --- Claims ------------------------------------------------------------------------------------------------------------
+# --- Claims ---------------------------------------------------------------------------------------
+
 
 def test_dmdx_covers_every_mode_of_a_small_mixture():
-    """Weights 1:2:1:4 at radius 4, three seeds, at a student rate at which a wrong gradient would have undone ADP's work."""
-    cfg = Config(mixture="ring4-rare", seeds=3, iterations=500, width=64, adp_share=0.5, lr_student=3e-4)
+    """Weights 1:2:1:4 at radius 4, three seeds.
+
+    At a student rate at which a wrong gradient would have undone ADP's work.
+    """
+    how = {"seeds": 3, "iterations": 500, "width": 64, "adp_share": 0.5, "lr_student": 3e-4}
+    cfg = Config(mixture="ring4-rare", **how)
     world = world_of(cfg, 1000)
-    assert gmm.modes_covered(world.mixture, toy.sample(world, world.mlp)[0]) < 4  # the teacher in one step: where DMD starts
+    start = toy.sample(world, world.mlp)[0]  # the teacher in one step: where DMD starts
+    assert gmm.modes_covered(world.mixture, start) < 4
     runs, _ = train(cfg, "adp+adm", world)
     assert [r["modes_covered"] for r in runs] == [4, 4, 4]
     assert max(r["tv"] for r in runs) < 0.3
 
 
-def test_dmd_gradient_is_the_score_difference(tiny):
-    """With a fake score that knows the student's own density, DMD's gradient at x̂_0 is −(score_real − score_fake) up to a
-    positive factor a sample, and it is not zero."""
+def test_dmd_gradient_is_the_score_difference():
+    """With a fake score that knows the student's own density.
+
+    DMD's gradient at x̂_0 is −(score_real − score_fake) up to a positive factor a sample, and it is
+    not zero.
+    """
     real, fake = Mixture([[0.0, 0.0]], [1], 1.0), Mixture([[2.0, 0.0]], [1], 1.0)
     draw = Draw((0,), range(64))
     x0_hat = (draw.normal((2,)) + torch.tensor([2.0, 0])).requires_grad_()
@@ -274,19 +387,24 @@ def test_dmd_gradient_is_the_score_difference(tiny):
 
 
 def test_dmd_moves_the_student():
-    """From the teacher's weights DMD must leave the mean for the modes: a gradient mistakenly zero would not."""
+    """From the teacher's weights DMD must leave the mean for the modes.
+
+    A gradient mistakenly zero would not.
+    """
     cfg = Config(mixture="ring4-rare", seeds=1, iterations=150, width=64)
     world = world_of(cfg, 1000)
-    runs, x = train(cfg, "dmd", world)
+    runs, _ = train(cfg, "dmd", world)
     assert min(p["grad_norm"] for p in runs[0]["history"]) > 0
-    assert runs[0]["in_mode"] > gmm.in_mode(world.mixture, toy.sample(world, world.mlp)[0]) + 0.2
+    start = gmm.in_mode(world.mixture, toy.sample(world, world.mlp)[0])
+    assert runs[0]["in_mode"] > start + 0.2
 
 
 def test_verdicts_are_paired_and_a_tie_is_a_tie():
     base, noise = np.arange(5.0), np.array([1, -1, 1, -1, 0.5])
     assert claims.paired(base, base + 1 + 0.1 * noise) == "holds"
     assert claims.paired(base + 1 + 0.1 * noise, base) == "does not hold"
-    assert claims.paired(base, base + noise) == "tie" and claims.paired(base, base) == "tie"
+    assert claims.paired(base, base + noise) == "tie"
+    assert claims.paired(base, base) == "tie"
 
 
 def test_total_variation_is_bounded_where_reverse_kl_is_not():

@@ -1,7 +1,8 @@
-"""Gaussian mixtures under the straight line x_t = (1 − t/T) x_0 + (t/T) ε: everything about them in closed form.
+"""Gaussian mixtures under the straight line x_t = (1 − t/T) x_0 + (t/T) ε, all in closed form.
 
-If x_0 ~ Σ_k w_k N(μ_k, s_k² I), then x_t ~ Σ_k w_k N(α μ_k, v_k I) with v_k = α² s_k² + σ², and given x_t and the mode k,
-x_0 and ε are jointly Gaussian. So an exact teacher costs no network, and how far a student is from it is known, not estimated.
+If x_0 ~ Σ_k w_k N(μ_k, s_k² I), then x_t ~ Σ_k w_k N(α μ_k, v_k I) with v_k = α² s_k² + σ², and
+given x_t and the mode k, x_0 and ε are jointly Gaussian. So an exact teacher costs no network, and
+how far a student is from it is known, not estimated.
 
 Shapes: x (B, d) float32; t (B,) in [0, T], as everywhere in this project.
 """
@@ -18,16 +19,19 @@ STD = 0.3  # of a mode in the named mixtures
 
 
 def ring(radius, weights):
-    angle = torch.arange(len(weights)) * (2 * torch.pi / len(weights))
+    """(means (K, 2), weights): modes at even angles."""
+    angle = torch.arange(len(weights)) * (2 * torch.pi / len(weights))  # (K,)
     return radius * torch.stack([angle.cos(), angle.sin()], 1), weights
 
 
 def grid(side, spacing):
-    line = (torch.arange(side) - (side - 1) / 2) * spacing
-    return torch.cartesian_prod(line, line), [1] * side ** 2
+    """(means (side², 2), weights): modes of equal weight on a square."""
+    line = (torch.arange(side) - (side - 1) / 2) * spacing  # (side,)
+    return torch.cartesian_prod(line, line), [1] * side**2
 
 
-NAMED = {  # (means, weights); all ours but for the weights of ring8-rare, which are the first trial's
+# (means, weights); all ours but for the weights of ring8-rare, which are the first trial's.
+NAMED = {
     "ring8": ring(8.0, [1] * 8),
     "ring8-rare": ring(8.0, [1, 2, 1, 4, 1, 2, 1, 4]),
     "ring4-rare": ring(4.0, [1, 2, 1, 4]),
@@ -37,7 +41,7 @@ NAMED = {  # (means, weights); all ours but for the weights of ring8-rare, which
 
 
 class Mixture:
-    """Σ_k w_k N(μ_k, s_k² I): means (K, d), weights (K,) that need not sum to one, std a number or (K,).
+    """Σ_k w_k N(μ_k, s_k² I): means (K, d), weights (K,) of any sum, std a number or (K,).
 
     Raises BadInput for anything else.
     """
@@ -46,17 +50,22 @@ class Mixture:
         try:
             self.means = torch.as_tensor(means, dtype=torch.float32)  # (K, d)
             self.weights = torch.as_tensor(weights, dtype=torch.float32)  # (K,)
-            self.std = torch.as_tensor(std, dtype=torch.float32)
+            self.std = torch.as_tensor(std, dtype=torch.float32)  # () or (K,)
         except (TypeError, ValueError, RuntimeError):
-            raise BadInput("a mixture is numbers: means (K, d), weights (K,), std one or (K,)") from None
-        require(self.means.ndim == 2 and self.means.numel(), f"means must be (K, d), not {tuple(self.means.shape)}")
+            what = "means (K, d), weights (K,), std one or (K,)"
+            raise BadInput(f"a mixture is numbers: {what}") from None
+        shape = tuple(self.means.shape)
+        require(self.means.ndim == 2 and self.means.numel(), f"means must be (K, d), not {shape}")
         K = len(self.means)
-        require(self.weights.shape == (K,), f"{K} means, but weights of shape {tuple(self.weights.shape)}")
-        require(self.std.shape in ((), (K,)), f"{K} means, but std of shape {tuple(self.std.shape)}")
-        require(all(x.isfinite().all() for x in (self.means, self.weights, self.std)), "a mixture's numbers must be finite")
+        for name, allowed in (("weights", ((K,),)), ("std", ((), (K,)))):
+            shape = tuple(getattr(self, name).shape)
+            require(shape in allowed, f"{K} means, but {name} of shape {shape}")
+        finite = all(x.isfinite().all() for x in (self.means, self.weights, self.std))
+        require(finite, "a mixture's numbers must be finite")
         require((self.weights > 0).all(), "weights must be positive")
         require((self.std > 0).all(), "std must be positive")
-        self.std, self.weights = self.std.expand(K), self.weights / self.weights.sum()
+        self.weights = self.weights / self.weights.sum()
+        self.std = self.std.expand(K)  # (K,)
 
     @property
     def separation(self):
@@ -66,22 +75,28 @@ class Mixture:
     @property
     def spread(self):
         """Root mean square of a coordinate of x_0: the scale that networks divide by."""
-        return float((self.weights @ (self.means.square().mean(1) + self.std.square())).sqrt())
+        of_modes = self.means.square().mean(1) + self.std.square()  # (K,)
+        return float((self.weights @ of_modes).sqrt())
 
     def sample(self, shape, generator=None):
         """Independent draws (*shape, d)."""
         n = torch.Size(shape).numel()
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)  # (n,)
-        x = self.means[k] + self.std[k, None] * torch.randn(n, self.means.shape[1], generator=generator)
+        noise = torch.randn(n, self.means.shape[1], generator=generator)  # (n, d)
+        x = self.means[k] + self.std[k, None] * noise  # (n, d)
         return x.view(*shape, -1)
 
     def _components(self, x_t, t):
-        """α, σ (B, 1), v_k (B, K), x_t − α μ_k (B, K, d) and log w_k N(x_t; α μ_k, v_k I) (B, K)."""
-        alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))
-        v = (alpha * self.std) ** 2 + sigma ** 2
-        off = x_t[:, None] - alpha[:, None] * self.means
+        """(α (B, 1), σ (B, 1), v_k (B, K), x_t − α μ_k (B, K, d), log of modes (B, K)).
+
+        The last is log w_k N(x_t; α μ_k, v_k I).
+        """
+        alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))  # (B, 1) each
+        v = (alpha * self.std) ** 2 + sigma**2  # (B, K)
+        off = x_t[:, None] - alpha[:, None] * self.means  # (B, K, d)
         d = x_t.shape[1]
-        log_p = self.weights.log() - 0.5 * (off.square().sum(2) / v + d * (2 * torch.pi * v).log())
+        exponent = off.square().sum(2) / v + d * (2 * torch.pi * v).log()  # (B, K), times −2
+        log_p = self.weights.log() - 0.5 * exponent  # (B, K)
         return alpha, sigma, v, off, log_p
 
     def log_density(self, x_t, t):
@@ -100,104 +115,150 @@ class Mixture:
     def x0(self, x_t, t):
         """E[x_0 | x_t], (B, d)."""
         alpha, _, v, off, log_p = self._components(x_t, t)
-        p = log_p.softmax(1)
-        return p @ self.means + torch.einsum("bk,bkd->bd", p * alpha * self.std ** 2 / v, off)
+        p = log_p.softmax(1)  # (B, K)
+        return p @ self.means + torch.einsum("bk,bkd->bd", p * alpha * self.std**2 / v, off)
 
     def velocity(self, x_t, t):
-        """E[ε − x_0 | x_t], (B, d): what a flow network would predict. Never divides by α or σ, so finite at both ends."""
+        """E[ε − x_0 | x_t], (B, d): what a flow network would predict.
+
+        It never divides by α or σ, so it is finite at both ends.
+        """
         alpha, sigma, v, off, log_p = self._components(x_t, t)
-        p = log_p.softmax(1)
-        return torch.einsum("bk,bkd->bd", p * (sigma - alpha * self.std ** 2) / v, off) - p @ self.means
+        p = log_p.softmax(1)  # (B, K)
+        slope = p * (sigma - alpha * self.std**2) / v  # (B, K)
+        return torch.einsum("bk,bkd->bd", slope, off) - p @ self.means
 
 
 def load_mixture(name, separation=None):
-    """A named mixture or a JSON file {"means": [[x, y], …], "weights": […], "std": 0.3}, as a Mixture.
+    """A named mixture, or a JSON file {"means": [[x, y], …], "weights": […], "std": 0.3}.
 
-    separation  moves the modes along their rays, at the same σ, until the farthest is that many σ from the origin
-    Raises BadInput for a file that is missing, no JSON, or no mixture.
+    separation moves the modes along their rays, at the same σ, until the farthest is that many σ
+    from the origin. Raises BadInput for a file that is missing, no JSON, or no mixture.
     """
-    if name in NAMED:
-        mixture = Mixture(*NAMED[name], STD)
-    else:
-        try:
-            with open(name, encoding="utf-8") as f:
-                fields = json.load(f)
-        except (OSError, ValueError) as e:
-            reason = " ".join(str(e).split())
-            raise BadInput(f"--mixture {name}: neither one of {', '.join(NAMED)} nor a JSON file ({reason})") from None
-        require(isinstance(fields, dict) and fields.keys() == {"means", "weights", "std"},
-                f'--mixture {name}: expected {{"means": [[x, y], …], "weights": […], "std": 0.3}}')
-        try:
-            mixture = Mixture(**fields)
-        except BadInput as e:
-            raise BadInput(f"--mixture {name}: {e}") from None
+    mixture = Mixture(*NAMED[name], STD) if name in NAMED else mixture_of_file(name)
     if separation is not None:
-        require(0 < separation < float("inf") and mixture.separation > 0, f"--separation {separation}: a positive number")
+        possible = 0 < separation < float("inf") and mixture.separation > 0
+        require(possible, f"--separation {separation}: a positive number")
         mixture.means = mixture.means * (separation / mixture.separation)
     return mixture
 
 
-# --- Metrics ---------------------------------------------------------------------------------------------------------
-# Of samples x (n, d) against a mixture. Each is a float or an int.
+def mixture_of_file(name):
+    """As load_mixture, for a file."""
+    try:
+        with open(name, encoding="utf-8") as f:
+            given = json.load(f)
+    except (OSError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        neither = f"neither one of {', '.join(NAMED)} nor a JSON file ({reason})"
+        raise BadInput(f"--mixture {name}: {neither}") from None
+    whole = isinstance(given, dict) and given.keys() == {"means", "weights", "std"}
+    form = '{"means": [[x, y], …], "weights": […], "std": 0.3}'
+    require(whole, f"--mixture {name}: expected {form}")
+    try:
+        return Mixture(**given)
+    except BadInput as e:
+        raise BadInput(f"--mixture {name}: {e}") from None
+
+
+# --- Metrics --------------------------------------------------------------------------------------
+# Of samples x (n, d) against a mixture. Each is a float or an int. These docstrings define the
+# words that tables, pictures and claims use.
 
 
 def shares(mixture, x):
-    """(K + 1,): the share of samples within 4σ of each mode (of the nearest, in units of its σ), and elsewhere."""
+    """(K + 1,): the share of samples in each mode, and elsewhere.
+
+    A sample is in its nearest mode, in units of that mode's σ, if it is within 4σ of it.
+    """
     z = torch.cdist(x, mixture.means) / mixture.std  # (n, K)
-    near, k = z.min(1)
-    k = torch.where(near <= 4, k, len(mixture.means))
+    near, k = z.min(1)  # (n,) each
+    k = torch.where(near <= 4, k, len(mixture.means))  # (n,)
     return torch.bincount(k, minlength=len(mixture.means) + 1) / len(x)
 
 
 def modes_covered(mixture, x):
-    """Modes whose share is at least a quarter of their weight."""
+    """Modes covered: how many modes have a share of at least a quarter of their weight."""
     return int((shares(mixture, x)[:-1] >= mixture.weights / 4).sum())
 
 
 def in_mode(mixture, x):
-    """Share of samples within 4σ of a mode."""
+    """In mode: the share of samples within 4σ of some mode (of exact samples 0.9997 in 2-D)."""
     return float(1 - shares(mixture, x)[-1])
 
 
 def mode_tv(mixture, x):
-    """½ Σ |share − weight| over modes plus "elsewhere", whose weight is taken as 0 (it is 3e-4 in 2-D). In [0, 1]."""
+    """TV: total variation over modes, ½ Σ |share − weight|, in [0, 1]; 0 is perfect.
+
+    "Elsewhere" counts as one more mode, whose weight is taken as 0 (it is 3e-4 in 2-D). How the
+    samples lie within a mode it does not see.
+    """
     share = shares(mixture, x)
-    return float(0.5 * ((share[:-1] - mixture.weights).abs().sum() + share[-1]))
+    wrong = (share[:-1] - mixture.weights).abs().sum() + share[-1]
+    return float(0.5 * wrong)
 
 
 def density_tv(mixture, x):
-    """½ Σ |share − mass| over square cells of the least σ that span all modes ± 5σ, plus the outside. 2-D only.
+    """Density TV: total variation over small cells, ½ Σ |share − mass|; 2-D only.
 
-    Cell masses are exact; the samples' own noise remains: about 0.02 for 100,000 on ring8.
+    Unlike TV, it sees a mode's width. The cells are squares of side the least σ that span all
+    modes ± 5σ; all that is outside counts as one more. Cell masses are exact; the samples' own
+    noise remains: about 0.02 for 100,000 on ring8.
     """
     margin, cell = 5 * mixture.std.max(), mixture.std.min()
-    low, high = mixture.means.amin(0) - margin, mixture.means.amax(0) + margin
-    edges = [torch.arange(float(a), float(b + cell), float(cell)) for a, b in zip(low, high)]
-    cdf = [torch.special.ndtr((e - mixture.means[:, [i]]) / mixture.std[:, None]) for i, e in enumerate(edges)]  # (K, edges)
-    mass = torch.einsum("k,ki,kj->ij", mixture.weights, cdf[0].diff(), cdf[1].diff())
-    share = torch.histogramdd(x, edges).hist / len(x)
-    return float(0.5 * ((share - mass).abs().sum() + (share.sum() - mass.sum()).abs()))
+    low, high = mixture.means.amin(0) - margin, mixture.means.amax(0) + margin  # (2,) each
+    edges, cdf = [], []  # of x, of y
+    for i in range(2):
+        edge = torch.arange(float(low[i]), float(high[i] + cell), float(cell))  # (edges,)
+        z = (edge - mixture.means[:, [i]]) / mixture.std[:, None]  # (K, edges)
+        edges.append(edge)
+        cdf.append(torch.special.ndtr(z))
+    of_x, of_y = cdf[0].diff(), cdf[1].diff()  # (K, cells) each
+    mass = torch.einsum("k,ki,kj->ij", mixture.weights, of_x, of_y)
+    share = torch.histogramdd(x, edges).hist / len(x)  # as mass
+    outside = (share.sum() - mass.sum()).abs()
+    return float(0.5 * ((share - mass).abs().sum() + outside))
 
 
 def energy(x, y):
-    """Energy distance 2 E|X − Y| − E|X − X'| − E|Y − Y'| between samples (n, d), (m, d); unbiased, so it may be below 0."""
-    def mean_apart(a):
-        return torch.cdist(a, a).sum() / (len(a) * (len(a) - 1))
-    return float(2 * torch.cdist(x, y).mean() - mean_apart(x) - mean_apart(y))
+    """Energy distance 2 E|X − Y| − E|X − X'| − E|Y − Y'| of samples (n, d), (m, d); 0 is perfect.
+
+    The estimate is unbiased, so it may be below 0. It sees how far apart things are, which both
+    TVs do not.
+    """
+    apart = 2 * torch.cdist(x, y).mean() - mean_apart(x) - mean_apart(y)
+    return float(apart)
+
+
+def mean_apart(x):
+    """E|X − X'| over pairs of different samples."""
+    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
 
 
 def metrics(mixture, x, fresh):
-    """All of them for samples x (n, 2), by name; `fresh` (m, 2) are draws from the mixture, for `energy`."""
-    return {"modes": len(mixture.means), "modes_covered": modes_covered(mixture, x), "in_mode": in_mode(mixture, x),
-            "tv": mode_tv(mixture, x), "density_tv": density_tv(mixture, x), "energy": energy(x[:len(fresh)], fresh)}
+    """All of them for samples x (n, 2), by name.
+
+    fresh (m, 2) are draws from the mixture, for `energy`, which takes as many of x.
+    """
+    return {
+        "modes": len(mixture.means),
+        "modes_covered": modes_covered(mixture, x),
+        "in_mode": in_mode(mixture, x),
+        "tv": mode_tv(mixture, x),
+        "density_tv": density_tv(mixture, x),
+        "energy": energy(x[: len(fresh)], fresh),
+    }
 
 
 def divergences(p, q, x):
-    """(KL(q ‖ p), TV(p, q)) of one-dimensional mixtures by quadrature over the even grid x (n, 1), which must span both.
+    """(KL(q ‖ p), TV(p, q)) of one-dimensional mixtures p, q, by quadrature.
 
-    With p the target and q a student, the first is the reverse KL that DMD descends, the second what the hinge game does.
+    x (n, 1) is an even grid that must span both. With p the target and q a student, the first is
+    the reverse KL that DMD descends, the second what the hinge game does.
     """
-    t, dx = torch.zeros(len(x), dtype=torch.float64), float(x[1] - x[0])
-    log_p, log_q = p.log_density(x.double(), t), q.log_density(x.double(), t)
+    t = torch.zeros(len(x), dtype=torch.float64)
+    dx = float(x[1] - x[0])
+    log_p, log_q = p.log_density(x.double(), t), q.log_density(x.double(), t)  # (n,) each
     kl = (log_q.exp() * (log_q - log_p)).sum() * dx
-    return float(kl), float(0.5 * (log_p.exp() - log_q.exp()).abs().sum() * dx)
+    tv = 0.5 * (log_p.exp() - log_q.exp()).abs().sum() * dx
+    return float(kl), float(tv)
