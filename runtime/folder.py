@@ -387,8 +387,10 @@ class Run:
             networks["student"][name].data.copy_(average)
         export(self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
+            possible = ("log.csv", "curves.png", "samples")
+            there = ", ".join(name for name in possible if (self.folder / name).exists())
             use = "pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)"
-            print(f"{self.folder}: log.csv, curves.png, samples/, and {use}")
+            print(f"{self.folder}: {there}, and {use}")
 
 
 def versions():
