@@ -21,9 +21,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import PROMPTS, encode_prompts, text_sha256
+from data import PROMPTS, encode_prompts, teacher_steps, text_sha256
 from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import Denoiser, LatentDiscriminator, accuracy, frozen, make_roles
@@ -35,6 +34,7 @@ from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
 from runtime.settings import at_least, positive, require
+from runtime.sheets import Sheets
 from sizing.plan import must_fit
 
 # --- Losses ---------------------------------------------------------------------------------------
@@ -162,17 +162,17 @@ def learn_fake(net, draw, cond, x0, learn):
 
 
 def clean(net, x_t, t, x0_hat, out_real, out_fake):
-    """x̂_0 and what teacher and fake score made of x_t, (B, ...) each: {label of a picture: x_0}."""
+    """x̂_0, what teacher and fake score made of x_t, (B, ...) each, and t (B,): {name: tensor}."""
     x0_real = net.schedule.to_x0_eps(x_t, out_real, t)[0].detach()
     x0_fake = net.schedule.to_x0_eps(x_t, out_fake, t)[0].detach()
-    return {"student": x0_hat, "teacher x0": x0_real, "fake x0": x0_fake}
+    return {"student": x0_hat, "teacher's x_0": x0_real, "fake score's x_0": x0_fake, "t": t}
 
 
 def figures(latents):
     """What the log shows of them, beside the losses that are descended."""
-    x0_hat = latents["student"]
+    x0_hat, x0_real, x0_fake, _ = latents.values()
     spread = x0_hat.flatten(1).std(1).mean()
-    loss = dmd_loss(*latents.values())
+    loss = dmd_loss(x0_hat, x0_real, x0_fake)
     return {"dmd_loss": loss.detach(), "x0_mean": x0_hat.mean(), "x0_std": spread}
 
 
@@ -199,7 +199,8 @@ def dmd_round(net, cfg, draw, cond, uncond, k, learn):
         out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
         out_fake = net.fake(x_t, t, cond)[0]
     latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
-    loss_g = dmd_loss(*latents.values())
+    _, x0_real, x0_fake, _ = latents.values()
+    loss_g = dmd_loss(x0_hat, x0_real, x0_fake)
     learn(loss_g)
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
     loss_f = learn_fake(net, draw, cond, x0, learn)
@@ -410,15 +411,15 @@ def main(cfg):
     if cfg.ema:
         networks["ema"] = {name: p.detach().clone() for name, p in student.own_parameters().items()}
     first = here.restore(networks, optimizers)
+    how = (shape, guidance, teacher_steps(cfg.model), len(parts[0]))
+    sheets = Sheets(here, student, teacher, prompts, *how)
 
     def learn(loss):
         if loss.requires_grad:  # not so where the student rests
             backward(loss, len(parts))
 
-    iterations = range(first, cfg.iterations)
-    bar = tqdm(iterations, cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar)
-    for iteration in bar:
-        began, logs = time.perf_counter(), []
+    for iteration in here.iterations(first):
+        began, logs, shown = time.perf_counter(), [], []
         # The student learns in round 0; TTUR's further rounds are new samples for the others. In a
         # round, gradients add up over the micro-batches `parts`, and only then every network steps:
         # none is trained on what another's step has changed.
@@ -439,7 +440,8 @@ def main(cfg):
                 if r:
                     log = {name: log[name] for name in log if name not in OF_GENERATOR}
                 else:
-                    shown = {f"student, step {k + 1} of {steps}": latents.pop("student")} | latents
+                    shown.append(latents)
+                    label = f"student, step {k + 1} of {steps}"
                 logs.append(dict.fromkeys(COLUMNS) | log)
             for name in (*["student"] * learns, *trained):
                 logs[-1][f"grad_norm_{name}"] = step(optimizers[name], cfg.clip)
@@ -448,7 +450,9 @@ def main(cfg):
             follow(networks["ema"], networks["student"], cfg.ema)
         here.record(iteration + 1, logs, began)
         if here.due(cfg.sample_every, iteration):
-            here.picture(iteration + 1, shown)  # no network runs for it, only the VAE
+            sheets.draw(iteration + 1, networks)
+            rows = {name: torch.cat([one[name] for one in shown]) for name in shown[0]}  # (B, ...)
+            sheets.batch(iteration + 1, {label: rows.pop("student")} | rows)
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
         if here.stop:

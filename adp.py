@@ -21,7 +21,6 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import Pairs, pairs_shape
 from families import load_teacher, recipes
@@ -35,7 +34,7 @@ from models import (
     load_pixel_backbone,
     make_roles,
 )
-from ode import Draw, Schedule, T, common, on_the_line, student_sample
+from ode import Draw, Schedule, T, common, on_the_line
 from runtime.configs import TrainingConfig, check_training
 from runtime.files import tensors_sha256
 from runtime.flags import option
@@ -44,6 +43,7 @@ from runtime.optimize import backward, follow, make_optimizers, step
 from runtime.ranks import Ranks
 from runtime.script import run
 from runtime.settings import at_least, positive
+from runtime.sheets import Sheets
 from sizing.plan import must_fit
 
 # --- Losses ---------------------------------------------------------------------------------------
@@ -275,13 +275,14 @@ def main(cfg):
     if cfg.ema:
         networks["ema"] = {name: p.detach().clone() for name, p in student.own_parameters().items()}
     first = here.restore(networks, optimizers)
+    made = pairs.manifest
+    how = (pairs.shape, made["guidance"], made["steps"], len(parts[0]))
+    sheets = Sheets(here, student, teacher, pairs.prompts, *how)
 
     def learn(loss):
         backward(loss, len(parts))
 
-    iterations = range(first, cfg.iterations)
-    bar = tqdm(iterations, cfg.loss, cfg.iterations, initial=first, disable=ranks.no_bar)
-    for iteration in bar:
+    for iteration in here.iterations(first):
         began, logs = time.perf_counter(), []
         regresses = cfg.loss == "mse" or iteration < cfg.mse_iterations
         for group in optimizers["student"].param_groups:
@@ -302,25 +303,12 @@ def main(cfg):
             follow(networks["ema"], networks["student"], cfg.ema)
         here.record(iteration + 1, logs, began)
         if here.due(cfg.sample_every, iteration):
-            x0 = sampled(student, cond, line, cfg.student_steps, x_T, draw)  # (B, ...)
-            label = f"student, {cfg.student_steps} step"
-            here.picture(iteration + 1, {"teacher x_0": x_0, label: x0})
+            sheets.draw(iteration + 1, networks)
         if here.stop or here.due(cfg.checkpoint_every, iteration):
             here.save(iteration + 1, networks, optimizers)
         if here.stop:
             raise here.stop  # on all ranks: one line, and the exit code
     here.finish(networks, partial(export_pipeline, student, line, cfg.student_steps, pairs.shape))
-
-
-@torch.no_grad()
-def sampled(student, cond, line, steps, x_T, draw):
-    """The exported sampler's x_0 from x_T, (B, ...) each, for pictures."""
-    times = line.timesteps(steps)[:-1].to(x_T.device)  # (steps,)
-
-    def predict(x, t):
-        return student(x, t, cond)[0]
-
-    return student_sample(predict, line, x_T, times, lambda: draw.normal(x_T.shape[1:]))
 
 
 if __name__ == "__main__":

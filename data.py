@@ -30,6 +30,7 @@ from runtime.flags import option
 from runtime.ranks import Ranks
 from runtime.script import subcommand
 from runtime.settings import BadInput, at_least, require
+from runtime.sheets import IMAGES
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 
@@ -39,7 +40,9 @@ SHARD = "{:06d}.safetensors"
 STAGE = 0  # of the seeds' keys: other random numbers than in adp.py (1) and adm.py (2)
 
 # Where things lie and what they are called, not what they are: another call may say it otherwise.
-SPELLING = ("model", "prompts")
+# "texts", the first prompts as captions of pictures, follow from the hash, and are missing in
+# folders of earlier versions.
+SPELLING = ("model", "prompts", "texts")
 
 
 def rows_in(path):
@@ -210,6 +213,11 @@ class Prompts(Rows):
         super().__init__(folder, "prompts", teacher, device)
         self.none = Rows(self.folder / "unconditional", "prompts", teacher, device)[[0]]
 
+    def texts(self, numbers):
+        """What these prompts say, for captions: their numbers, where the folder does not tell."""
+        known = self.manifest.get("texts", [])
+        return [known[i] if i < len(known) else f"prompt {i + 1}" for i in numbers]
+
     def unconditional(self, batch_size):
         """The conditioning of no prompt, {name: (batch_size, ...)}."""
         return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
@@ -251,7 +259,8 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
         return teacher.unconditional(pipe())
 
     with torch.no_grad():
-        manifest = {**common, "count": len(prompts), "shard_size": batch_size}
+        texts = [prompt[:200] for prompt in prompts[:IMAGES]]
+        manifest = {**common, "count": len(prompts), "shard_size": batch_size, "texts": texts}
         collect(folder, manifest, ranks, encode_some)
         manifest = {**common, "count": 1, "shard_size": 1}
         collect(Path(folder) / "unconditional", manifest, ranks, encode_none)
@@ -366,6 +375,11 @@ def collect_pairs(cfg, teacher, ranks):
         }
 
     collect(cfg.out, manifest, ranks, make)
+
+
+def teacher_steps(model):
+    """In how many steps the teacher of this name makes a pair where no flag says otherwise."""
+    return recipes.PAIRS.get(model, {}).get("steps", PairsConfig.steps)
 
 
 @dataclass

@@ -6,7 +6,7 @@ and adp.py, or are marked `paper` here. All else is ours, after peers and what t
 nobody has confirmed it at full size.
 """
 
-from families import DIGITS
+from families import DIGITS, TINY
 
 DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
 
@@ -98,6 +98,7 @@ ADP_PAPER = {
 ENCODE = {"digits": {"prompts": DIGITS_PROMPTS}}
 PAIRS_LARGE = {"count": 10_000}
 PAIRS = {
+    **dict.fromkeys(TINY, {"steps": 4}),  # of random weights: fifty would show no more
     "digits": {
         "prompts": DIGITS_PROMPTS,
         "count": 3000,

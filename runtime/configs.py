@@ -94,7 +94,14 @@ class TrainingConfig(TeacherConfig):
     out: str = option("out/run", "folder to write; must be empty, or a run to --resume", "output")
     checkpoint_every: int = option(25, "iterations between checkpoints", "output")
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay", "output")
-    sample_every: int = option(25, "iterations between picture grids; 0: none", "output")
+    sample_every: int = option(
+        25, "iterations between sheets of samples, and curves.png; 0: none", "output"
+    )
+    log_every: int = option(
+        25,
+        "where stderr is no terminal: iterations between lines of progress on it; 0: none",
+        "output",
+    )
     resume: bool = option(False, "continue the run in --out", "output")
 
 
@@ -102,7 +109,7 @@ def check_training(cfg):
     """Raises BadInput for settings of a TrainingConfig without meaning."""
     at_least(1, cfg, "iterations", "batch_size", "student_steps", "samples", "accumulate")
     at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
-    at_least(0, cfg, "seed", "lora_rank", "guidance", "sample_every")
+    at_least(0, cfg, "seed", "lora_rank", "guidance", "sample_every", "log_every")
     positive(cfg, "lr_student", "lr_heads", "clip")
     for name in ("beta1", "ema"):
         require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")

@@ -1,6 +1,7 @@
 """A run's folder: config.json, log.csv, samples/, checkpoints/ and, at the end, pipeline/.
 
-All of it is safetensors and json, written aside and renamed: a file is whole or absent.
+samples/ and curves.png are made in sheets.py and curves.py. All else is safetensors and json,
+written aside and renamed: a file is whole or absent.
 """
 
 import csv
@@ -19,11 +20,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
+from runtime.progress import Progress
 from runtime.ranks import assign, gather, like
 from runtime.script import Stopped
 from runtime.settings import require
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "iterations",
     "checkpoint_every",
     "sample_every",
+    "log_every",
     "keep_checkpoints",
     "accumulate",
     "samples",
@@ -193,6 +195,12 @@ class Run:
             print(f"{self.folder}: from iteration {done + 1} on {'; '.join(said)}", file=sys.stderr)
         write_json(self.folder / "config.json", {**self.about, "changes": changes})
 
+    def iterations(self, first):
+        """The numbers of the iterations from `first` on; how far they are stands on stderr."""
+        self.progress = Progress(self.cfg, first, self.ranks.main)
+        yield from range(first, self.cfg.iterations)
+        self.progress.close()
+
     def record(self, iteration, logs, began):
         """Append a row to log.csv, and set self.stop where the run ends after it.
 
@@ -229,6 +237,7 @@ class Run:
                 if iteration == 1:
                     writer.writeheader()
                 writer.writerow(row)
+        self.progress.show(row)
         self.decide(iteration, asked)
 
     def decide(self, iteration, asked):
@@ -261,27 +270,6 @@ class Run:
             return False
         done = iteration + 1
         return done % every == 0 or done == self.cfg.iterations
-
-    def picture(self, iteration, latents):
-        """samples/<iteration>.png, of rank 0: a row for each {label: latents (B, ...)}.
-
-        For video a row of frames for each sample. The VAE is loaded for this and dropped again.
-        """
-        if not self.ranks.main:
-            return
-        vae = self.family.vae(self.ranks.device)
-        rows = []  # (label, images (N, 3, H, W) uint8)
-        for label, z in latents.items():
-            most = 8 if z.ndim == 4 else 2
-            with torch.no_grad():
-                x = torch.cat([self.family.decode(vae, one) for one in z[:most].split(1)])
-            x = x.float().clamp(-1, 1).add(1).mul(127.5).byte().cpu()
-            if x.ndim == 4:  # (B, 3, H, W)
-                rows.append((label, x))
-            else:  # (B, 3, frames, H, W)
-                rows += [(label, video[:8]) for video in x.transpose(1, 2)]
-        (self.folder / "samples").mkdir(exist_ok=True)
-        contact_sheet(rows).save(self.folder / "samples" / f"{iteration:06d}.png")
 
     def checkpoints(self):
         """Their folders, oldest first. One that is being written has another kind of name."""
@@ -399,8 +387,10 @@ class Run:
             networks["student"][name].data.copy_(average)
         export(self.folder / "pipeline", write=self.ranks.main)
         if self.ranks.main:
+            possible = ("log.csv", "curves.png", "samples")
+            there = ", ".join(name for name in possible if (self.folder / name).exists())
             use = "pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)"
-            print(f"{self.folder}: log.csv, samples/, and {use}")
+            print(f"{self.folder}: {there}, and {use}")
 
 
 def versions():
@@ -425,21 +415,6 @@ def peak_memory(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return peak * unit
-
-
-def contact_sheet(rows):
-    """One picture of rows [(label, images (N, 3, H, W) uint8)], all of one height and width."""
-    _, first = rows[0]
-    margin = 120  # for the label, in pixels
-    enlarge = max(1, 96 // first.shape[-2])  # small pictures are hard to see
-    height, width = (n * enlarge for n in first.shape[-2:])
-    sheet = Image.new("RGB", (margin + len(first) * width, len(rows) * height), "white")
-    for i, (label, images) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((4, i * height + 4), label, fill="black")
-        for j, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            tile = Image.fromarray(image).resize((width, height), Image.NEAREST)
-            sheet.paste(tile, (margin + j * width, i * height))
-    return sheet
 
 
 def load_network(path, parameters, optimizer):

@@ -1,5 +1,7 @@
 """From a loss to a step: gradients that add up, clipping, AdamW, the average."""
 
+from contextlib import contextmanager
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -97,3 +99,25 @@ def follow(average, parameters, decay):
     """
     for name, p in parameters.items():
         average[name].lerp_(p, 1 - decay)
+
+
+@contextmanager
+def exchanged(average, parameters):
+    """Inside, the parameters have the average's values, and the average theirs.
+
+    Both as for `follow`. Tensor by tensor: what it costs beside the two is a copy of the largest
+    tensor's part on this rank, and reading and writing both twice. Bit for bit as before after it.
+    """
+
+    def exchange():
+        for name, p in parameters.items():
+            kept = p.detach().clone()
+            p.data.copy_(average[name])
+            average[name].copy_(kept)
+
+    with torch.no_grad():
+        exchange()
+        try:
+            yield
+        finally:
+            exchange()

@@ -77,6 +77,14 @@ class Ranks:
             tensor /= self.world
         return tensor
 
+    def joined(self, tensor):
+        """Every rank's tensor of this shape, (B, ...) each, one after another: (world·B, ...)."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def barrier(self):
         """Wait until every rank is here."""
         self.mean(torch.zeros(1, device=self.device)).item()

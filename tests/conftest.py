@@ -105,6 +105,7 @@ def call(main, config_class, *args):
 
 def refused(capsys, main, config_class, *args):
     """The one line that a mistake prints."""
+    capsys.readouterr()  # what runs before it said of their progress
     with pytest.raises(SystemExit) as e:
         call(main, config_class, *args)
     assert e.value.code == 2

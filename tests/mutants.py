@@ -166,6 +166,14 @@ MUTANTS = [
     *mutants("runtime/optimize.py", ("tests/test_sharding.py", "-k", "not_finite"), [
         ("steps that are not finite", "(~norm.isfinite())", "(norm != norm)"),
     ]),
+    *mutants("runtime/optimize.py", ("tests/test_following.py", "-k", "disturb"), [
+        ("the average stays in the student", "finally:\n            exchange()",
+         "finally:\n            pass"),
+    ]),
+    *mutants("runtime/sheets.py", ("tests/test_following.py", "-k", "shows_what or below_it"), [
+        ("a sheet of the student's first step", "steps)[:-1].to", "steps)[:1].to"),
+        ("a sheet's teacher without guidance", "uncond, self.guidance)", "uncond, 1.0)"),
+    ]),
     *mutants("runtime/ranks.py", ("tests/test_sharding.py",), [
         ("every rank takes the first samples", "self.rank * (batch_size // self.world)", "0"),
         ("gathered parts, not the whole", ".detach().full_tensor()", ".detach().to_local()"),

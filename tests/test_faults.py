@@ -31,6 +31,7 @@ import runtime.files
 import runtime.folder
 
 TINY = ["--head-width", 8, "--sample-every", 0, "--student-steps", 1]  # as quick as it gets
+TINY += ["--log-every", 0]  # stderr has what goes wrong
 RUN4 = ["--iterations", 4, "--batch-size", 2, "--checkpoint-every", 2]
 LONG = 120  # iterations of the long run
 

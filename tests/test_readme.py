@@ -91,7 +91,8 @@ def test_offline_commands_run_in_order_and_the_result_opens(tmp_path):
     done = script(tmp_path, tmp_path / "snippet.py", cwd=home)
     assert done.returncode == 0 and (home / "fox.png").exists(), done.stderr
     written = sorted(path.name for path in (home / "out" / "dmdx").iterdir())
-    assert written == ["checkpoints", "config.json", "log.csv", "pipeline", "prompts", "samples"]
+    files = ["config.json", "curves.png", "log.csv"]
+    assert written == sorted([*files, "checkpoints", "pipeline", "prompts", "samples"])
 
 
 def test_make_targets_exist_and_ci_runs_the_tests():

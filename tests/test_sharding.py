@@ -8,10 +8,12 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import call, same_log, shell
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_reference import check_adm, check_adp
 from torch.testing import assert_close
@@ -72,6 +74,7 @@ RUNS = {
             "accumulate": 2,
             "lr_student": 1e-4,
             "lr_fake": 1e-4,
+            "sample_every": 2,
         },
     ),
     "dmd": (
@@ -154,6 +157,19 @@ def test_two_ranks_are_one(runs, name):
     a, b = (exported(family, folder) for folder in (one, two))
     for key in a:
         assert (a[key] - b[key]).abs().max() <= 4 * rate
+
+
+@pytest.mark.parametrize("name", ["adp", "lora"])
+def test_two_ranks_draw_the_same_sheets(runs, name):
+    """Each rank makes half of the columns; lora's training batch is half on each rank, too."""
+    one, two = (runs / ranks / name / "samples" for ranks in ("one", "two"))
+    drawn = sorted(path.name for path in one.iterdir())
+    assert drawn == sorted(path.name for path in two.iterdir())
+    assert ("000002-batch.png" in drawn) == (name == "lora")
+    for file in drawn:
+        a, b = (np.asarray(Image.open(folder / file)).astype(int) for folder in (one, two))
+        assert a.shape == b.shape
+        assert np.abs(a - b).mean() < 0.5 and a.std() > 1
 
 
 def exported(family, folder):

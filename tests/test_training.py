@@ -82,8 +82,10 @@ def test_sd3_end_to_end(tmp_path, few_prompts):
     flags += ["--student-steps", 1, "--sample-every", 1, "--head-width", 32]
     call(adm.main, adm.Config, *sd3, *flags)
 
-    assert names(out) == ["checkpoints", "config.json", "log.csv", "pipeline", "samples"]
-    assert names(out / "samples") == ["000001.png", "000002.png"]
+    files = ["config.json", "curves.png", "log.csv"]
+    assert names(out) == sorted([*files, "checkpoints", "pipeline", "samples"])
+    sheets = ["000001-batch.png", "000001.png", "000002-batch.png", "000002.png"]
+    assert names(out / "samples") == sheets
     suffixes = {p.suffix for p in out.rglob("*")}
     assert not suffixes & {".bin", ".pt", ".partial"}
     config = json.loads((out / "config.json").read_text())
@@ -144,7 +146,8 @@ def test_cogvideox_adm_draws_its_samples(encoded, tmp_path):
     how = {"num_inference_steps": 4, "guidance_scale": 1.0, "num_frames": 9}
     frames = pipe("a red fox", **how).frames[0]
     assert len(frames) == 9 and frames[0].size == (128, 128)
-    assert (out / "samples" / "000001.png").exists()
+    sheets = ["000001-batch.gif", "000001-batch.png", "000001.gif", "000001.png"]
+    assert names(out / "samples") == sheets
 
 
 def test_cogvideox_adp_sees_frames(encoded, tmp_path):

@@ -501,7 +501,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
                 other.step()
         if curves.due():
             of_seeds = zip(*(x.detach().chunk(cfg.seeds) for x in seen.values()), strict=True)
-            dmd_losses = [adm.dmd_loss(*triple) for triple in of_seeds]  # also where unused
+            dmd_losses = [adm.dmd_loss(*x_0s) for *x_0s, _ in of_seeds]  # also where unused
             curves.add(student, grad_norm=optimizer.grad_norms(), dmd_loss=dmd_losses)
 
 

@@ -1,0 +1,54 @@
+"""The curves of any number of runs in one picture, from their log.csv.
+
+    python tools/curves.py out/adm
+    python tools/curves.py out/a out/b --out compared.png
+
+A panel a column of log.csv: each iteration faintly, the average on top, red ticks where updates
+were skipped. A run draws its own, curves.png in its folder, with each sheet of samples.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runtime import curves
+from runtime.settings import BadInput, require
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", help="folders of adp.py or adm.py, finished or not")
+    parser.add_argument("--out", default="curves.png", help="PNG to write (default: curves.png)")
+    parser.error = lambda message: require(False, message)
+    try:
+        asked = parser.parse_args(argv)
+        check_out(Path(asked.out))
+        draw(dict.fromkeys(asked.runs), asked.out)
+    except BadInput as e:
+        print(f"curves.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    print(asked.out)
+
+
+def draw(runs, out):
+    """The picture. Raises BadInput where it cannot be written, too."""
+    try:
+        curves.draw(runs, out)
+    except OSError as e:
+        raise BadInput(f"cannot write {out}: {e.strerror}") from None
+
+
+def check_out(path):
+    """Raises BadInput where the picture cannot go, or would take the place of something else."""
+    require(path.suffix == ".png" and not path.is_dir(), f"--out {path}: a file, ….png")
+    require(path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}")
+
+
+if __name__ == "__main__":
+    main()
