@@ -44,8 +44,8 @@ from sizing.plan import must_fit
 def discriminator_loss(real, fake):
     """ADM's hinge: E[max(0, 1 − D(x_real, t−Δt))] + E[max(0, 1 + D(x_fake, t−Δt))].
 
-    arXiv 2507.18569, Eq. 8 as one reader counts. The best D leaves 2 (1 − TV) of it, TV the total
-    variation between the two distributions.
+    arXiv 2507.18569. The best D leaves 2 (1 − TV) of it, TV the total variation between the two
+    distributions.
     """
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
@@ -119,8 +119,8 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
     logits_real = discriminator.logits(maps_real)  # (B,)
     logits_fake = discriminator.logits([h.detach() for h in maps_fake])  # (B,)
     loss_d = discriminator_loss(logits_real, logits_fake)
-    pairs = ((x_real, logits_real), (x_fake.detach(), logits_fake))
-    learn(loss_d + damping(discriminator, cfg, draw, cond, s, pairs))
+    judged = ((x_real, logits_real), (x_fake.detach(), logits_fake))
+    learn(loss_d + damping(discriminator, cfg, draw, cond, s, judged))
 
     # 6. Fake score: f_ψ learns the student's samples by its diffusion loss.
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)  # x̂_0, or with --fake-samples: ours
@@ -241,11 +241,11 @@ def weight_in_t(cfg, schedule, t):
     return 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3)
 
 
-def damping(discriminator, cfg, draw, cond, s, pairs):
-    """--damping: the penalty's weighted sum over `pairs` of (x, D's logits at x); 0 without."""
+def damping(discriminator, cfg, draw, cond, s, judged):
+    """--damping: the penalty's weighted sum over `judged`, (x, D's logits at x); 0 without."""
     loss = 0
     if cfg.damping:
-        for x, logits in pairs:
+        for x, logits in judged:
             with torch.no_grad():
                 nearby = x + cfg.damping_sigma * draw.normal(x.shape[1:])  # (B, ...)
                 maps = discriminator.features(nearby, s, cond)
@@ -382,6 +382,8 @@ def main(cfg):
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)
     facts = {"guidance": guidance, "prompts": {"text_sha256": text}}
     here = Run("adm", cfg, ranks, family, student_schedule, steps, **facts)
+    if cfg.warmup >= cfg.iterations:
+        here.say(f"the student rests in all of its {cfg.iterations} iterations (--warmup)")
     prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
 
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters

@@ -160,11 +160,17 @@ class Config(TrainingConfig):
         "out/pairs", "folder made by `data.py pairs` with the same model", "what to distil"
     )
     resolution: str | None = option(
-        None, "pixels, 1024 or 480x720: checked against the pairs", "what to distil"
+        None,
+        "pixels, 1024 or 480x720: checked against the pairs; default: theirs",
+        "what to distil",
     )
-    frames: int | None = option(None, "video frames: checked against the pairs", "what to distil")
+    frames: int | None = option(
+        None, "video frames: checked against the pairs; default: theirs", "what to distil"
+    )
     guidance: float | None = option(
-        None, "CFG scale: checked against the pairs, which have it in them", "what to distil"
+        None,
+        "CFG scale: checked against the pairs, which have it in them; default: theirs",
+        "what to distil",
     )
     student_steps: int = option(
         1, "steps of the exported student's sampler; ADP is made for 1", "what to distil"
@@ -178,10 +184,9 @@ class Config(TrainingConfig):
     pixel: bool = option(
         True, "use the pixel discriminator, which needs the VAE decoder in memory", "the method"
     )
-    pixel_backbone: str | None = option(
-        None,
-        "its vision encoder, hub id or folder (DINOv2: ablation A2); default: "
-        "facebook/sam-vit-base, for tiny teachers tiny-sam",
+    pixel_backbone: str = option(
+        "facebook/sam-vit-base",
+        "its vision encoder: a hub id or a folder (DINOv2: ablation A2), tiny-sam or tiny-dinov2",
         "the method",
     )
     lambda_latent: float = option(0.85, "λ_1, weight of the latent discriminator", "the method")
@@ -232,9 +237,7 @@ def main(cfg):
     family = load_teacher(cfg.model, cfg.random_init)
     use_pixel = cfg.pixel and cfg.loss == "adp"
     if use_pixel:
-        tiny = cfg.model.startswith(("tiny-", "digits"))
-        named = cfg.pixel_backbone or ("tiny-sam" if tiny else "facebook/sam-vit-base")
-        backbone = load_pixel_backbone(named, cfg.random_init)
+        backbone = load_pixel_backbone(cfg.pixel_backbone, cfg.random_init)
     ranks = Ranks()
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     pairs = Pairs(cfg.pairs, family, ranks.device, cfg.resolution, cfg.frames, cfg.guidance)
@@ -244,6 +247,9 @@ def main(cfg):
     if use_pixel:
         facts["pixel_backbone"] = {"weights_sha256": tensors_sha256(backbone.state_dict())}
     here = Run("adp", cfg, ranks, family, line, cfg.student_steps, **facts)
+
+    if cfg.loss == "adp" and cfg.mse_iterations >= cfg.iterations:
+        here.say(f"regression in all of its {cfg.iterations} iterations (--mse-iterations)")
 
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
     teacher, student = make_roles(

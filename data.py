@@ -429,7 +429,7 @@ def encode(cfg):
 
 
 def pairs(cfg):
-    at_least(1, cfg, "count", "steps", "batch_size", "shard_size")
+    at_least(1, cfg, "count", "steps", "batch_size", "shard_size", "frames")
     at_least(0, cfg, "seed", "guidance")
     teacher = load_teacher(cfg.model, cfg.random_init)
     collect_pairs(cfg, teacher, Ranks())

@@ -19,7 +19,7 @@ from families.sdxl import SDXL  # noqa: E402
 transformers.utils.logging.set_verbosity(verbosity)
 del verbosity
 
-from runtime.settings import BadInput, require  # noqa: E402
+from runtime.settings import BadInput, did_you_mean, require  # noqa: E402
 
 HUB = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -77,5 +77,6 @@ def pipeline_folder(name):
             raise BadInput(f"cannot fetch {HUB[name]} ({why}); {instead}") from None
     known = ", ".join(["digits", *HUB, *TINY])
     is_folder = Path(name).is_dir()
-    require(is_folder, f"unknown model {name!r}: neither a folder nor one of {known}")
+    near = did_you_mean(name, [*HUB, *TINY, "digits"])
+    require(is_folder, f"unknown model {name!r}: neither a folder nor one of {known}{near}")
     return name

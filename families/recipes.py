@@ -20,7 +20,12 @@ LARGE = {
     "checkpoint_every": 500,
     "sample_every": 500,
 }
-VIDEO = {"batch_size": 8}
+# The stock pipelines' scales, and of SD3.5 its model card's.
+SDXL = {"guidance": 5.0}
+SD3 = {"guidance": 7.0}
+SD3_5 = {"guidance": 4.5}
+COGVIDEOX = {"guidance": 6.0}
+VIDEO = {**COGVIDEOX, "batch_size": 8}
 LORA = {"lora_rank": 64}  # paper: SD3-Medium is tuned by LoRA
 
 ADM_LARGE = {**LARGE, "warmup": 100}
@@ -45,11 +50,11 @@ ADM = {
         "checkpoint_every": 125,
         "sample_every": 125,
     },
-    "sdxl": ADM_LARGE,
-    "sd3": {**ADM_LARGE, **ADM_LORA},
-    "sd3.5-large": {**ADM_LARGE, "guidance": 4.5},  # its model card's
-    "cogvideox-2b": {**ADM_LARGE, **VIDEO},
-    "cogvideox-5b": {**ADM_LARGE, **VIDEO},
+    "sdxl": {**ADM_LARGE, **SDXL, "student_steps": 1},  # paper: steps
+    "sd3": {**ADM_LARGE, **SD3, **ADM_LORA, "student_steps": 4},
+    "sd3.5-large": {**ADM_LARGE, **SD3_5, "student_steps": 4},
+    "cogvideox-2b": {**ADM_LARGE, **VIDEO, "student_steps": 4},
+    "cogvideox-5b": {**ADM_LARGE, **VIDEO, "student_steps": 4},
 }
 # --paper: the paper's method, also where a recipe above has another, and what --help compares with.
 ADM_PAPER = {
@@ -67,7 +72,9 @@ ADM_PAPER = {
 
 ADP_LARGE = {**LARGE, "iterations": 10_000, "mse_iterations": 5000}
 ADP = {
+    **dict.fromkeys(TINY, {"pixel_backbone": "tiny-sam"}),
     "digits": {
+        "pixel_backbone": "tiny-sam",
         "iterations": 800,
         "mse_iterations": 600,
         "batch_size": 16,
@@ -81,8 +88,8 @@ ADP = {
     "sdxl": ADP_LARGE,
     "sd3": {**ADP_LARGE, **LORA},
     "sd3.5-large": ADP_LARGE,
-    "cogvideox-2b": {**ADP_LARGE, **VIDEO},
-    "cogvideox-5b": {**ADP_LARGE, **VIDEO},
+    "cogvideox-2b": {**ADP_LARGE, "batch_size": 8},
+    "cogvideox-5b": {**ADP_LARGE, "batch_size": 8},
 }
 ADP_PAPER = {
     "loss": "adp",
@@ -107,9 +114,9 @@ PAIRS = {
         "batch_size": 100,
         "shard_size": 500,
     },
-    "sdxl": PAIRS_LARGE,
-    "sd3": PAIRS_LARGE,
-    "sd3.5-large": {**PAIRS_LARGE, "guidance": 4.5},
-    "cogvideox-2b": {**PAIRS_LARGE, "batch_size": 1},
-    "cogvideox-5b": {**PAIRS_LARGE, "batch_size": 1},
+    "sdxl": {**PAIRS_LARGE, **SDXL},
+    "sd3": {**PAIRS_LARGE, **SD3},
+    "sd3.5-large": {**PAIRS_LARGE, **SD3_5},
+    "cogvideox-2b": {**PAIRS_LARGE, **COGVIDEOX, "batch_size": 1},
+    "cogvideox-5b": {**PAIRS_LARGE, **COGVIDEOX, "batch_size": 1},
 }

@@ -13,7 +13,7 @@ class TeacherConfig:
     model: str = option(
         "digits",
         "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-… or a pipeline "
-        "folder",
+        "folder, which has no recipe, only the small defaults of the scripts",
         "what to distil",
     )
     random_init: bool = option(
@@ -53,7 +53,9 @@ class TrainingConfig(TeacherConfig):
         "the method",
     )
     head_width: int = option(256, "channels of the discriminators' heads", "the method")
-    iterations: int = option(50, "student updates in all", "training")
+    iterations: int = option(
+        50, "in all, those of --warmup or --mse-iterations among them", "training"
+    )
     batch_size: int = option(4, "global, whatever the number of ranks (ours)", "training")
     seed: int = option(0, "of everything random", "training")
     lr_student: float = option(1e-5, "learning rate of the student (ours)", "training")
@@ -108,6 +110,7 @@ class TrainingConfig(TeacherConfig):
 def check_training(cfg):
     """Raises BadInput for settings of a TrainingConfig without meaning."""
     at_least(1, cfg, "iterations", "batch_size", "student_steps", "samples", "accumulate")
+    at_least(1, cfg, "frames")
     at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "lora_rank", "guidance", "sample_every", "log_every")
     positive(cfg, "lr_student", "lr_heads", "clip")

@@ -201,6 +201,11 @@ class Run:
         yield from range(first, self.cfg.iterations)
         self.progress.close()
 
+    def say(self, what):
+        """A line on stderr about this run, of rank 0."""
+        if self.ranks.main:
+            print(f"{self.folder}: {what}", file=sys.stderr)
+
     def record(self, iteration, logs, began):
         """Append a row to log.csv, and set self.stop where the run ends after it.
 

@@ -109,11 +109,11 @@ def run(main, config_class, argv=None, **about):
 def subcommand(commands, script, description):
     """Run the one of `commands` {name: (function, its config class)} that the command line names.
 
-    For a script that has several. Without a name, or with --help, it says what there is.
+    For a script that has several.
     """
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
-        print(description, file=sys.stderr)
+        print(description)
         sys.exit(0)
     if name not in commands:
         there = " and ".join(commands)

@@ -22,7 +22,7 @@ def at_least(least, cfg, *names):
     """Raises BadInput for a setting among `names` that is given and below `least`."""
     for name in names:
         value = getattr(cfg, name)
-        fine = value is None or value >= least
+        fine = value is None or least <= value < float("inf")
         require(fine, f"{flag(name)} {value}: at least {least}")
 
 

@@ -5,6 +5,7 @@ the passes of adm.py and adp.py, in bf16 with memory-efficient attention; VAE an
 float32. Kernels' workspace and fragmentation come on top.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from families import tiny
 from models import Denoiser, LatentDiscriminator, PixelDiscriminator, frozen, make_roles
 from ode import with_guidance
 
@@ -27,7 +29,7 @@ class Parts(NamedTuple):
     student: Denoiser
     fake: Denoiser | None  # of ADM
     latent: LatentDiscriminator
-    pixel: PixelDiscriminator | None  # of ADP, on SAM-B, whatever --pixel-backbone says
+    pixel: PixelDiscriminator | None  # of ADP
     vae: torch.nn.Module | None  # decodes for it
 
     def networks(self):
@@ -55,14 +57,28 @@ def build(family, cfg, frozen_dtype=torch.bfloat16):
     pixel = vae = None
     with torch.device("meta"):
         latent = LatentDiscriminator(teacher, cfg.head_width)
-        if not is_adm and cfg.pixel and cfg.loss == "adp":
-            sam = transformers.SamVisionModel(transformers.SamVisionConfig())
-            pixel = PixelDiscriminator(sam.eval().requires_grad_(False), cfg.head_width)
+    if not is_adm and cfg.pixel and cfg.loss == "adp":
+        encoder = vision_encoder(cfg.pixel_backbone).eval().requires_grad_(False)
+        with torch.device("meta"):
+            pixel = PixelDiscriminator(encoder, cfg.head_width)
             vae = family.vae_class.from_config(vars(family.vae_config))
-            vae = vae.eval().requires_grad_(False)
-            if checkpointing:
-                vae.enable_gradient_checkpointing()
+        vae = vae.eval().requires_grad_(False)
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
     return Parts(teacher, student, fake, latent, pixel, vae)
+
+
+def vision_encoder(name):
+    """The network of --pixel-backbone on the meta device; any of the hub is taken for SAM-B."""
+    folder = tiny.build(name) if name in ("tiny-sam", "tiny-dinov2") else Path(name)
+    config = transformers.SamVisionConfig()
+    if folder.is_dir():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config = getattr(config, "vision_config", config)
+    with torch.device("meta"):
+        if config.model_type == "sam_vision_model":
+            return transformers.SamVisionModel(config)
+        return transformers.AutoModel.from_config(config)
 
 
 # --- Weights and their companions -----------------------------------------------------------------
@@ -101,7 +117,7 @@ def states(parts, cfg, world):
     if parts.pixel:
         whole = [*parts.vae.parameters(), *parts.pixel.backbone.parameters()]
         size = sum(p.numel() for p in whole)
-        rows["VAE, SAM"] = {"parameters": size, "weights": part(whole, 1)}
+        rows["VAE, encoder"] = {"parameters": size, "weights": part(whole, 1)}
     nets = [parts.teacher, *parts.networks().values()]
     buffers = {id(b): b.nbytes for role in nets for b in role.net.buffers()}
     rows["buffers"] = {"parameters": 0, "weights": sum(buffers.values())}
@@ -262,13 +278,19 @@ def activations(family, parts, cfg, shape, batch):
                 images = family.views(parts.vae, x0_hat, (0.0, 0.0, 0.5))  # (N, 3, H, W) float32
                 waiting["VAE"] = saved.taken()
                 parts.pixel.logits(parts.pixel.features(images))
-                waiting["SAM"] = saved.taken()
+                waiting["encoder"] = saved.taken()
         phases = {"generator": waiting}
         if parts.fake:
             parts.fake(x, t, cond)
             phases["fake score"] = {"fake": saved.taken()}
     block = of_student.most  # the others' are like it
-    blocks = {"student": block, "fake": block, "discriminator": block, "VAE": of_vae.most, "SAM": 0}
+    blocks = {
+        "student": block,
+        "fake": block,
+        "discriminator": block,
+        "VAE": of_vae.most,
+        "encoder": 0,
+    }
     return phases, blocks
 
 
@@ -276,9 +298,10 @@ def activations(family, parts, cfg, shape, batch):
 
 
 def flops(family, parts, cfg, shape, guided):
-    """{phase: FLOPs for one sample}, of the passes that the stage makes, by their own backward.
+    """{what runs: FLOPs for one sample}, of the stage's passes, by their own backward.
 
-    What checkpointing computes again is counted; AdamW is not. guided: the teacher runs twice.
+    What checkpointing computes again is counted; AdamW is not. guided: the teacher runs twice. A
+    "step before" is one of the student's without gradient.
     """
     for role in (parts.teacher, *parts.networks().values()):
         role.net.bfloat16()
@@ -290,6 +313,13 @@ def flops(family, parts, cfg, shape, guided):
     def teacher():
         with torch.no_grad():
             with_guidance(parts.teacher, cond, cond, 2.0 if guided else 1.0)(x, t)
+
+    def step_before():
+        with torch.no_grad():
+            parts.student(x, t, cond)
+
+    def regression():
+        parts.student(x, t, cond)[0].sum().backward()
 
     def maps(x, clean):
         """Of D_τ and, in ADP, of D_τ2."""
@@ -317,18 +347,22 @@ def flops(family, parts, cfg, shape, guided):
     def discriminator():
         with torch.no_grad():
             real = maps(x, x.float())
-        judged(real).backward()
+        (judged(real) + judged(real)).backward()  # the heads run on x_fake's maps too
 
     def fake_score():
         parts.fake(x, t, cond)[0].sum().backward()
 
-    phases = {"generator": generator}
-    if cfg.loss in ADVERSARIAL:
-        phases["discriminator"] = discriminator
+    running = {"teacher": teacher}
     if parts.fake:
-        phases = {"teacher": teacher, **phases, "fake score": fake_score}
+        running |= {"step before": step_before, "fake score": fake_score}
+    else:
+        running["regression"] = regression
+    if parts.fake or cfg.loss in ADVERSARIAL:
+        running["generator"] = generator
+    if cfg.loss in ADVERSARIAL:
+        running["discriminator"] = discriminator
     counted = {}
-    for name, work in phases.items():
+    for name, work in running.items():
         with FlopCounterMode(display=False) as counter:
             work()
         counted[name] = counter.get_total_flops()

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 
-from families import HUB, load_teacher
+from families import HUB, load_teacher, recipes
 from runtime.ranks import gpu_memory, micro_batches, world_size
-from runtime.settings import BadInput, flag
+from runtime.settings import BadInput, flag, require
 from sizing.count import COLUMNS, activations, build, copies, flops, gathered, states
 
 FLOAT32 = 4  # bytes
@@ -46,11 +46,14 @@ def plan_of(cfg, world, latent=None):
     latent: the shape of one, by default as --resolution and --frames say, or the model's own.
     Nothing is loaded or fetched. Raises BadInput for settings that cannot be.
     """
+    family = opened(cfg.model)
+    own = family.latent_shape(cfg.resolution, cfg.frames)
+    latent = latent or own
+    same_kind = len(latent) == len(own) and latent[-3] == own[-3]
+    require(same_kind, f"latents of shape {tuple(latent)} are not {cfg.model}'s")
     accumulate, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
     settings = [(name, getattr(cfg, name)) for name in OF_NETWORKS if hasattr(cfg, name)]
-    if latent is None and (cfg.resolution or cfg.frames):
-        latent = opened(cfg.model).latent_shape(cfg.resolution, cfg.frames)
-    family, parts, latent, waiting, again = counted(cfg.model, latent, each, tuple(settings))
+    parts, waiting, again = counted(cfg.model, latent, each, tuple(settings))
     rows = states(parts, cfg, world)
     of_pass = gathered(family, parts.student.net, world)
     phases = peaks(cfg, rows, waiting, again, of_pass, world, accumulate)
@@ -67,9 +70,11 @@ OF_NETWORKS = (
     "gradient_checkpointing",
     "fake_gradient",
     "pixel",
+    "pixel_backbone",
 )
 
 
+@cache
 def opened(model):
     """The Family of a model, of which nothing is fetched."""
     return load_teacher(model, random_init=model in HUB)
@@ -77,13 +82,12 @@ def opened(model):
 
 @cache
 def counted(model, latent, each, settings):
-    """(family, its Parts, latent, activations, those of a block), for `each` samples at a time.
+    """(the Parts, their activations, those of a block), for `each` samples at a time.
 
     Once for all numbers of GPUs: it takes seconds.
     """
     cfg = SimpleNamespace(**dict(settings))
     family = opened(model)
-    latent = latent or family.latent_shape()
     parts = build(family, cfg)
     plain = SimpleNamespace(**dict(settings, gradient_checkpointing=False))
     waiting, again = activations(family, build(family, plain), cfg, latent, each)
@@ -92,15 +96,29 @@ def counted(model, latent, each, settings):
         waiting, _ = activations(family, recomputing, cfg, latent, each)
     else:
         again = dict.fromkeys(again, 0)
-    return family, parts, latent, waiting, again
+    return parts, waiting, again
 
 
 def work_of(cfg):
-    """{phase: FLOPs of a sample}: see sizing.count.flops. It takes a minute at full size."""
+    """({what runs: FLOPs of a sample in a mean iteration}, those of one pass of the teacher).
+
+    Warm-up, --damping and --fake-samples last are not counted. It takes a minute at full size.
+    """
     family = opened(cfg.model)
     latent = family.latent_shape(cfg.resolution, cfg.frames)
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
-    return flops(family, build(family, cfg), cfg, latent, guidance != 1)
+    once = flops(family, build(family, cfg), cfg, latent, guidance != 1)
+    if "regression" in once:
+        share = min(1.0, cfg.mse_iterations / cfg.iterations) if cfg.loss == "adp" else 1.0
+        often = {"teacher": 0, "regression": share, "generator": 1 - share}
+        often["discriminator"] = 1 - share
+    else:
+        steps = cfg.student_steps or family.student_steps
+        rounds = cfg.ttur  # further ones are new samples of the student
+        before = rounds * (steps - 1) / 2 + rounds - 1
+        often = {"step before": before, "generator": 1, "discriminator": rounds}
+        often |= {"fake score": rounds, "teacher": rounds if cfg.loss == "adm" else 1}
+    return {name: n * often[name] for name, n in once.items() if often[name]}, once["teacher"]
 
 
 def checkpoint_bytes(plan):
@@ -161,7 +179,7 @@ def remedies(cfg, world):
     """Settings that need less memory, as {name: value}, the least costly first.
 
     Recomputing costs a third more time, fewer samples at a time some speed, moments in main memory
-    their way there and back; LoRA trains other parameters.
+    their way there and back; LoRA trains other parameters; without pixels ADP has one adversary.
     """
     less = {}
     if not cfg.gradient_checkpointing:
@@ -169,15 +187,18 @@ def remedies(cfg, world):
         yield less
     _, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
     if each > 1:
-        less = {**less, "samples": 1, "accumulate": None}
+        least = {"accumulate": cfg.batch_size // world} if cfg.accumulate else {"samples": 1}
+        less = {**less, **least}
         yield less
     if not cfg.offload:
         less = {**less, "offload": True}
         yield less
-    if not cfg.lora_rank:
-        less = {**less, "lora_rank": 64}
+    if not cfg.lora_rank and cfg.init == "teacher":  # an earlier run's student has its own rank
+        less = {**less, **(recipes.ADM_LORA if hasattr(cfg, "lr_fake") else recipes.LORA)}
         yield {**less, "offload": cfg.offload}
         yield less
+    if getattr(cfg, "pixel", False):
+        yield {**less, "pixel": False}
 
 
 def cheapest(cfg, world, gpu_bytes, latent=None):
@@ -193,8 +214,13 @@ def cheapest(cfg, world, gpu_bytes, latent=None):
 def enough_gpus(cfg, world, gpu_bytes, latent=None):
     """The least number of GPUs among GPUS, above `world`, on which cfg fits, or None."""
     for more in GPUS:
-        possible = more > world and cfg.batch_size % more == 0
-        if possible and plan_of(cfg, more, latent).peak[0] <= gpu_bytes:
+        if more <= world:
+            continue
+        try:
+            needed, _ = plan_of(cfg, more, latent).peak
+        except BadInput:
+            continue  # the batch does not come out even
+        if needed <= gpu_bytes:
             return more
     return None
 
@@ -203,7 +229,12 @@ def typed(settings):
     """{name: value} as flags on a command line."""
     words = []
     for name, value in settings.items():
-        words.append(flag(name) if value is True else f"{flag(name)} {value}")
+        if value is True:
+            words.append(flag(name))
+        elif value is False:
+            words.append(flag("no_" + name))
+        else:
+            words.append(f"{flag(name)} {value}")
     return " ".join(words)
 
 

@@ -556,9 +556,7 @@ def check_adp(folder):
         return mean_of_heads(tau, net.features({}, x, t, prompt), "0.")
 
     def pixel(tau, x, t, prompt):
-        return mean_of_heads(
-            tau, vision_maps(cfg.pixel_backbone or "tiny-sam", net.images(x, chosen)), "1."
-        )
+        return mean_of_heads(tau, vision_maps(cfg.pixel_backbone, net.images(x, chosen)), "1.")
 
     critics = [(cfg.lambda_latent, latent, True, "d_accuracy")]
     if cfg.pixel:

@@ -9,14 +9,14 @@ from conftest import ROOT, call, refused
 
 import adm
 import adp
-import data
 import families
 import models
 import sizing.plan
 from runtime.flags import parser_of
 from runtime.script import parse
+from runtime.settings import BadInput
 from sizing import count
-from sizing.plan import enough_gpus, plan_of
+from sizing.plan import cheapest, enough_gpus, plan_of, remedies, typed
 from tools import plan
 
 GB = 1e9
@@ -49,19 +49,20 @@ def test_what_fits_is_not_refused(tmp_path, small_gpu):
     assert (tmp_path / "out" / "pipeline").is_dir()
 
 
-def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, small_gpu):
-    """CogVideoX's decoder needs 47 GB, which is known without its weights."""
-    flags = ["--model", "cogvideox-2b", "--random-init", "--frames", 9, "--out", tmp_path / "pairs"]
-    cfg = config(data.PairsConfig, *flags)
-    shape = families.load_teacher(cfg.model, True).latent_shape(None, 9)
+def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizing.plan, "gpu_memory", lambda: 1)
+    model = "tiny-cogvideox-2b"
+    shape = families.load_teacher(model).latent_shape(None, 17)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "manifest.json").write_text(f'{{"shape": {list(shape)}}}')
-    flags = ["--model", "cogvideox-2b", "--pairs", tmp_path / "pairs", "--out", tmp_path / "out"]
+    flags = ["--model", model, "--pairs", tmp_path / "pairs", "--out", tmp_path / "out"]
     line = refused(capsys, adp.main, adp.Config, *flags)
-    assert "no flag makes it fit" in line and "generator" in line
-    whole = plan_of(config(adp.Config, *flags), 1)
-    part = plan_of(config(adp.Config, *flags), 1, shape)
-    assert part.latent == shape and part.peak < whole.peak
+    cfg = config(adp.Config, *flags)
+    peak, phase = plan_of(cfg, 1, shape).peak
+    assert f"needs {peak / 1e9:.2f} GB" in line and f"{phase}'s phase" in line
+    assert "no flag makes it fit" in line
+    assert plan_of(cfg, 1, shape).peak > plan_of(cfg, 1).peak
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_number_of_gpus_that_is_advised_is_the_least():
@@ -69,6 +70,39 @@ def test_the_number_of_gpus_that_is_advised_is_the_least():
     gpus = enough_gpus(cfg, 1, 60 * GB)
     assert plan_of(cfg, gpus).peak[0] <= 60 * GB < plan_of(cfg, gpus // 2).peak[0]
     assert enough_gpus(cfg, 1, 1 * GB) is None
+
+
+def test_what_is_advised_can_be_typed():
+    """Of one who gave --accumulate more of it; LoRA where no earlier run forbids it."""
+    flags = ["--model", "tiny-sd3", "--batch-size", 8, "--accumulate", 2, "--head-width", 32]
+    cfg = config(adm.Config, *flags)
+    two = plan_of(cfg, 1).peak[0]
+    less = plan_of(replace(cfg, accumulate=8, gradient_checkpointing=True), 1).peak[0]
+    advice, _ = cheapest(cfg, 1, (two + less) / 2)
+    assert "--accumulate 8" in advice or advice == "--gradient-checkpointing"
+    assert plan_of(config(adm.Config, *flags, *advice.split()), 1).peak[0] < two
+    offers = [settings for settings in remedies(cfg, 1) if "lora_rank" in settings]
+    assert offers and all(settings["lr_fake"] == 1e-5 for settings in offers)
+    after = replace(cfg, init="out/adp")
+    assert not [settings for settings in remedies(after, 1) if "lora_rank" in settings]
+    adp_offers = list(remedies(config(adp.Config, "--model", "tiny-sd3"), 1))
+    assert adp_offers[-1]["pixel"] is False and typed({"pixel": False}) == "--no-pixel"
+
+
+def test_numbers_of_gpus_that_do_not_divide_the_batch_are_not_advised():
+    cfg = config(adm.Config, "--model", "tiny-sd3", "--batch-size", 8, "--accumulate", 4)
+    assert enough_gpus(cfg, 1, 0) is None  # 2 would do it, 4 is no answer and no error
+
+
+def test_latents_of_another_model_are_refused():
+    cfg = config(adp.Config, "--model", "sdxl")
+    with pytest.raises(BadInput, match="are not sdxl's"):
+        plan_of(cfg, 1, (1, 8, 8))
+
+
+def test_tiny_models_are_planned_with_the_encoder_that_they_use():
+    tiny = plan_of(config(adp.Config), 1)
+    assert tiny.rows["VAE, encoder"]["parameters"] < 1e6 and tiny.peak[0] < 1 * GB
 
 
 def test_the_phases_are_sums_of_what_is_there(teachers):
@@ -129,17 +163,17 @@ def test_dmd_and_regression_have_no_adversary():
     dmd = plan_of(config(adm.Config, "--model", "tiny-sd3", "--loss", "dmd"), 1)
     assert set(dmd.waiting["generator"]) == {"student"} and "gradients" not in dmd.rows["heads"]
     mse = plan_of(config(adp.Config, "--model", "tiny-sd3", "--loss", "mse"), 1)
-    assert set(mse.waiting["generator"]) == {"student"} and "VAE, SAM" not in mse.rows
+    assert set(mse.waiting["generator"]) == {"student"} and "VAE, encoder" not in mse.rows
 
 
 def test_the_tool_knows_recipes_and_both_stages(capsys):
     call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 8)
     shown = capsys.readouterr().out
     assert "1 a GPU x 8 GPUs x 4 micro-batches" in shown and "student             37.6M" in shown
-    call(plan.show, plan.AdpConfig, "--model", "tiny-sd3", "--world-size", 1, "--gpu-gb", 4)
+    call(plan.show, plan.AdpConfig, "--model", "tiny-sd3", "--world-size", 1, "--gpu-gb", 0.2)
     shown = capsys.readouterr().out
-    assert "VAE, SAM" in shown
-    assert re.search("of 4, generator: it does not fit; with --gradient-checkpointing", shown)
+    assert "VAE, encoder" in shown
+    assert re.search("of 0.2, .*: it does not fit; with --", shown)
     assert "at least 1" in refused(capsys, plan.show, plan.AdmConfig, "--world-size", 0)
     assert "a multiple of 8" in refused(capsys, plan.show, plan.AdpConfig, "--head-width", 3)
 

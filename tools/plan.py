@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import adm
 import adp
+import data
+from families import recipes
 from runtime.flags import option
 from runtime.script import subcommand
 from runtime.settings import at_least, require
@@ -83,13 +85,21 @@ def show(cfg):
 
 def print_work(cfg):
     """What one sample costs, and the whole run on GPUs that reach a share of their peak."""
-    phases = work_of(cfg)
-    total = sum(phases.values())
-    of_it = ", ".join(f"{name} {n / 1e12:.1f}" for name, n in phases.items())
+    running, teacher = work_of(cfg)
+    total = sum(running.values())
+    of_it = ", ".join(f"{name} {n / 1e12:.1f}" for name, n in running.items())
     print_line("work", f"{total / 1e12:.1f} TFLOP a sample and iteration: {of_it}")
-    hours = total * cfg.batch_size * cfg.iterations / (SHARE * H100 * 3600)
+    gpu = f"of an H100 at {SHARE:.0%} of its peak"
     run = f"{cfg.iterations} iterations of {cfg.batch_size} samples"
-    print_line("hours", f"{hours:.0f} of an H100 at {SHARE:.0%} of its peak, for {run}")
+    print_line("hours", f"{hours(total * cfg.batch_size * cfg.iterations):.0f} {gpu}, for {run}")
+    if isinstance(cfg, AdpConfig):
+        pairs = data.PairsConfig(**recipes.PAIRS.get(cfg.model, {}))
+        made = hours(teacher * pairs.steps * pairs.count)
+        print_line("pairs", f"{made:.0f} {gpu}, for {pairs.count} of {pairs.steps} steps")
+
+
+def hours(flops):
+    return flops / (SHARE * H100 * 3600)
 
 
 def verdict(cfg, peak, there):
