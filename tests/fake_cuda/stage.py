@@ -26,6 +26,7 @@ from runtime.script import run
 from sizing import plan
 
 torch.set_num_threads(1)
+adm.teacher_steps = lambda model: 2  # of a sheet's teacher: fifty would show no more
 plan.gpu_memory = lambda: None  # runs that do not fit are rehearsed too, and tell by how much
 model_loading_utils.set_module_tensor_to_device = device.set_by_slot
 
