@@ -91,7 +91,8 @@ def specs(folder, wanted):
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory, pytestconfig, request):
     """{name of a run: what was noted}, of those that a chosen test asks for (-k)."""
-    cases = [getattr(item, "callspec", None) for item in request.session.items]
+    here = [item for item in request.session.items if item.path == request.path]
+    cases = [getattr(item, "callspec", None) for item in here]
     wanted = {case.params["name"] for case in cases if case and "name" in case.params}
     problem = shim.other_torch()
     if problem:
