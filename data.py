@@ -299,7 +299,9 @@ class Pairs(Rows):
 
 def pairs_shape(folder):
     """The shape of one latent of a folder of pairs. Raises BadInput where there are none."""
-    return tuple(read_json(Path(folder) / "manifest.json", "pairs", "shape")["shape"])
+    manifest = read_json(Path(folder) / "manifest.json", "pairs", "kind")
+    require(manifest["kind"] == "pairs", f"{folder} holds {manifest['kind']}, not pairs")
+    return tuple(manifest["shape"])
 
 
 def check_room(cfg, shape, ranks):

@@ -1,5 +1,6 @@
 """The plan of a run's memory, and the run that is refused before anything is loaded."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -54,7 +55,8 @@ def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, monkeypa
     model = "tiny-cogvideox-2b"
     shape = families.load_teacher(model).latent_shape(None, 17)
     (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "manifest.json").write_text(f'{{"shape": {list(shape)}}}')
+    manifest = json.dumps({"kind": "pairs", "shape": shape})
+    (tmp_path / "pairs" / "manifest.json").write_text(manifest)
     flags = ["--model", model, "--pairs", tmp_path / "pairs", "--out", tmp_path / "out"]
     line = refused(capsys, adp.main, adp.Config, *flags)
     cfg = config(adp.Config, *flags)
