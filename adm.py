@@ -10,8 +10,8 @@ indistinguishable.
     python adm.py --model sd3 --out out/sd3                                             # one GPU
     torchrun --nproc_per_node=8 adm.py --model sdxl --init out/adp-sdxl --out out/dmdx-sdxl
 
-Expect d_accuracy between 0.5 and 1, neither end for long. Writes config.json, log.csv, samples/,
-checkpoints/ and pipeline/.
+Expect d_accuracy between 0.5 and 1, neither end for long. Writes config.json, log.csv, curves.png,
+samples/, checkpoints/ and pipeline/.
 """
 
 import time
