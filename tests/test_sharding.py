@@ -42,7 +42,16 @@ SMALL = {
 }
 # adp is first: SAM loads before there are ranks.
 RUNS = {
-    "adp": ("adp", {"model": "tiny-sd3", "mse_iterations": 1, "sample_every": 1, "ema": 0.75}),
+    "adp": (
+        "adp",
+        {
+            "model": "tiny-sd3",
+            "pixel_backbone": "tiny-sam",
+            "mse_iterations": 1,
+            "sample_every": 1,
+            "ema": 0.75,
+        },
+    ),
     "sdxl": (
         "adm",
         {
