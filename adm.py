@@ -380,7 +380,7 @@ def main(cfg):
     steps = cfg.student_steps or family.student_steps
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)
-    facts = {"guidance": guidance, "prompts": {"text_sha256": text}}
+    facts = {"guidance": guidance, "latent_shape": shape, "prompts": {"text_sha256": text}}
     here = Run("adm", cfg, ranks, family, student_schedule, steps, **facts)
     if cfg.warmup >= cfg.iterations:
         here.say(f"the student rests in all of its {cfg.iterations} iterations (--warmup)")
