@@ -134,6 +134,14 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def read_manifest(folder, kind, *keys):
+    """The manifest of a collection of this kind. Raises BadInput for another, or without `keys`."""
+    path = Path(folder) / "manifest.json"
+    found = read_json(path, kind, "kind")["kind"]
+    require(found == kind, f"{folder} holds {found}, not {kind}")
+    return read_json(path, kind, *keys)
+
+
 class Rows:
     """A finished collection, read row by row: rows[numbers] is {name: (B, ...)}.
 
@@ -146,9 +154,8 @@ class Rows:
         self.device = device
         self.files = {}  # {shard: its open file}
         keys = ("count", "shard_size", "complete", "weights_sha256", "text_sha256", "model")
-        m = read_json(self.folder / "manifest.json", kind, *keys)
+        m = read_manifest(folder, kind, *keys)
         self.manifest = m
-        require(m.get("kind") == kind, f"{folder} holds {m.get('kind')}, not {kind}")
         require(
             m["weights_sha256"] == teacher.weights_sha256,
             f"{folder} was made with {m['model']}, not with {teacher.name}",
@@ -299,9 +306,7 @@ class Pairs(Rows):
 
 def pairs_shape(folder):
     """The shape of one latent of a folder of pairs. Raises BadInput where there are none."""
-    manifest = read_json(Path(folder) / "manifest.json", "pairs", "kind")
-    require(manifest["kind"] == "pairs", f"{folder} holds {manifest['kind']}, not pairs")
-    return tuple(manifest["shape"])
+    return tuple(read_manifest(folder, "pairs", "shape")["shape"])
 
 
 def check_room(cfg, shape, ranks):

@@ -7,6 +7,9 @@ nobody has confirmed it at full size.
 """
 
 from families import DIGITS, TINY
+from families.cogvideox import CogVideoX
+from families.sd3 import SD3
+from families.sdxl import SDXL
 
 DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
 
@@ -20,13 +23,15 @@ LARGE = {
     "checkpoint_every": 500,
     "sample_every": 500,
 }
-# The stock pipelines' scales, and of SD3.5 its model card's.
-SDXL = {"guidance": 5.0}
-SD3 = {"guidance": 7.0}
-SD3_5 = {"guidance": 4.5}
-COGVIDEOX = {"guidance": 6.0}
-VIDEO = {**COGVIDEOX, "batch_size": 8}
+VIDEO = {"batch_size": 8}
+SD3_5 = {"guidance": 4.5}  # its model card's
 LORA = {"lora_rank": 64}  # paper: SD3-Medium is tuned by LoRA
+
+
+def usual(family):
+    """A family's own settings: the stock pipeline's CFG scale, the paper's steps."""
+    return {"guidance": family.guidance, "student_steps": family.student_steps}
+
 
 ADM_LARGE = {**LARGE, "warmup": 100}
 ADM_LORA = {**LORA, "lr_student": 5e-6, "lr_fake": 1e-5}
@@ -50,11 +55,11 @@ ADM = {
         "checkpoint_every": 125,
         "sample_every": 125,
     },
-    "sdxl": {**ADM_LARGE, **SDXL, "student_steps": 1},  # paper: steps
-    "sd3": {**ADM_LARGE, **SD3, **ADM_LORA, "student_steps": 4},
-    "sd3.5-large": {**ADM_LARGE, **SD3_5, "student_steps": 4},
-    "cogvideox-2b": {**ADM_LARGE, **VIDEO, "student_steps": 4},
-    "cogvideox-5b": {**ADM_LARGE, **VIDEO, "student_steps": 4},
+    "sdxl": {**ADM_LARGE, **usual(SDXL)},
+    "sd3": {**ADM_LARGE, **usual(SD3), **ADM_LORA},
+    "sd3.5-large": {**ADM_LARGE, **usual(SD3), **SD3_5},
+    "cogvideox-2b": {**ADM_LARGE, **usual(CogVideoX), **VIDEO},
+    "cogvideox-5b": {**ADM_LARGE, **usual(CogVideoX), **VIDEO},
 }
 # --paper: the paper's method, also where a recipe above has another, and what --help compares with.
 ADM_PAPER = {
@@ -88,8 +93,8 @@ ADP = {
     "sdxl": ADP_LARGE,
     "sd3": {**ADP_LARGE, **LORA},
     "sd3.5-large": ADP_LARGE,
-    "cogvideox-2b": {**ADP_LARGE, "batch_size": 8},
-    "cogvideox-5b": {**ADP_LARGE, "batch_size": 8},
+    "cogvideox-2b": {**ADP_LARGE, **VIDEO},
+    "cogvideox-5b": {**ADP_LARGE, **VIDEO},
 }
 ADP_PAPER = {
     "loss": "adp",
@@ -104,6 +109,7 @@ ADP_PAPER = {
 
 ENCODE = {"digits": {"prompts": DIGITS_PROMPTS}}
 PAIRS_LARGE = {"count": 10_000}
+PAIRS_VIDEO = {**PAIRS_LARGE, "guidance": CogVideoX.guidance, "batch_size": 1}
 PAIRS = {
     **dict.fromkeys(TINY, {"steps": 4}),  # of random weights: fifty would show no more
     "digits": {
@@ -114,9 +120,9 @@ PAIRS = {
         "batch_size": 100,
         "shard_size": 500,
     },
-    "sdxl": {**PAIRS_LARGE, **SDXL},
-    "sd3": {**PAIRS_LARGE, **SD3},
+    "sdxl": {**PAIRS_LARGE, "guidance": SDXL.guidance},
+    "sd3": {**PAIRS_LARGE, "guidance": SD3.guidance},
     "sd3.5-large": {**PAIRS_LARGE, **SD3_5},
-    "cogvideox-2b": {**PAIRS_LARGE, **COGVIDEOX, "batch_size": 1},
-    "cogvideox-5b": {**PAIRS_LARGE, **COGVIDEOX, "batch_size": 1},
+    "cogvideox-2b": PAIRS_VIDEO,
+    "cogvideox-5b": PAIRS_VIDEO,
 }

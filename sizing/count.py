@@ -245,18 +245,39 @@ def decoder_blocks(vae):
     return blocks
 
 
+def inputs(family, parts, shape, batch):
+    """(x (B, ...) bf16, t (B,), conditioning {name: (B, ...)}), for networks that become bf16."""
+    for role in (parts.teacher, *parts.networks().values()):
+        role.net.bfloat16()
+    like = {"dtype": torch.bfloat16, "device": "meta"}
+    shapes = family.cond_shapes()
+    cond = {name: torch.empty(batch, *shapes[name], **like) for name in shapes}
+    return torch.empty(batch, *shape, **like), torch.empty(batch, device="meta"), cond
+
+
+def generator_pass(family, parts, cfg, x, t, cond):
+    """The generator's forward, network by network: yields (its name, what it ends in)."""
+    x0_hat = parts.student(x, t, cond)[0]  # (B, ...) float32
+    yield "student", x0_hat
+    x_fake = x0_hat.bfloat16()  # (B, ...)
+    if parts.fake and cfg.loss == "adm":
+        with torch.set_grad_enabled(cfg.fake_gradient == "exact"):
+            x_fake = x_fake + parts.fake(x_fake, t, cond)[0].bfloat16()
+        yield "fake", x_fake
+    if cfg.loss in ADVERSARIAL:
+        yield "discriminator", parts.latent.logits(parts.latent.features(x_fake, t, cond))
+    if parts.pixel:
+        images = family.views(parts.vae, x0_hat, (0.0, 0.0, 0.5))  # (N, 3, H, W) float32
+        yield "VAE", images
+        yield "encoder", parts.pixel.logits(parts.pixel.features(images))
+
+
 def activations(family, parts, cfg, shape, batch):
     """({phase: {network: bytes that wait for its backward}}, {network: the most of one block}).
 
     shape: of one latent; batch: samples at a time. In the order of forward.
     """
-    for role in (parts.teacher, *parts.networks().values()):
-        role.net.bfloat16()
-    like = {"dtype": torch.bfloat16, "device": "meta"}
-    shapes = family.cond_shapes()
-    cond = {name: torch.empty(batch, *shapes[name], **like) for name in shapes}  # (B, ...) each
-    x = torch.empty(batch, *shape, **like)  # (B, ...)
-    t = torch.empty(batch, device="meta")  # (B,)
+    x, t, cond = inputs(family, parts, shape, batch)
     modules = [module for module in parts if module is not None]
     saved = Saved(*modules)
     waiting = {}  # of the generator's phase
@@ -264,21 +285,8 @@ def activations(family, parts, cfg, shape, batch):
     of_vae = Blocks(decoder_blocks(parts.vae) if parts.vae else [], saved)
     with FlashAttention(), of_student, of_vae, saved:
         with frozen(*parts.resting()):
-            x0_hat = parts.student(x, t, cond)[0]  # (B, ...) float32
-            waiting["student"] = saved.taken()
-            x_fake = x0_hat.bfloat16()  # (B, ...)
-            if parts.fake and cfg.loss == "adm":
-                with torch.set_grad_enabled(cfg.fake_gradient == "exact"):
-                    x_fake = x_fake + parts.fake(x_fake, t, cond)[0].bfloat16()
-                waiting["fake"] = saved.taken()
-            if cfg.loss in ADVERSARIAL:
-                parts.latent.logits(parts.latent.features(x_fake, t, cond))
-                waiting["discriminator"] = saved.taken()
-            if parts.pixel:
-                images = family.views(parts.vae, x0_hat, (0.0, 0.0, 0.5))  # (N, 3, H, W) float32
-                waiting["VAE"] = saved.taken()
-                parts.pixel.logits(parts.pixel.features(images))
-                waiting["encoder"] = saved.taken()
+            for network, _ in generator_pass(family, parts, cfg, x, t, cond):
+                waiting[network] = saved.taken()
         phases = {"generator": waiting}
         if parts.fake:
             parts.fake(x, t, cond)
@@ -303,12 +311,7 @@ def flops(family, parts, cfg, shape, guided):
     What checkpointing computes again is counted; AdamW is not. guided: the teacher runs twice. A
     "step before" is one of the student's without gradient.
     """
-    for role in (parts.teacher, *parts.networks().values()):
-        role.net.bfloat16()
-    like = {"dtype": torch.bfloat16, "device": "meta"}
-    cond = {name: torch.empty(1, *s, **like) for name, s in family.cond_shapes().items()}
-    x = torch.empty(1, *shape, **like)  # (1, ...)
-    t = torch.empty(1, device="meta")  # (1,)
+    x, t, cond = inputs(family, parts, shape, 1)
 
     def teacher():
         with torch.no_grad():
@@ -321,33 +324,20 @@ def flops(family, parts, cfg, shape, guided):
     def regression():
         parts.student(x, t, cond)[0].sum().backward()
 
-    def maps(x, clean):
-        """Of D_τ and, in ADP, of D_τ2."""
-        found = [parts.latent.features(x.bfloat16(), t, cond)]
-        if parts.pixel:
-            images = family.views(parts.vae, clean, (0.0, 0.0, 0.5))  # (N, 3, H, W) float32
-            found.append(parts.pixel.features(images))
-        return found
-
-    def judged(maps):
-        return sum(d.logits(m).sum() for d, m in zip(parts.discriminators(), maps, strict=True))
-
     def generator():
         with frozen(*parts.resting()):
-            x0_hat = parts.student(x, t, cond)[0]  # (1, ...) float32
-            x_fake = x0_hat
-            if parts.fake and cfg.loss == "adm":
-                with torch.set_grad_enabled(cfg.fake_gradient == "exact"):
-                    x_fake = x_fake + parts.fake(x0_hat.bfloat16(), t, cond)[0]
-            if cfg.loss in ADVERSARIAL:
-                judged(maps(x_fake, x0_hat)).backward()
-            else:
-                x0_hat.sum().backward()
+            ends = dict(generator_pass(family, parts, cfg, x, t, cond))
+            judged = [ends[name] for name in ("discriminator", "encoder") if name in ends]
+            sum(end.sum() for end in judged or [ends["student"]]).backward()
 
     def discriminator():
         with torch.no_grad():
-            real = maps(x, x.float())
-        (judged(real) + judged(real)).backward()  # the heads run on x_fake's maps too
+            maps = [parts.latent.features(x, t, cond)]
+            if parts.pixel:
+                images = family.views(parts.vae, x.float(), (0.0, 0.0, 0.5))  # (N, 3, H, W)
+                maps.append(parts.pixel.features(images))
+        for d, m in zip(parts.discriminators(), maps, strict=True):
+            (d.logits(m) + d.logits(m)).sum().backward()  # the heads run on x_fake's maps too
 
     def fake_score():
         parts.fake(x, t, cond)[0].sum().backward()

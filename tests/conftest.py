@@ -92,6 +92,12 @@ def sdxl_pairs(tmp_path_factory, encoded):
 # --- Running scripts ------------------------------------------------------------------------------
 
 
+def config(config_class, *argv):
+    """The config that a command line asks for."""
+    parser = runtime.flags.parser_of(config_class)
+    return runtime.script.parse(parser, config_class, [str(word) for word in argv])
+
+
 def call(main, config_class, *args):
     """Run a script's main in this process, through its command line."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}

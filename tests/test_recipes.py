@@ -4,15 +4,13 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import call, refused
+from conftest import call, config, refused
 
 import adm
 import adp
 import data
 from families import HUB, recipes
-from runtime.flags import parser_of
 from runtime.ranks import Ranks
-from runtime.script import parse
 
 CONFIGS = {
     "adm": (adm.Config, adm.check),
@@ -20,10 +18,6 @@ CONFIGS = {
     "pairs": (data.PairsConfig, None),
     "encode": (data.EncodeConfig, None),
 }
-
-
-def config(kind, *argv):
-    return parse(parser_of(kind), kind, [str(word) for word in argv])
 
 
 @pytest.mark.parametrize("stage", CONFIGS)

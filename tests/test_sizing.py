@@ -6,25 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, call, refused
+from conftest import ROOT, call, config, refused
 
 import adm
 import adp
 import families
 import models
 import sizing.plan
-from runtime.flags import parser_of
-from runtime.script import parse
 from runtime.settings import BadInput
 from sizing import count
 from sizing.plan import cheapest, enough_gpus, plan_of, remedies, typed
 from tools import plan
 
 GB = 1e9
-
-
-def config(kind, *argv):
-    return parse(parser_of(kind), kind, [str(word) for word in argv])
 
 
 @pytest.fixture
