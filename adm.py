@@ -17,12 +17,13 @@ samples/, checkpoints/ and pipeline/.
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import PROMPTS, encode_prompts, teacher_steps, text_sha256
+from data import PROMPTS, encode_prompts, read_prompts, teacher_steps
 from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import Denoiser, LatentDiscriminator, accuracy, frozen, make_roles
@@ -374,17 +375,19 @@ def main(cfg):
     must_fit(cfg)
     family = load_teacher(cfg.model, cfg.random_init)
     ranks = Ranks()
-    text = text_sha256(cfg.prompts, family)
+    embeddings = Path(cfg.out) / "prompts"
+    texts = read_prompts(cfg.prompts, family, embeddings, ranks, cfg.embed)
     shape = family.latent_shape(cfg.resolution, cfg.frames)
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     steps = cfg.student_steps or family.student_steps
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
     student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)
-    facts = {"guidance": guidance, "latent_shape": shape, "prompts": {"text_sha256": text}}
+    text = {"text_sha256": texts.sha256}
+    facts = {"guidance": guidance, "latent_shape": shape, "prompts": text}
     here = Run("adm", cfg, ranks, family, student_schedule, steps, **facts)
     if cfg.warmup >= cfg.iterations:
         here.say(f"the student rests in all of its {cfg.iterations} iterations (--warmup)")
-    prompts = encode_prompts(family, cfg.prompts, here.folder / "prompts", ranks)
+    prompts = encode_prompts(family, texts, embeddings, ranks, cfg.embed)
 
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
     teacher, student, fake = make_roles(

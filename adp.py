@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import Pairs, pairs_shape
+from data import Pairs, encode_prompts, pairs_shape, read_prompts
 from families import load_teacher, recipes
 from families.export import export_pipeline
 from models import (
@@ -241,6 +242,9 @@ def main(cfg):
     ranks = Ranks()
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     pairs = Pairs(cfg.pairs, family, ranks.device, cfg.resolution, cfg.frames, cfg.guidance)
+    embeddings = Path(cfg.out) / "prompts"
+    texts = read_prompts(pairs.prompts, family, embeddings, ranks, cfg.embed)
+    pairs.check_text(texts)
     line = on_the_line(family.schedule)  # the student's process
     _, weights = starting_point(cfg.init, family, cfg.lora_rank)
     facts = {"pairs": pairs.content()}
@@ -250,6 +254,7 @@ def main(cfg):
 
     if cfg.loss == "adp" and cfg.mse_iterations >= cfg.iterations:
         here.say(f"regression in all of its {cfg.iterations} iterations (--mse-iterations)")
+    prompts = encode_prompts(family, texts, embeddings, ranks, cfg.embed)
 
     torch.manual_seed(cfg.seed)  # initial weights of the heads, and of LoRA adapters
     teacher, student = make_roles(
@@ -283,7 +288,7 @@ def main(cfg):
     first = here.restore(networks, optimizers)
     made = pairs.manifest
     how = (pairs.shape, made["guidance"], made["steps"], len(parts[0]))
-    sheets = Sheets(here, student, teacher, pairs.prompts, *how)
+    sheets = Sheets(here, student, teacher, prompts, *how)
 
     def learn(loss):
         backward(loss, len(parts))
@@ -299,7 +304,8 @@ def main(cfg):
         net = Players(student, discriminators, lambdas, heads, line, family.schedule, decoded)
         for samples in parts:  # micro-batches: gradients add up, and only then the networks step
             draw = Draw((cfg.seed, STAGE, iteration), samples, ranks.device)
-            x_T, x_0, cond = pairs.batch(draw.integers(len(pairs)))  # (B, ...) each
+            numbers = draw.integers(len(pairs))  # (B,)
+            x_T, x_0, cond = pairs.batch(numbers, prompts)  # (B, ...) each
             log = adp_iteration(net, cfg, draw, x_0, x_T, cond, regresses, learn)
             logs.append(dict.fromkeys(COLUMNS) | log)
         for name in ("student", *["heads"] * (not regresses)):

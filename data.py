@@ -1,216 +1,51 @@
-"""Prompts, their cached embeddings and ODE pairs: what training reads, and commands to make it.
+"""Prompts, their embeddings and ODE pairs: what training reads, and commands to make it.
 
-    python data.py encode --model sd3 --prompts prompts.txt --out out/prompts-sd3
-    torchrun --nproc_per_node=8 data.py pairs --model sdxl --count 10000 --out out/pairs-sdxl
+From a text file of prompts to a scored one-step student of SDXL, on a node of eight GPUs:
 
-Text encoders never sit in memory beside the four networks. All is safetensors and json, written
-aside and renamed: a file is whole or absent. A second call of either command continues the first.
+    torchrun --nproc_per_node=8 data.py encode --model sdxl --prompts p.txt --out out/prompts
+    torchrun --nproc_per_node=8 data.py pairs --model sdxl --prompts out/prompts --out out/pairs
+    torchrun --nproc_per_node=8 adp.py --model sdxl --pairs out/pairs --out out/adp
+    torchrun --nproc_per_node=8 adm.py --model sdxl --prompts out/prompts --init out/adp \\
+        --out out/dmdx
+    torchrun --nproc_per_node=8 tools/sample.py --pipeline out/dmdx/pipeline --out out/student
+    torchrun --nproc_per_node=8 tools/sample.py --pipeline sdxl --out out/teacher
+    python tools/score.py out/student out/teacher --out out/scores
+
+A second call of encode or pairs goes on where the first was stopped. Text encoders sit in memory
+beside the four networks with --embed live alone.
 """
 
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from tqdm import tqdm
 
 from families import load_teacher, recipes
 from models import load_denoiser
 from ode import Draw, teacher_sample, with_guidance
-from runtime.configs import TeacherConfig
-from runtime.files import claim, read_json, write_json, write_tensors
+from runtime.configs import EMBED, TeacherConfig
+from runtime.files import aside, claim
 from runtime.flags import option
+from runtime.lines import Lines
 from runtime.ranks import Ranks
+from runtime.rows import Rows, check_room, collect, read_manifest, to_device
 from runtime.script import subcommand
-from runtime.settings import BadInput, at_least, require
+from runtime.settings import at_least, require
 from runtime.sheets import IMAGES
 
 PROMPTS = str(Path(__file__).with_name("prompts.txt"))  # a few hundred, written for this project
 
-
-SHARD = "{:06d}.safetensors"
-
 STAGE = 0  # of the seeds' keys: other random numbers than in adp.py (1) and adm.py (2)
-
-# Where things lie and what they are called, not what they are: another call may say it otherwise.
-# "texts", the first prompts as captions of pictures, follow from the hash, and are missing in
-# folders of earlier versions.
-SPELLING = ("model", "prompts", "texts")
+FLOAT32 = 4  # bytes
+ENCODED = 32  # prompts encoded together, and stored in one shard
 
 
-def rows_in(path):
-    """How many rows a shard holds: none where it is missing or damaged."""
-    try:
-        with safe_open(path, "pt") as f:
-            names = f.keys()
-            return min((f.get_slice(name).get_shape()[0] for name in names), default=0)
-    except (OSError, SafetensorError):
-        return 0
-
-
-def shards_of(size, count):
-    """How many shards hold `count` rows, `size` a shard; the last may be shorter."""
-    return -(-count // size)
-
-
-def shard_rows(shard, size, count):
-    """The row numbers of a shard, `size` a shard and `count` in all."""
-    return range(shard * size, min((shard + 1) * size, count))
-
-
-def collect(folder, manifest, ranks, make):
-    """Fill `folder` with shards of what make(rows) returns, {name: (len(rows), ...)}.
-
-    The tensors of these row numbers depend on what `manifest` says. Each rank makes every world-th
-    shard; rows of an earlier call stay, also where that was for fewer. Raises BadInput if the
-    folder holds others, or more.
-    """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    size = manifest["shard_size"]
-    count = manifest["count"]
-    unfinished = {**manifest, "complete": False}
-    fresh = not path.exists()
-    if fresh:
-        claim(folder)
-    ranks.barrier()  # every rank has looked before one writes
-    if fresh and ranks.main:
-        write_json(path, unfinished)
-    ranks.barrier()
-    found = read_json(path, manifest["kind"], "count")
-    check_same(found, manifest, folder)
-    ranks.barrier()
-    if found["count"] < count and ranks.main:
-        write_json(path, unfinished)
-    ranks.barrier()  # before a row is added, nobody takes the folder for finished
-    with tqdm(total=count, unit="", desc=manifest["kind"], disable=ranks.no_bar) as bar:
-        for shard in range(ranks.rank, shards_of(size, count), ranks.world):
-            complete(folder / SHARD.format(shard), shard_rows(shard, size, count), make)
-            bar.update(min(ranks.world * size, count - bar.n))  # the others keep pace
-    ranks.barrier()
-    if ranks.main:
-        write_json(path, {**manifest, "complete": True})
-    ranks.barrier()
-
-
-def check_same(found, manifest, folder):
-    """Raises BadInput unless the manifest `found` is of these settings, and of no more rows."""
-    differing = [k for k in manifest if k != "count" and found.get(k) != manifest[k]]
-    said = "; ".join(f"{k}: {found.get(k)} there, {manifest[k]} now" for k in differing)
-    require(
-        set(differing) <= set(SPELLING),
-        f"{folder} holds {found.get('kind')} of other settings ({said})",
-    )
-    require(
-        found["count"] <= manifest["count"],
-        f"{folder} holds {found['count']} {manifest['kind']}, more than {manifest['count']}: "
-        "for fewer choose another --out",
-    )
-
-
-def complete(path, rows, make):
-    """Make what the shard at `path` lacks of these rows: all, or after a smaller count the last."""
-    there = rows_in(path)
-    if there >= len(rows):
-        return
-    tensors = make(rows[there:])
-    if there > 0:
-        before = load_file(path)
-        tensors = {name: torch.cat([before[name], x.cpu()]) for name, x in tensors.items()}
-    write_tensors(path, tensors)
-
-
-def to_device(x, device):
-    """x there. The host goes on at once; from memory that is not pinned it would wait its turn."""
-    if torch.device(device).type == "cpu":
-        return x
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def read_manifest(folder, kind, *keys):
-    """The manifest of a collection of this kind. Raises BadInput for another, or without `keys`."""
-    path = Path(folder) / "manifest.json"
-    found = read_json(path, kind, "kind")["kind"]
-    require(found == kind, f"{folder} holds {found}, not {kind}")
-    return read_json(path, kind, *keys)
-
-
-class Rows:
-    """A finished collection, read row by row: rows[numbers] is {name: (B, ...)}.
-
-    Floating point comes as float32 on `device`. Raises BadInput unless the collection is of `kind`,
-    whole, and of this teacher.
-    """
-
-    def __init__(self, folder, kind, teacher, device="cpu"):
-        self.folder = Path(folder)
-        self.device = device
-        self.files = {}  # {shard: its open file}
-        keys = ("count", "shard_size", "complete", "weights_sha256", "text_sha256", "model")
-        m = read_manifest(folder, kind, *keys)
-        self.manifest = m
-        require(
-            m["weights_sha256"] == teacher.weights_sha256,
-            f"{folder} was made with {m['model']}, not with {teacher.name}",
-        )
-        size = m["shard_size"]
-        count = m["count"]
-        shards = range(shards_of(size, count))
-        expected = [len(shard_rows(shard, size, count)) for shard in shards]
-        found = [rows_in(self.folder / SHARD.format(shard)) for shard in shards]
-        require(
-            m["complete"] and found == expected,
-            f"{folder} is half-written or damaged: the command that made it will mend it",
-        )
-
-    def __len__(self):
-        return self.manifest["count"]
-
-    def content(self):
-        """What the rows are, wherever and however they are stored: a part of the manifest."""
-        stored = (*SPELLING, "shard_size", "complete")
-        return {k: v for k, v in self.manifest.items() if k not in stored}
-
-    def opened(self, shard):
-        """The file of a shard, which stays open."""
-        if shard not in self.files:
-            self.files[shard] = safe_open(self.folder / SHARD.format(shard), "pt")
-        return self.files[shard]
-
-    def __getitem__(self, rows):
-        picked = []  # {name: (1, ...)} of each row
-        for row in rows:
-            shard, i = divmod(row, self.manifest["shard_size"])
-            f = self.opened(shard)
-            names = f.keys()
-            picked.append({name: f.get_slice(name)[i : i + 1] for name in names})
-        joined = {}
-        for name in picked[0]:
-            x = torch.cat([one[name] for one in picked])  # (B, ...)
-            # Whole numbers, a pair's prompt, stay here: a row to look up. The cache may be bf16.
-            if x.is_floating_point():
-                x = to_device(x, self.device).float()
-            joined[name] = x
-        return joined
-
-
-def read_prompts(path):
-    """Lines of a plain UTF-8 text file, blank ones left out. Raises BadInput."""
-    try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
-        raise BadInput(f"cannot read prompts from {path}: {reason}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    require(prompts, f"{path} holds no prompts: one a line is expected")
-    return prompts
+# --- Prompts --------------------------------------------------------------------------------------
 
 
 class Prompts(Rows):
@@ -218,6 +53,7 @@ class Prompts(Rows):
 
     def __init__(self, folder, teacher, device="cpu"):
         super().__init__(folder, "prompts", teacher, device)
+        self.sha256 = self.manifest["text_sha256"]
         self.none = Rows(self.folder / "unconditional", "prompts", teacher, device)[[0]]
 
     def texts(self, numbers):
@@ -230,25 +66,66 @@ class Prompts(Rows):
         return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
 
 
-def text_sha256(path, teacher):
-    """Hash of the prompts' text, the same for a text file and a folder that `encode` made of it.
+class LivePrompts:
+    """What Prompts is, but encoded when it is asked for: nothing of it is on disk.
 
-    Raises BadInput for one that cannot be used, before anything is written.
+    The text encoders stay on the device, or their parts where they are sharded over `mesh`; then
+    every rank must ask at the same time.
+    """
+
+    def __init__(self, teacher, lines, device, dtype, mesh=None):
+        self.teacher = teacher
+        self.lines = lines
+        self.device = device
+        self.pipe = teacher.text_pipeline(device, dtype, mesh)
+        with torch.no_grad():
+            self.none = self.floats(teacher.unconditional(self.pipe))  # {name: (1, ...)}
+
+    def __len__(self):
+        return len(self.lines)
+
+    def floats(self, cond):
+        return {name: to_device(c, self.device).float() for name, c in cond.items()}
+
+    @torch.no_grad()
+    def __getitem__(self, numbers):
+        return self.floats(self.teacher.encode(self.pipe, self.texts(numbers)))
+
+    def texts(self, numbers):
+        """What these prompts say."""
+        return [self.lines[i] for i in numbers]
+
+    def unconditional(self, batch_size):
+        """The conditioning of no prompt, {name: (batch_size, ...)}."""
+        return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
+
+
+def read_prompts(path, teacher, folder, ranks, embed="cached", shard_size=ENCODED):
+    """What --prompts names: the Lines of a text file, or the Prompts that `encode` made of one.
+
+    Either has the hash of the text, as sha256. Of a text file that is to be encoded into `folder`
+    it says how large that will be. Raises BadInput for prompts that cannot be used, or embeddings
+    for which there is no room, before anything is written.
     """
     if Path(path).is_dir():
-        return Prompts(path, teacher).manifest["text_sha256"]
-    text = "\n".join(read_prompts(path))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def encode_prompts(teacher, path, folder, ranks, batch_size=32):
-    """The Prompts of a text file `path`, encoded into `folder`.
-
-    Or of a folder `path` that `encode` made, used as it is. Raises BadInput for either.
-    """
-    if Path(path).is_dir():
+        require(embed == "cached", f"--embed live is for a text file: {path} holds embeddings")
         return Prompts(path, teacher, ranks.device)
-    prompts = read_prompts(path)
+    lines = Lines(path)
+    if embed == "cached":
+        numbers = sum(prod(shape) for shape in teacher.cond_shapes().values())
+        row = numbers * ranks.frozen_dtype.itemsize  # bytes
+        need = "encoded prompts"
+        advice = "; --embed live needs none"
+        check_room(folder, need, len(lines), shard_size, row, ranks, advice)
+    return lines
+
+
+def encode_prompts(teacher, prompts, folder, ranks, embed="cached", shard_size=ENCODED):
+    """The conditioning of what `read_prompts` found: Prompts, in `folder` if need be, or live."""
+    if isinstance(prompts, Prompts):
+        return prompts
+    if embed == "live":
+        return LivePrompts(teacher, prompts, ranks.device, ranks.frozen_dtype, ranks.mesh)
     # Text encoders are loaded once, if any are needed at all.
     pipe = cache(lambda: teacher.text_pipeline(ranks.device, ranks.frozen_dtype))
     common = {
@@ -256,7 +133,7 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
         "model": teacher.name,
         "weights_sha256": teacher.weights_sha256,
         "dtype": str(ranks.frozen_dtype),
-        "text_sha256": text_sha256(path, teacher),
+        "text_sha256": prompts.sha256,
     }
 
     def encode_some(rows):
@@ -266,16 +143,20 @@ def encode_prompts(teacher, path, folder, ranks, batch_size=32):
         return teacher.unconditional(pipe())
 
     with torch.no_grad():
-        texts = [prompt[:200] for prompt in prompts[:IMAGES]]
-        manifest = {**common, "count": len(prompts), "shard_size": batch_size, "texts": texts}
+        shown = range(min(IMAGES, len(prompts)))
+        texts = [prompts[i][:200] for i in shown]
+        manifest = {**common, "count": len(prompts), "shard_size": shard_size, "texts": texts}
         collect(folder, manifest, ranks, encode_some)
         manifest = {**common, "count": 1, "shard_size": 1}
         collect(Path(folder) / "unconditional", manifest, ranks, encode_none)
     return Prompts(folder, teacher, ranks.device)
 
 
+# --- ODE pairs ------------------------------------------------------------------------------------
+
+
 class Pairs(Rows):
-    """ODE pairs and their prompts.
+    """ODE pairs.
 
     Raises BadInput if they are of another model, or differ from what the user asked for.
     """
@@ -283,6 +164,8 @@ class Pairs(Rows):
     def __init__(self, folder, teacher, device="cpu", resolution=None, frames=None, guidance=None):
         super().__init__(folder, "pairs", teacher, device)
         self.shape = tuple(self.manifest["shape"])  # of one latent
+        # Their embeddings' folder, or a text file: what read_prompts takes.
+        self.prompts = self.folder / self.manifest["prompts"]
         made_with = self.manifest["guidance"]
         wanted = self.shape
         if resolution or frames:
@@ -296,38 +179,21 @@ class Pairs(Rows):
             guidance in (None, made_with),
             f"{folder} was made with guidance {made_with}, not {guidance}: it is in the pairs",
         )
-        self.prompts = Prompts(self.folder / self.manifest["prompts"], teacher, device)
 
-    def batch(self, numbers):
+    def check_text(self, prompts):
+        """Raises BadInput unless these, found by read_prompts, are what the pairs were made of."""
+        same = prompts.sha256 == self.manifest["text_sha256"]
+        require(same, f"{self.prompts} are not the prompts that {self.folder} was made of")
+
+    def batch(self, numbers, prompts):
         """(x_T float32 (B, ...), x_0 float32 (B, ...), conditioning {name: (B, ...)})."""
         rows = self[numbers]
-        return rows["x_T"], rows["x_0"], self.prompts[rows["prompt"].tolist()]
+        return rows["x_T"], rows["x_0"], prompts[rows["prompt"].tolist()]
 
 
 def pairs_shape(folder):
     """The shape of one latent of a folder of pairs. Raises BadInput where there are none."""
     return tuple(read_manifest(folder, "pairs", "shape")["shape"])
-
-
-def check_room(cfg, shape, ranks):
-    """Say how many pairs of this shape are to be made, and how large they are.
-
-    Raises BadInput where they do not fit on the disk.
-    """
-    out = Path(cfg.out).absolute()
-    shards = [out / SHARD.format(shard) for shard in range(shards_of(cfg.shard_size, cfg.count))]
-    new = max(0, cfg.count - sum(rows_in(shard) for shard in shards))
-    gigabytes = new * 2 * 4 * float(np.prod(shape)) / 1e9  # two float32 latents a pair
-    there = next(p for p in (out, *out.parents) if p.exists())
-    free = shutil.disk_usage(there).free / 1e9
-    if ranks.main:
-        size = "x".join(map(str, shape))
-        print(
-            f"{cfg.count} pairs of {size} in {cfg.out}, {new} of them new: "
-            f"{gigabytes:.3g} GB, {free:.3g} GB free",
-            flush=True,
-        )
-    require(gigabytes <= free, f"{new} new pairs do not fit in {cfg.out}")
 
 
 def collect_pairs(cfg, teacher, ranks):
@@ -337,12 +203,21 @@ def collect_pairs(cfg, teacher, ranks):
     """
     shape = teacher.latent_shape(cfg.resolution, cfg.frames)
     guidance = teacher.guidance if cfg.guidance is None else cfg.guidance
-    check_room(cfg, shape, ranks)
-    text = text_sha256(cfg.prompts, teacher)
+    row = 2 * FLOAT32 * prod(shape)  # bytes of a pair
+    check_room(cfg.out, "pairs", cfg.count, cfg.shard_size, row, ranks)
+    beside = f"{cfg.out.rstrip('/')}-prompts"
+    found = read_prompts(cfg.prompts, teacher, beside, ranks, cfg.embed)
     out = Path(cfg.out).absolute()
     if not (out / "manifest.json").exists():
         claim(out)  # before prompts are encoded
-    prompts = encode_prompts(teacher, cfg.prompts, f"{cfg.out.rstrip('/')}-prompts", ranks)
+    if cfg.embed == "live":
+        # Not sharded: the ranks' shards are of different lengths.
+        how = (ranks.device, ranks.frozen_dtype)
+        prompts = LivePrompts(teacher, found, *how)
+        there = ranks.first(lambda: copied(found, Path(f"{beside}.txt")))
+    else:
+        prompts = encode_prompts(teacher, found, beside, ranks)
+        there = prompts.folder
     manifest = {
         "kind": "pairs",
         "model": teacher.name,
@@ -353,8 +228,8 @@ def collect_pairs(cfg, teacher, ranks):
         "seed": cfg.seed,
         "shape": list(shape),
         "dtype": "float32",
-        "prompts": os.path.relpath(prompts.folder, out),
-        "text_sha256": text,
+        "prompts": os.path.relpath(there, out),
+        "text_sha256": found.sha256,
         "count": cfg.count,
         "shard_size": cfg.shard_size,
     }
@@ -384,6 +259,16 @@ def collect_pairs(cfg, teacher, ranks):
     collect(cfg.out, manifest, ranks, make)
 
 
+def copied(lines, path):
+    """The text file `path`, a copy of these Lines' file. Raises BadInput if it holds others."""
+    if path.exists():
+        require(Lines(path).sha256 == lines.sha256, f"{path} holds other prompts")
+    else:
+        with aside(path) as partial:
+            shutil.copyfile(lines.path, partial)
+    return path
+
+
 def teacher_steps(model):
     """In how many steps the teacher of this name makes a pair where no flag says otherwise."""
     return recipes.PAIRS.get(model, {}).get("steps", PairsConfig.steps)
@@ -395,7 +280,9 @@ class EncodeConfig(TeacherConfig):
 
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line", "what to make")
     out: str = option("out/prompts", "folder to write", "what to make")
-    batch_size: int = option(32, "prompts encoded together, and stored in one shard", "storage")
+    batch_size: int = option(
+        ENCODED, "prompts encoded together, and stored in one shard", "storage"
+    )
     RECIPES: ClassVar = recipes.ENCODE
 
 
@@ -424,6 +311,7 @@ class PairsConfig(TeacherConfig):
         None, "pixels, 1024 or 480x720 (height x width); default: the model's own", "what to make"
     )
     frames: int | None = option(None, "video frames; default: the model's own", "what to make")
+    embed: Literal["cached", "live"] = EMBED
     batch_size: int = option(8, "pairs sampled together on a rank", "storage")
     shard_size: int = option(32, "pairs in a file", "storage")
     RECIPES: ClassVar = recipes.PAIRS
@@ -431,8 +319,11 @@ class PairsConfig(TeacherConfig):
 
 def encode(cfg):
     at_least(1, cfg, "batch_size")
+    require(not Path(cfg.prompts).is_dir(), f"--prompts {cfg.prompts}: a folder, not a text file")
     teacher = load_teacher(cfg.model, cfg.random_init)
-    encode_prompts(teacher, cfg.prompts, cfg.out, Ranks(), cfg.batch_size)
+    ranks = Ranks()
+    prompts = read_prompts(cfg.prompts, teacher, cfg.out, ranks, shard_size=cfg.batch_size)
+    encode_prompts(teacher, prompts, cfg.out, ranks, shard_size=cfg.batch_size)
 
 
 def pairs(cfg):

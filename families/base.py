@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import diffusers
 import torch
 import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ode import T, VPSchedule
 from runtime.files import file_sha256
+from runtime.ranks import shard
 from runtime.settings import BadInput, require
 
 SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator's head can take
@@ -28,6 +30,7 @@ class Family:
 
     read_schedule(scheduler)     the Schedule of the loaded diffusers scheduler; BadInput if that
                                  contradicts the family
+    cond_shapes()                {name: shape} of one prompt's conditioning
     call(net, x_t, t, cond)      the denoiser's raw output, like x_t
 
     and overrides what differs.
@@ -82,13 +85,12 @@ class Family:
             torch.manual_seed(0)
             return kind.from_config(config)
 
-    def cond_shapes(self):
-        """Shapes of one prompt's conditioning, by the denoiser's config."""
-        tokens = 333  # 77 of CLIP + 256 of T5
-        return {
-            "prompt_embeds": (tokens, self.config.joint_attention_dim),
-            "pooled": (self.config.pooled_projection_dim,),
-        }
+    def tokens(self, tokenizer, most):
+        """To how many the stock pipeline pads: the tokenizer's own limit, but at most so many."""
+        config = self.folder / tokenizer / "tokenizer_config.json"
+        if not config.exists():
+            return most
+        return min(most, json.loads(config.read_text())["model_max_length"])
 
     def random_cond(self, prompts):
         """What stands for `encode` where no text encoder is: noise that depends on the prompt."""
@@ -186,10 +188,10 @@ class Family:
             vae = self.vae_class.from_pretrained(self.folder, subfolder="vae")
         return vae.to(device, torch.float32).eval().requires_grad_(False)
 
-    def text_pipeline(self, device="cpu", dtype=torch.float32):
+    def text_pipeline(self, device="cpu", dtype=torch.float32, mesh=None):
         """The stock pipeline with tokenizers and text encoders only, for `encode`.
 
-        None where that needs none.
+        None where that needs none. Sharded over `mesh`, if given: each rank must encode then.
         """
         if self.random_init:
             return None
@@ -197,8 +199,21 @@ class Family:
         pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **parts)
         for part in pipe.components.values():
             if isinstance(part, transformers.PreTrainedModel):
-                part.to(device).eval().requires_grad_(False)
+                part.eval().requires_grad_(False)
+                layers = [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer)]
+                shard(part, layers, mesh)
+                part.to(device)
         return pipe
+
+    def text_encoders(self):
+        """The text encoders without storage, in bf16, by the folder's configs."""
+        found = []
+        for folder in sorted(self.folder.glob("text_encoder*")):
+            config = transformers.AutoConfig.from_pretrained(folder)
+            kind = getattr(transformers, config.architectures[0])
+            with torch.device("meta"):
+                found.append(kind(config).bfloat16())
+        return found
 
     def network(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
         """The denoising network with the weights in this (or that) folder, its matrices in dtype.

@@ -21,6 +21,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from transformers import CLIPTextConfig, T5Config
 
 from families.tiny import SD_BETAS
 
@@ -116,6 +117,41 @@ def vae(name):
     )
 
 
+def text_encoders(name):
+    """{folder: config} of the model's text encoders."""
+    clip_l = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        projection_dim=768,
+        architectures=["CLIPTextModelWithProjection"],
+    )
+    clip_g = CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        hidden_act="gelu",
+        architectures=["CLIPTextModelWithProjection"],
+    )
+    t5_xxl = T5Config(
+        d_model=4096,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        architectures=["T5EncoderModel"],
+    )
+    if name.startswith("cogvideox"):
+        return {"text_encoder": t5_xxl}
+    if name == "sdxl":
+        clip_l.architectures = ["CLIPTextModel"]
+        return {"text_encoder": clip_l, "text_encoder_2": clip_g}
+    return {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5_xxl}
+
+
 @cache
 def skeleton(name):
     """The folder (Path) of the real model `name`, but of configs alone; removed at exit.
@@ -131,6 +167,8 @@ def skeleton(name):
     parts["scheduler"] = scheduler(name)
     for part, made in parts.items():
         made.save_config(folder / part)
+    for part, config in text_encoders(name).items():  # not of the pipeline: for planning
+        config.save_pretrained(folder / part)
     classes = {part: ["diffusers", type(made).__name__] for part, made in parts.items()}
     index = {"_class_name": PIPELINES[kind], **classes}
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -1,6 +1,5 @@
 """Stable Diffusion 3 and 3.5."""
 
-import json
 from functools import cached_property
 
 import diffusers
@@ -37,10 +36,14 @@ class SD3(Family):
     @cached_property
     def text_tokens(self):
         """T5's tokens: the stock pipeline's default of 256, or as few as the folder's tokenizer."""
-        config = self.folder / "tokenizer_3" / "tokenizer_config.json"
-        if not config.exists():
-            return 256
-        return min(256, json.loads(config.read_text())["model_max_length"])
+        return self.tokens("tokenizer_3", 256)
+
+    def cond_shapes(self):
+        tokens = self.tokens("tokenizer", 77) + self.text_tokens  # CLIP's, then T5's
+        return {
+            "prompt_embeds": (tokens, self.config.joint_attention_dim),
+            "pooled": (self.config.pooled_projection_dim,),
+        }
 
     def encode(self, pipe, prompts):
         options = {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.text_tokens}

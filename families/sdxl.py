@@ -27,7 +27,8 @@ class SDXL(Family):
     def cond_shapes(self):
         time_ids = 6 * self.config.addition_time_embed_dim
         pooled = self.config.projection_class_embeddings_input_dim - time_ids
-        return {"prompt_embeds": (77, self.config.cross_attention_dim), "pooled": (pooled,)}
+        tokens = self.tokens("tokenizer", 77)
+        return {"prompt_embeds": (tokens, self.config.cross_attention_dim), "pooled": (pooled,)}
 
     def unconditional(self, pipe):
         """Zeros, not the empty prompt's conditioning, {name: (1, ...)}."""

@@ -1,6 +1,7 @@
 """The settings that scripts share: which teacher, and how a training run goes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.flags import option
 from runtime.settings import at_least, positive, require
@@ -21,6 +22,14 @@ class TeacherConfig:
         "random weights instead of the hub's, at full size, and noise for text embeddings",
         "what to distil",
     )
+
+
+EMBED = option(
+    "cached",
+    "of a text file: encode all prompts first, on disk, or each batch when it is needed, with the "
+    "text encoders in GPU memory, sharded over the ranks: for more prompts than the disk holds",
+    "memory",
+)
 
 
 @dataclass
@@ -93,6 +102,7 @@ class TrainingConfig(TeacherConfig):
         "keep AdamW's moments in main memory between steps: less GPU memory, more time",
         "memory",
     )
+    embed: Literal["cached", "live"] = EMBED
     out: str = option("out/run", "folder to write; must be empty, or a run to --resume", "output")
     checkpoint_every: int = option(25, "iterations between checkpoints", "output")
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay", "output")

@@ -29,7 +29,7 @@ from runtime.ranks import assign, gather, like
 from runtime.script import Stopped
 from runtime.settings import require
 
-# When a run is resumed. From `accumulate` to `offload` they change where and how numbers are made,
+# When a run is resumed. From `accumulate` to `embed` they change where and how numbers are made,
 # not which; `paper` sets other settings' defaults, and those are compared.
 MAY_CHANGE = (
     "resume",
@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "samples",
     "gradient_checkpointing",
     "offload",
+    "embed",
     "paper",
 )
 

@@ -95,10 +95,10 @@ def part(parameters, world):
     return total
 
 
-def states(parts, cfg, world):
+def states(parts, cfg, world, encoders=()):
     """{role: {"parameters": their number; "weights", "gradients", "moments", "ema": bytes}}.
 
-    Bytes are a rank's. What a role has none of is absent.
+    Bytes are a rank's. What a role has none of is absent. encoders: of text, of --embed live.
     """
     trained = {name: list(net.own_parameters().values()) for name, net in parts.networks().items()}
     trained["heads"] = [p for d in parts.discriminators() for p in d.heads.parameters()]
@@ -118,6 +118,10 @@ def states(parts, cfg, world):
         whole = [*parts.vae.parameters(), *parts.pixel.backbone.parameters()]
         size = sum(p.numel() for p in whole)
         rows["VAE, encoder"] = {"parameters": size, "weights": part(whole, 1)}
+    if encoders:
+        live = [p for encoder in encoders for p in encoder.parameters()]
+        size = sum(p.numel() for p in live)
+        rows["text encoders"] = {"parameters": size, "weights": part(live, world)}
     nets = [parts.teacher, *parts.networks().values()]
     buffers = {id(b): b.nbytes for role in nets for b in role.net.buffers()}
     rows["buffers"] = {"parameters": 0, "weights": sum(buffers.values())}

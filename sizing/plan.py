@@ -54,7 +54,7 @@ def plan_of(cfg, world, latent=None):
     accumulate, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
     settings = [(name, getattr(cfg, name)) for name in OF_NETWORKS if hasattr(cfg, name)]
     parts, waiting, again = counted(cfg.model, latent, each, tuple(settings))
-    rows = states(parts, cfg, world)
+    rows = states(parts, cfg, world, family.text_encoders() if cfg.embed == "live" else ())
     of_pass = gathered(family, parts.student.net, world)
     phases = peaks(cfg, rows, waiting, again, of_pass, world, accumulate)
     largest = max(row["parameters"] for row in rows.values())

@@ -22,6 +22,7 @@ import models
 import tools.curves
 from ode import Draw, teacher_sample, with_guidance
 from runtime import curves, sheets
+from runtime.lines import Lines
 from runtime.optimize import exchanged
 from runtime.progress import Progress
 from runtime.settings import BadInput
@@ -83,7 +84,7 @@ def test_a_sheet_shows_what_the_exported_pipeline_makes(followed, few_prompts):
     """
     pipe = DiffusionPipeline.from_pretrained(followed / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    prompts = data.read_prompts(few_prompts)
+    prompts = Lines(few_prompts)
     picture = sheet(followed, "000002")
     for column in (0, 5):
         draw = Draw((SEED, 3), [column])

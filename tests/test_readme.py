@@ -16,6 +16,7 @@ import adp
 import data
 import models
 from runtime.flags import parser_of
+from runtime.lines import Lines
 from runtime.script import parse
 from tools import plan, sample, score
 
@@ -142,7 +143,7 @@ def test_symbols_are_in_the_code():
 
 
 def test_prompts_are_a_few_hundred_different_ones():
-    prompts = data.read_prompts(data.PROMPTS)
+    prompts = list(Lines(data.PROMPTS))
     assert 200 <= len(prompts) == len(set(prompts)) <= 1000
 
 

@@ -41,6 +41,7 @@ import models
 import runtime.files
 import runtime.folder
 from families.tiny import build
+from runtime.rows import Rows
 from runtime.settings import BadInput
 
 QUICK = ["--head-width", 8, "--batch-size", 2, "--sample-every", 0]
@@ -390,7 +391,7 @@ def grown(six, encoded):
 
 
 def rows(folder, count):
-    return data.Rows(folder, "pairs", families.load_teacher("tiny-sdxl"))[range(count)]
+    return Rows(folder, "pairs", families.load_teacher("tiny-sdxl"))[range(count)]
 
 
 def names(folder):
@@ -459,7 +460,7 @@ def test_growing_that_is_killed_at_any_step_goes_on(
         call(data.pairs, data.PairsConfig, *pairs_flags(encoded, folder, 11))
         for shard in SHARDS:
             assert (folder / shard).read_bytes() == (grown / shard).read_bytes()
-        assert len(data.Rows(folder, "pairs", teachers["tiny-sdxl"])) == 11
+        assert len(Rows(folder, "pairs", teachers["tiny-sdxl"])) == 11
         assert names(folder) == FINISHED
     assert status == 0 and step > 4
 
@@ -481,7 +482,7 @@ def test_a_shard_with_too_few_rows_is_damage(grown, six, teachers, tmp_path):
     out = shutil.copytree(grown, tmp_path / "pairs")
     shutil.copy(six / SHARDS[1], out)
     with pytest.raises(BadInput, match="half-written or damaged"):
-        data.Rows(out, "pairs", teachers["tiny-sdxl"])
+        Rows(out, "pairs", teachers["tiny-sdxl"])
 
 
 def test_only_new_pairs_need_room_on_the_disk(encoded, tmp_path, capsys):

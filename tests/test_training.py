@@ -289,8 +289,8 @@ def test_pairs_resume_and_do_not_depend_on_batches(sdxl_pairs, encoded, tmp_path
     flags += ["--steps", 3, "--shard-size", 4, "--batch-size", 3]
     call(data.pairs, data.PairsConfig, *flags)
     assert (out / SHARD_1).stat().st_mtime_ns == kept
-    before = data.Pairs(sdxl_pairs, family).batch(range(6))
-    after = data.Pairs(out, family).batch(range(6))
+    before = data.Pairs(sdxl_pairs, family)[range(6)]
+    after = data.Pairs(out, family)[range(6)]
     assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
@@ -300,9 +300,10 @@ def test_pairs_are_the_teachers_guided_ode(sdxl_pairs, teachers):
     pairs = data.Pairs(sdxl_pairs, family)
     assert pairs.manifest["guidance"] == 5.0 and pairs.manifest["steps"] == 3
     assert pairs[[4]]["prompt"].tolist() == [0]
-    x_T, x_0, cond = pairs.batch([0, 4])  # (2, 4, 32, 32) and {name: (2, ...)}
+    prompts = data.Prompts(pairs.prompts, family)
+    x_T, x_0, cond = pairs.batch([0, 4], prompts)  # (2, 4, 32, 32) and {name: (2, ...)}
     assert not torch.equal(x_T[0], x_T[1])
-    none = pairs.prompts.unconditional(2)
+    none = prompts.unconditional(2)
 
     settings = {"clip_sample": False, "set_alpha_to_one": True}
     scheduler = DDIMScheduler.from_pretrained(family.folder / "scheduler", **settings)

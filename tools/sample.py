@@ -31,11 +31,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import PROMPTS, check_same, read_prompts
+from data import PROMPTS
 from families import HUB, pipeline_folder, recipes
 from runtime.files import aside, claim, file_sha256, read_json, write_json
 from runtime.flags import option
+from runtime.lines import Lines
 from runtime.ranks import Ranks
+from runtime.rows import check_same
 from runtime.script import run
 from runtime.settings import BadInput, at_least, require
 
@@ -244,7 +246,7 @@ def main(cfg):
     at_least(1, cfg, "count", "steps", "batch_size", "frames")
     at_least(0, cfg, "seed", "guidance")
     size_of(cfg.resolution)
-    prompts = read_prompts(cfg.prompts)
+    prompts = Lines(cfg.prompts)
     count = cfg.count or len(prompts)
     ranks = Ranks()
     folder = folder_of(cfg.pipeline)
@@ -257,7 +259,7 @@ def main(cfg):
         "model": cfg.pipeline,
         "teacher": index.get("_teacher", names.get(cfg.pipeline, cfg.pipeline)),
         "weights_sha256": ranks.first(lambda: content_sha256(folder, index)),
-        "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "text_sha256": prompts.sha256,
         "seed": cfg.seed,
         "call": call,
         "count": count,

@@ -34,9 +34,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from data import read_prompts
 from runtime.files import aside, claim, read_json, write_json
 from runtime.flags import option, words
+from runtime.lines import Lines
 from runtime.script import run
 from runtime.settings import BadInput, at_least, did_you_mean, require
 from tools import metrics
@@ -506,7 +506,7 @@ def check(cfg):
 
 def main(cfg):
     chosen = check(cfg)
-    wanted = read_prompts(cfg.prompts) if cfg.prompts else None
+    wanted = list(Lines(cfg.prompts)) if cfg.prompts else None
     folders = [Sampled(folder, wanted) for folder in cfg.folders]
     teacher = folders[-1]
     for student in folders[:-1]:
