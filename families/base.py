@@ -205,14 +205,14 @@ class Family:
                 part.to(device)
         return pipe
 
-    def text_encoders(self):
-        """The text encoders without storage, in bf16, by the folder's configs."""
+    def text_encoders(self, dtype=torch.bfloat16):
+        """The text encoders without storage, by the folder's configs."""
         found = []
         for folder in sorted(self.folder.glob("text_encoder*")):
             config = transformers.AutoConfig.from_pretrained(folder)
             kind = getattr(transformers, config.architectures[0])
             with torch.device("meta"):
-                found.append(kind(config).bfloat16())
+                found.append(kind(config).to(dtype))
         return found
 
     def network(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):

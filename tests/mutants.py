@@ -185,6 +185,25 @@ MUTANTS = [
     *mutants("runtime/folder.py", ("tests/test_sharding.py", "-k", "average"), [
         ("the last weights are exported", 'networks["student"][name].data.copy_(average)', "pass"),
     ]),
+    *mutants("data.py", ("tests/test_prompts.py",), [
+        ("live: other prompts", "return [self.lines[i] for i", "return [self.lines[i - 1] for i"),
+        ("live: nothing for no prompt", "self.floats(teacher.unconditional(self.pipe))",
+         "self[[0]]"),
+        ("embeddings: room not asked for", "row = numbers * ranks.", "row = 0 * ranks."),
+        ("pairs: another text", "same = prompts.sha256 ==", "same = True or prompts.sha256 =="),
+        ("pairs: written over", "if path.exists():", "if False:"),
+    ]),
+    *mutants("runtime/lines.py", ("tests/test_prompts.py",), [
+        ("lines: places as objects", 'array("q")', "[]"),
+        ("lines: number of the prompt", "enumerate(self.file, 1)", "enumerate(self.file)"),
+        ("lines: an old place", "require(self.version == self.written()", "require(True"),
+    ]),
+    *mutants("runtime/rows.py", ("tests/test_prompts.py",), [
+        ("rows: all shards open", "if len(self.files) == OPEN:", "if False:"),
+    ]),
+    *mutants("families/base.py", ("tests/test_sharding.py", "-k", "ranks_hold and live"), [
+        ("live encoders not sharded", "shard(part, layers, mesh)", "shard(part, layers, None)"),
+    ]),
     *mutants("families/export.py", ("tests/test_models.py", "-k", "export"), [
         ("stock sampler of another shift", "stock_warp(schedule.shift, steps)",
          "stock_warp(1.0, steps)"),

@@ -127,8 +127,8 @@ def runs(tmp_path_factory, encoded, few_prompts):
             source = {"prompts": str(few_prompts)}
         return {**SMALL, **source, **changes, "out": str(out), **more}
 
-    def pairs(out):
-        return {**PAIRS, "prompts": str(encoded[PAIRS["model"]]), "out": str(out)}
+    def pairs(out, **more):
+        return {**PAIRS, "prompts": str(few_prompts), "out": str(out), **more}
 
     data.pairs(data.PairsConfig(**pairs(one / "pairs")))
     specs = []
@@ -139,7 +139,7 @@ def runs(tmp_path_factory, encoded, few_prompts):
     interrupted(one / "ema", folder / "one-two")
     specs.append(("adm", config("ema", folder / "one-two", resume=True)))
     specs.append(("adm", config("ema", folder / "two-two", resume=True), str(two / "ema")))
-    specs.append(("pairs", pairs(two / "pairs")))
+    specs.append(("pairs", pairs(two / "pairs", embed="live")))
     (folder / "runs.json").write_text(json.dumps(specs))
 
     launcher = ("torchrun", "--standalone", "--nproc_per_node=2")
@@ -271,14 +271,15 @@ def test_adapters_alone_are_saved_and_load_into_the_stock_pipeline(runs, ranks):
 TRAINED = ("student", "heads", "fake")  # in the order in which their gradients are clipped
 
 
-@pytest.mark.parametrize("name", ["sdxl", "ema", "lora"])
+@pytest.mark.parametrize("name", ["sdxl", "ema", "lora", "live"])
 def test_the_plan_is_what_ranks_hold(runs, name):
     """Every entry, summed over the parts that a rank of a real run held, to 1%."""
     _, changes = RUNS[name]
     family = families.load_teacher(changes["model"])
     cfg = adm.Config(**{**SMALL, **changes})
     parts = count.build(family, cfg, torch.float32)
-    rows = count.states(parts, cfg, 2)
+    live = family.text_encoders(torch.float32) if cfg.embed == "live" else ()
+    rows = count.states(parts, cfg, 2, live)
     for rank in (0, 1):
         held = json.loads((runs / "two" / name / f"held-{rank}.json").read_text())
         for role in ("teacher", *TRAINED):
@@ -288,6 +289,8 @@ def test_the_plan_is_what_ranks_hold(runs, name):
         for role, gradients in zip(2 * TRAINED, held["gradients"], strict=True):
             assert rows[role]["gradients"] == pytest.approx(gradients, rel=0.01)
         assert rows["buffers"]["weights"] == held["buffers"]
+        if live:
+            assert rows["text encoders"]["weights"] == held["text encoders"]
         if "ema" in changes:
             assert rows["student"]["ema"] == held["ema"]["weights"]
 

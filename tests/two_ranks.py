@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from transformers import PreTrainedModel
 
 import adm
 import adp
@@ -43,9 +44,10 @@ def nbytes(tensors):
 def observe(held):
     """From here on, runs of adm leave in `held` what this rank holds.
 
-    {role: {"weights", "optimizer": bytes}}, and "gradients" and "buffers".
+    {role: {"weights", "optimizer": bytes}}, and "gradients", "buffers" and "text encoders".
     """
     make_roles = adm.make_roles
+    encode = adm.encode_prompts
     clip = torch.nn.utils.clip_grad_norm_
     save = runtime.folder.Run.save
 
@@ -59,6 +61,14 @@ def observe(held):
         held["teacher"] = {"weights": nbytes(frozen)}
         held["buffers"] = nbytes(b for role in made for b in role.net.buffers())
         return made
+
+    def spy_encode(*args):
+        prompts = encode(*args)
+        if hasattr(prompts, "pipe"):
+            parts = prompts.pipe.components.values()
+            encoders = [part for part in parts if isinstance(part, PreTrainedModel)]
+            held["text encoders"] = nbytes(p for part in encoders for p in part.parameters())
+        return prompts
 
     def spy_clip(parameters, limit):
         held.setdefault("gradients", []).append(nbytes(p.grad for p in parameters))
@@ -75,6 +85,7 @@ def observe(held):
         return save(run, iteration, networks, optimizers, *args, **kwargs)
 
     adm.make_roles = spy_roles
+    adm.encode_prompts = spy_encode
     torch.nn.utils.clip_grad_norm_ = spy_clip
     runtime.folder.Run.save = spy_save
 
