@@ -63,7 +63,7 @@ class Prompts(Rows):
 
     def unconditional(self, batch_size):
         """The conditioning of no prompt, {name: (batch_size, ...)}."""
-        return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
+        return repeated(self.none, batch_size)
 
 
 class LivePrompts:
@@ -97,7 +97,12 @@ class LivePrompts:
 
     def unconditional(self, batch_size):
         """The conditioning of no prompt, {name: (batch_size, ...)}."""
-        return {name: c.expand(batch_size, *c.shape[1:]) for name, c in self.none.items()}
+        return repeated(self.none, batch_size)
+
+
+def repeated(cond, count):
+    """{name: (count, ...)} of one prompt's conditioning, {name: (1, ...)}."""
+    return {name: c.expand(count, *c.shape[1:]) for name, c in cond.items()}
 
 
 def read_prompts(path, teacher, folder, ranks, embed="cached", shard_size=ENCODED):
@@ -211,10 +216,9 @@ def collect_pairs(cfg, teacher, ranks):
     if not (out / "manifest.json").exists():
         claim(out)  # before prompts are encoded
     if cfg.embed == "live":
-        # Not sharded: the ranks' shards are of different lengths.
-        how = (ranks.device, ranks.frozen_dtype)
-        prompts = LivePrompts(teacher, found, *how)
         there = ranks.first(lambda: copied(found, Path(f"{beside}.txt")))
+        # Not sharded: the ranks' shards are of different lengths.
+        prompts = LivePrompts(teacher, found, ranks.device, ranks.frozen_dtype)
     else:
         prompts = encode_prompts(teacher, found, beside, ranks)
         there = prompts.folder
