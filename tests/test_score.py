@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -166,6 +167,40 @@ def test_lpips_falls_where_images_of_a_prompt_are_one(images, tmp_path):
     call(score.main, score.Config, *folders, "--metrics", "lpips", "--out", tmp_path / "out")
     found = values(json.loads((tmp_path / "out" / "table.json").read_text())["rows"], "lpips")
     assert found["collapsed"] == 0 < 0.01 < found["student"]
+
+
+HPSV2 = """
+import torch
+import transformers
+
+model = transformers.CLIPModel.from_pretrained({folder!r}).eval()
+tokenizer = transformers.CLIPTokenizer.from_pretrained({folder!r})
+processor = transformers.CLIPImageProcessor.from_pretrained({folder!r})
+
+def score(imgs_path, prompt, hps_version="v2.0"):
+    inputs = tokenizer([prompt], return_tensors="pt")
+    inputs |= processor(images=imgs_path, return_tensors="pt")
+    with torch.no_grad():
+        cosines = model(**inputs).logits_per_image[:, 0] / model.logit_scale.exp()
+    return list(cosines.numpy())
+"""
+
+
+def test_hps_is_what_the_package_says_of_each_prompts_images(
+    clip, images, rows, tmp_path, monkeypatch
+):
+    """A package of that call and our CLIP, so that its column is that of the CLIP score: the
+    true one has networks of gigabytes.
+    """
+    (tmp_path / "hpsv2.py").write_text(HPSV2.format(folder=str(clip)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hpsv2", raising=False)
+    names = ("student", "shuffled", "teacher")
+    folders = [images[name] for name in names]
+    call(score.main, score.Config, *folders, "--metrics", "hps", "--out", tmp_path / "out")
+    found = values(json.loads((tmp_path / "out" / "table.json").read_text())["rows"], "hps")
+    assert found == {name: pytest.approx(rows[name]["clip"]["value"], rel=1e-4) for name in names}
+    assert "| HPSv2 ↑ |" in (tmp_path / "out" / "table.md").read_text()
 
 
 # --- Their mathematics ----------------------------------------------------------------------------
@@ -381,8 +416,9 @@ def test_a_folder_that_is_unfinished_or_none(said, damaged, tmp_path):
 def test_metrics_that_cannot_be(said):
     line = said("--metrics", "clip,frehcet")
     assert "frehcet: unknown" in line and "did you mean frechet?" in line
-    if not importlib.util.find_spec("lpips"):
-        assert "pip install lpips" in said("--metrics", "lpips")
+    for metric, package in score.PACKAGES.items():
+        if not importlib.util.find_spec(package):
+            assert f"pip install {package}" in said("--metrics", f"clip,{metric}")
 
 
 def test_networks_that_cannot_be_had(said, clip, tmp_path):

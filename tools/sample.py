@@ -10,15 +10,18 @@ same whatever the batch, the rank, or the call that made it, and the noise that 
 the same latents begins with, so that student and teacher can be compared image by image.
 
 --out gets 000000.png, … (of videos folders of frames, with a GIF) and manifest.json: the prompt,
-seed, steps, guidance and seconds of each. A second call goes on where the first was stopped, and
-makes more for a greater --count. On several GPUs: torchrun --nproc_per_node=8 tools/sample.py …
+seed, steps, guidance and seconds of each; with --vbench also the videos where VBench looks for
+them. A second call goes on where the first was stopped, and makes more for a greater --count. On
+several GPUs: torchrun --nproc_per_node=8 tools/sample.py …
 """
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +43,9 @@ from runtime.script import run
 from runtime.settings import BadInput, at_least, require
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk's name and checksum
-GIF_MS = 125  # a frame: CogVideoX's 8 a second
+FPS = 8  # of videos: CogVideoX's
+VBENCH_EACH = 5  # videos of a prompt that VBench looks at
+LONGEST_NAME = 255  # bytes that file systems take
 
 
 @dataclass
@@ -54,7 +59,8 @@ class Config:
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line", "what to make")
     count: int | None = option(
         None,
-        "images in all; more than there are prompts: several of each; default: one of each prompt",
+        "images in all; more than there are prompts: several of each; default: one of each "
+        "prompt, five with --vbench",
         "what to make",
     )
     seed: int = option(0, "of image 0; image i has seed + i", "what to make")
@@ -79,6 +85,12 @@ class Config:
         None, "of a video; default: what the student says, or the pipeline's own", "what to make"
     )
     batch_size: int = option(1, "images at a time on each device", "memory")
+    vbench: bool = option(
+        False,
+        "write the videos also as vbench/PROMPT-0.mp4, PROMPT-1.mp4, …, where VBench looks for "
+        "them; a prompt that comes twice counts once",
+        "output",
+    )
     out: str = option("out/images", "folder to write; a second call goes on there", "output")
 
 
@@ -208,9 +220,44 @@ def write(out, made, row):
             partial_path / "video.gif",
             save_all=True,
             append_images=made[1:],
-            duration=GIF_MS,
+            duration=1000 // FPS,
             loop=0,
         )
+
+
+def vbench_name(i, prompts):
+    """The file of video i in VBench's layout: its prompt, and which of that prompt's it is."""
+    return f"{prompts[i % len(prompts)]}-{i // len(prompts)}.mp4"
+
+
+def check_vbench(count, prompts):
+    """Raises BadInput for what cannot be laid out as VBench wants it, before anything is made."""
+    there = importlib.util.find_spec("imageio_ffmpeg")
+    require(there, "--vbench needs an optional package: pip install imageio-ffmpeg")
+    each = f"as many of each of {len(prompts)} prompts"
+    require(count % len(prompts) == 0, f"--count {count}: --vbench wants {each}")
+    for i in range(count):
+        name = vbench_name(i, prompts)
+        fits = len(f"{name}.partial".encode()) <= LONGEST_NAME
+        possible = fits and "/" not in name and "\0" not in name
+        problem = f"too long for a file's name, or with a slash: {name[:60]!r}"
+        require(possible, f"--vbench: prompt {i % len(prompts) + 1} is {problem}")
+
+
+def write_mp4(frames, path):
+    """Write the frames of a folder as a video, whole or not at all."""
+    import imageio_ffmpeg  # an optional extra
+
+    images = [Image.open(frame).convert("RGB") for frame in sorted(frames.glob("*.png"))]
+    how = {"fps": FPS, "quality": None, "macro_block_size": 2}  # H.264 by ffmpeg's own defaults
+    how |= {"output_params": ["-f", "mp4"]}  # which a partial file's name does not say
+    with (
+        aside(path) as partial_path,
+        closing(imageio_ffmpeg.write_frames(partial_path, images[0].size, **how)) as video,
+    ):
+        video.send(None)  # begin
+        for image in images:
+            video.send(image.tobytes())
 
 
 def row_at(out, i):
@@ -245,12 +292,18 @@ def main(cfg):
     at_least(0, cfg, "seed", "guidance")
     size_of(cfg.resolution)
     prompts = read_prompts(cfg.prompts)
-    count = cfg.count or len(prompts)
+    if cfg.vbench:
+        prompts = list(dict.fromkeys(prompts))  # VBench's own list has two of them twice
+    count = cfg.count or len(prompts) * (VBENCH_EACH if cfg.vbench else 1)
+    if cfg.vbench:
+        check_vbench(count, prompts)
     ranks = Ranks()
     folder = folder_of(cfg.pipeline)
     index = read_json(folder / "model_index.json", "diffusers pipeline", "_class_name")
     pipe = opened(folder, cfg.pipeline, ranks)
     call = call_of(pipe, index, cfg)
+    videos = "num_frames" in inspect.signature(pipe.__call__).parameters
+    require(videos or not cfg.vbench, f"--vbench: {cfg.pipeline} makes images, not videos")
     names = {address: name for name, address in HUB.items()}
     manifest = {
         "kind": "images",
@@ -283,6 +336,12 @@ def main(cfg):
                 "seconds": round(seconds, 4),
             }
             write(out, one, row)
+    if cfg.vbench:
+        (out / "vbench").mkdir(exist_ok=True)
+        for i in range(ranks.rank, count, ranks.world):
+            path = out / "vbench" / vbench_name(i, prompts)
+            if not path.exists():
+                write_mp4(out / name_of(i, True), path)
     ranks.barrier()
     if ranks.main:
         rows = [row_at(out, i) for i in range(count)]

@@ -10,6 +10,7 @@ the table each. Metrics (--metrics):
     diversity  mean distance 1 - cos between images of one prompt, in the features of --features
     distance   the same between a student's image and the teacher's of the same prompt and noise
     frechet    Fréchet distance of the features' Gaussians, to the teacher's images or to --real
+    hps        100 HPSv2, another such CLIP; its package is optional: off by default
     lpips      diversity by LPIPS, the paper's; needs `pip install lpips`, and is off by default
 
 What stands in brackets is a 95% interval over prompts: had they been others of their kind. table.md
@@ -45,12 +46,15 @@ from tools import metrics
 METRICS = {
     "clip": "CLIP ↑",
     "pick": "PickScore ↑",
+    "hps": "HPSv2 ↑",
     "diversity": "diversity ↑",
     "distance": "distance ↓",
     "frechet": "Fréchet ↓",
     "lpips": "LPIPS diversity ↑",
 }
 OF_FEATURES = {"diversity", "distance", "frechet"}
+PACKAGES = {"hps": "hpsv2", "lpips": "lpips"}  # metrics that take an optional one
+HPS = "v2.0"  # of its two: what the paper reports of SDXL is near the package's v2.0, not its v2.1
 FRAMES = 8  # of a video (ours)
 SHOWN = 6  # prompts on the sheet
 
@@ -222,8 +226,8 @@ def fetched(setting, name, load):
         return load()
     except Exception as e:  # the hub has many errors, transformers others
         said = f"{type(e).__name__}: {' '.join(str(e).split()).split('. ')[0][:200]}"
-        advice = "a local folder will do"
-        raise BadInput(f"--{setting} {name}: cannot be loaded ({said}); {advice}") from None
+        advice = "" if setting == "metrics" else "; a local folder will do"
+        raise BadInput(f"--{setting} {name}: cannot be loaded ({said}){advice}") from None
 
 
 class Vision:
@@ -338,6 +342,31 @@ def feature_cells(network, folders, chosen, real):
     return cells
 
 
+def hps_scores(paths, prompt):
+    """[100 HPSv2] of pictures of one prompt, by the optional package.
+
+    It fetches two CLIPs the first time, and reads one of them in each call.
+    """
+    import hpsv2
+
+    pictures = [loaded(path) for path in paths]
+    return [100 * float(x) for x in hpsv2.score(pictures, prompt, hps_version=HPS)]
+
+
+def hps_cells(folders):
+    """{folder: cell} of the mean HPSv2 of the images of a prompt, of videos frame by frame."""
+    cells = {}
+    for s in folders:
+        numbers = s.numbers()
+        means = []
+        for p in tqdm(numbers.unique().tolist(), "HPSv2", disable=None, leave=False):
+            of_it = torch.nonzero(numbers == p).flatten().tolist()
+            flat = [path for i in of_it for path in s.pictures[i]]
+            means.append(statistics.mean(hps_scores(flat, s.texts[of_it[0]])))
+        cells[s] = with_interval(torch.tensor(means))
+    return cells
+
+
 def lpips_network():
     """The optional package's; it fetches AlexNet the first time."""
     import lpips
@@ -381,12 +410,17 @@ def scored(cfg, chosen, folders, real):
     vision = Vision("features", cfg.features, *about) if OF_FEATURES & chosen else None
     if "lpips" in chosen:
         network = fetched("metrics", "lpips", lpips_network).to(device)
+    if "hps" in chosen:
+        one = folders[0]
+        fetched("metrics", "hps", lambda: hps_scores(one.pictures[0], one.texts[0]))
 
     cells = {}
     if clip:
         cells["clip"] = clip_cells(clip, folders, 100)
     if pick:
         cells["pick"] = clip_cells(pick, folders, pick.model.logit_scale.exp().item())
+    if "hps" in chosen:
+        cells["hps"] = hps_cells(folders)
     if vision:
         cells |= feature_cells(vision, folders, OF_FEATURES & chosen, real)
     if "lpips" in chosen:
@@ -448,6 +482,7 @@ def notes_on(cfg, cells, folders):
     said = {
         "clip": f"clip: 100 cos by {cfg.clip}",
         "pick": f"pick: by {cfg.pick}",
+        "hps": f"hps: 100 HPSv2, {HPS}",
         "diversity": f"diversity: 1 - cos of images of a prompt, features of {cfg.features}",
         "distance": f"distance: 1 - cos to the teacher's image of that noise, {cfg.features}",
         "frechet": f"frechet: to {cfg.real or folders[-1].folder}, features of {cfg.features}",
@@ -497,8 +532,10 @@ def check(cfg):
     for name in chosen:
         known = f"there are {', '.join(METRICS)}{did_you_mean(name, METRICS)}"
         require(name in METRICS, f"--metrics {name}: unknown; {known}")
-    there = "lpips" not in chosen or importlib.util.find_spec("lpips")
-    require(there, "--metrics lpips needs a package of that name: pip install lpips")
+    for name in chosen:
+        package = PACKAGES.get(name)
+        there = package is None or importlib.util.find_spec(package)
+        require(there, f"--metrics {name} needs an optional package: pip install {package}")
     require(len(cfg.folders) > 1, "two folders at least: a student's images, and the teacher's")
     require(len(set(cfg.folders)) == len(cfg.folders), "the same folder twice")
     return set(chosen)
