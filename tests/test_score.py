@@ -7,6 +7,7 @@ here, in seconds. Students, as their damage, are kinds of the digits teacher's i
 import importlib.util
 import json
 import math
+import resource
 import shutil
 import sys
 
@@ -408,6 +409,9 @@ def test_a_folder_that_is_unfinished_or_none(said, damaged, tmp_path):
     assert "not finished" in said(folders=(damaged, "teacher"))
     path.write_text(json.dumps(m | {"images": ["what"]}))
     assert "manifest is damaged" in said(folders=(damaged, "teacher"))
+    m["images"][3]["seconds"] = "long"
+    path.write_text(json.dumps(m))
+    assert "manifest is damaged" in said(folders=(damaged, "teacher"))
     assert "manifest.json is missing" in said(folders=(tmp_path / "nowhere", "teacher"))
     assert "two folders at least" in said(folders=("student",))
     assert "two folders at least" in said(folders=())
@@ -426,6 +430,13 @@ def test_networks_that_cannot_be_had(said, clip, tmp_path):
     tiny.dinov2().save_pretrained(tmp_path / "dinov2")
     line = said("--metrics", "pick", "--pick", tmp_path / "dinov2")
     assert "a dinov2, not a clip" in line
+    tiny.clip_text(vocab_size=10).save_pretrained(tmp_path / "text")
+    shutil.copy(clip / "preprocessor_config.json", tmp_path / "text")
+    line = said("--metrics", "distance", "--features", tmp_path / "text")
+    assert f"--features {tmp_path / 'text'}: cannot be loaded" in line
+    wordless = tmp_path / "wordless"
+    shutil.copytree(clip, wordless, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "its tokenizer is missing" in said("--metrics", "clip", "--clip", wordless)
     half = tmp_path / "half"
     shutil.copytree(clip, half)
     model = CLIPModel.from_pretrained(clip)
@@ -440,6 +451,21 @@ def test_prompts_and_real_images_that_are_not_there(said, tmp_path):
     assert "no such folder" in said("--real", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "at least two images" in said("--real", tmp_path / "empty")
+
+
+def test_a_full_disk_leaves_no_half_of_the_scores(clip, images, tmp_path, capsys):
+    """Room for the tables, none for the sheet: the same call does it when there is more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(SystemExit) as e:
+            again(images, clip, tmp_path / "out", "--metrics", "clip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert e.value.code == 1 and "File too large" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+    again(images, clip, tmp_path / "out", "--metrics", "clip")
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_scores_are_not_written_over(capsys, images, clip, scores):

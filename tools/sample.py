@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -119,12 +120,46 @@ def content_sha256(folder, index):
     return digest.hexdigest()
 
 
-def opened(folder, name, ranks):
-    """The pipeline, on this rank's device. Raises BadInput for one that cannot be loaded."""
+def text_encoders(folder, index, dtype):
+    """{part: model} of those parts of a pipeline that are transformers' own.
+
+    Raises BadInput where weights are missing: transformers would take random ones in their place.
+    """
+    found = {}
+    for part, (library, kind) in parts_of(index).items():
+        class_ = getattr(transformers, kind, None) if library == "transformers" else None
+        if inspect.isclass(class_) and issubclass(class_, transformers.PreTrainedModel):
+            how = {"dtype": dtype, "output_loading_info": True}
+            found[part], info = class_.from_pretrained(folder / part, **how)
+            require(not info["missing_keys"], f"weights of {part} are missing")
+    return found
+
+
+def parts_of(index):
+    """{part: (library, class)} of a model_index.json, those that the pipeline has."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list)}
+    return {name: pair for name, pair in pairs.items() if None not in pair}
+
+
+def opened(folder, name, index, ranks):
+    """The pipeline, on this rank's device. Raises BadInput for one that is not complete."""
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=ranks.frozen_dtype)
+        for part in parts_of(index):
+            require((folder / part).is_dir(), f"{part}/ is missing")
+        dtype = ranks.frozen_dtype
+        parts = text_encoders(folder, index, dtype)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **parts)
+        for part, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module):
+                whole = not any(p.is_meta for p in module.parameters())
+                require(whole, f"weights of {part} are missing")
+            if isinstance(module, transformers.PreTrainedTokenizerBase):
+                # Without its file transformers makes one of special tokens, and of T5's space.
+                knows = len(module) > len(module.all_special_tokens) + 1
+                require(knows, f"the words of {part} are missing")
     except Exception as e:  # whatever json, diffusers or torch make of a damaged folder
-        said = f"{type(e).__name__} {' '.join(str(e).split())[:300]}"
+        kind = "" if isinstance(e, BadInput) else f"{type(e).__name__} "
+        said = kind + " ".join(str(e).split())[:300]
         raise BadInput(f"{name} is no complete diffusers pipeline: {said}") from None
     takes = inspect.signature(pipe.__call__).parameters
     makes = "prompt" in takes and "num_inference_steps" in takes
@@ -300,7 +335,7 @@ def main(cfg):
     ranks = Ranks()
     folder = folder_of(cfg.pipeline)
     index = read_json(folder / "model_index.json", "diffusers pipeline", "_class_name")
-    pipe = opened(folder, cfg.pipeline, ranks)
+    pipe = opened(folder, cfg.pipeline, index, ranks)
     call = call_of(pipe, index, cfg)
     videos = "num_frames" in inspect.signature(pipe.__call__).parameters
     require(videos or not cfg.vbench, f"--vbench: {cfg.pipeline} makes images, not videos")

@@ -57,6 +57,7 @@ PACKAGES = {"hps": "hpsv2", "lpips": "lpips"}  # metrics that take an optional o
 HPS = "v2.0"  # of its two: what the paper reports of SDXL is near the package's v2.0, not its v2.1
 FRAMES = 8  # of a video (ours)
 SHOWN = 6  # prompts on the sheet
+ROW = {"file": str, "prompt": str, "seed": int, "steps": int, "seconds": float}  # of a manifest
 
 # What the paper reports (arXiv 2507.18569), with metrics that it has and we have not.
 PAPER_COLUMNS = ("CLIP", "Pick", "HPSv2", "MPS", "LPIPS diversity")
@@ -138,12 +139,9 @@ class Sampled:
         whole = m["kind"] == "images" and m["complete"] is True
         require(whole, f"{folder} is not finished: the command that made it goes on")
         try:
-            self.rows = [
-                {key: row[key] for key in ("file", "prompt", "seed", "steps", "seconds")}
-                for row in m["images"]
-            ]
-            self.teacher = m["teacher"]
-        except (KeyError, TypeError):
+            self.rows = [{key: kind(row[key]) for key, kind in ROW.items()} for row in m["images"]]
+            self.teacher = str(m["teacher"])
+        except (KeyError, TypeError, ValueError):
             raise BadInput(
                 f"{folder} holds no images of sample.py: its manifest is damaged"
             ) from None
@@ -247,8 +245,15 @@ class Vision:
         load = transformers.AutoImageProcessor.from_pretrained
         self.processor = fetched(setting, name, lambda: load(name))
         self.is_clip = isinstance(model, transformers.CLIPModel)
+        blank = Image.new("RGB", (64, 64))  # whether it takes pictures at all
+        fetched(setting, name, lambda: self.of_images([blank]))
 
     @torch.no_grad()
+    def of_images(self, images):
+        """(B, D) float32 features of PIL images, on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return self.embedded(pixels.to(self.device)).float().cpu()
+
     def features(self, pictures, lengths_of_one):
         """(N, D) of N lists of paths: of one picture each, or of frames, whose mean it is.
 
@@ -259,8 +264,7 @@ class Vision:
         found = []
         for at in tqdm(starts, "features", disable=None, leave=False):
             images = [loaded(path) for path in flat[at : at + self.batch_size]]
-            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-            found.append(self.embedded(pixels.to(self.device)).float().cpu())  # (B, D)
+            found.append(self.of_images(images))  # (B, D)
         x = torch.cat(found)
         if lengths_of_one:
             x = metrics.unit(x)
@@ -281,6 +285,9 @@ class Clip(Vision):
         super().__init__(setting, name, device, batch_size, "clip")
         load = transformers.CLIPTokenizer.from_pretrained
         self.tokenizer = fetched(setting, name, lambda: load(name))
+        # Without its file transformers makes one that knows no words.
+        knows = len(self.tokenizer) > len(self.tokenizer.all_special_tokens)
+        require(knows, f"--{setting} {name}: its tokenizer is missing")
 
     @torch.no_grad()
     def of_texts(self, texts):
@@ -560,12 +567,12 @@ def main(cfg):
     notes = notes_on(cfg, cells, folders)
     paper = PAPER.get(teacher.teacher, {})
     lines = markdown(rows, notes, paper)
-    with aside(out / "sheet.png") as partial:
-        sheet(names, folders).savefig(partial, format="png", dpi=110)
-    with aside(out / "table.md") as partial:
-        partial.write_text("\n".join(lines) + "\n")
     of_paper = {name: dict(zip(PAPER_COLUMNS, row, strict=False)) for name, row in paper.items()}
-    write_json(out / "table.json", {"rows": rows, "notes": notes, "the paper's": of_paper})
+    with aside(out) as partial:  # all or nothing: half of it would be in a second call's way
+        partial.mkdir()
+        (partial / "table.md").write_text("\n".join(lines) + "\n")
+        write_json(partial / "table.json", {"rows": rows, "notes": notes, "the paper's": of_paper})
+        sheet(names, folders).savefig(partial / "sheet.png", dpi=110)
     print("\n".join(lines))
     print(f"{out}: table.md, table.json, sheet.png")
 
