@@ -196,20 +196,25 @@ def said(capsys, *args):
     return refused(capsys, sample.main, sample.Config, *args)
 
 
-@pytest.mark.skipif(not ENCODER, reason="the optional imageio-ffmpeg is not here")
 @pytest.mark.parametrize(
     "prompts, flags, problem",
     [
         ("a fox\na dog/cat\n", VIDEO, "prompt 2 is too long for a file's name, or with a slash"),
         ("ß" * 125 + "\n", VIDEO, "prompt 1 is too long"),
         ("a fox\na dog\n", (*VIDEO, "--count", 5), "--count 5: --vbench wants as many of each"),
-        ("a handwritten one\n", TEACHER, "digits makes images, not videos"),
     ],
 )
 def test_what_vbench_cannot_take_is_refused(capsys, tmp_path, prompts, flags, problem):
     (tmp_path / "prompts.txt").write_text(prompts)
     flags = (*flags, "--prompts", tmp_path / "prompts.txt", "--vbench", "--out", tmp_path / "out")
     assert problem in said(capsys, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not ENCODER, reason="the optional imageio-ffmpeg is not here")
+def test_vbench_takes_no_images(capsys, digits_prompts, tmp_path):
+    flags = ("--prompts", digits_prompts, "--vbench", "--out", tmp_path / "out")
+    assert "digits makes images, not videos" in said(capsys, *TEACHER, *flags)
     assert not (tmp_path / "out").exists()
 
 

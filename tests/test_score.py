@@ -420,9 +420,10 @@ def test_a_folder_that_is_unfinished_or_none(said, damaged, tmp_path):
 def test_metrics_that_cannot_be(said):
     line = said("--metrics", "clip,frehcet")
     assert "frehcet: unknown" in line and "did you mean frechet?" in line
-    for metric, package in score.PACKAGES.items():
+    for metric, (package, how) in score.PACKAGES.items():
         if not importlib.util.find_spec(package):
-            assert f"pip install {package}" in said("--metrics", f"clip,{metric}")
+            line = said("--metrics", f"clip,{metric}")
+            assert f"--metrics {metric} needs" in line and "pip install" in how and how in line
 
 
 def test_networks_that_cannot_be_had(said, clip, tmp_path):

@@ -267,8 +267,6 @@ def vbench_name(i, prompts):
 
 def check_vbench(count, prompts):
     """Raises BadInput for what cannot be laid out as VBench wants it, before anything is made."""
-    there = importlib.util.find_spec("imageio_ffmpeg")
-    require(there, "--vbench needs an optional package: pip install imageio-ffmpeg")
     each = f"as many of each of {len(prompts)} prompts"
     require(count % len(prompts) == 0, f"--count {count}: --vbench wants {each}")
     for i in range(count):
@@ -277,6 +275,8 @@ def check_vbench(count, prompts):
         possible = fits and "/" not in name and "\0" not in name
         problem = f"too long for a file's name, or with a slash: {name[:60]!r}"
         require(possible, f"--vbench: prompt {i % len(prompts) + 1} is {problem}")
+    there = importlib.util.find_spec("imageio_ffmpeg")
+    require(there, "--vbench needs an optional package: pip install imageio-ffmpeg")
 
 
 def write_mp4(frames, path):
@@ -353,7 +353,8 @@ def main(cfg):
     out = Path(cfg.out)
     ranks.first(lambda: begin(out, manifest))
 
-    mine = [i for i in range(ranks.rank, count, ranks.world) if row_at(out, i) is None]
+    share = range(ranks.rank, count, ranks.world)
+    mine = [i for i in share if row_at(out, i) is None]
     batches = [mine[at : at + cfg.batch_size] for at in range(0, len(mine), cfg.batch_size)]
     for numbers in tqdm(batches, "images", disable=ranks.no_bar):
         began = time.perf_counter()
@@ -373,7 +374,7 @@ def main(cfg):
             write(out, one, row)
     if cfg.vbench:
         (out / "vbench").mkdir(exist_ok=True)
-        for i in range(ranks.rank, count, ranks.world):
+        for i in share:
             path = out / "vbench" / vbench_name(i, prompts)
             if not path.exists():
                 write_mp4(out / name_of(i, True), path)

@@ -53,13 +53,17 @@ METRICS = {
     "lpips": "LPIPS diversity ↑",
 }
 OF_FEATURES = {"diversity", "distance", "frechet"}
-PACKAGES = {"hps": "hpsv2", "lpips": "lpips"}  # metrics that take an optional one
+# {metric that takes an optional package: (the package, how to have it)}
+PACKAGES = {
+    "hps": ("hpsv2", "pip install --no-deps hpsv2, then as tools/README.md says"),
+    "lpips": ("lpips", "pip install lpips"),
+}
 HPS = "v2.0"  # of its two: what the paper reports of SDXL is near the package's v2.0, not its v2.1
 FRAMES = 8  # of a video (ours)
 SHOWN = 6  # prompts on the sheet
 ROW = {"file": str, "prompt": str, "seed": int, "steps": int, "seconds": float}  # of a manifest
 
-# What the paper reports (arXiv 2507.18569), with metrics that it has and we have not.
+# What the paper reports (arXiv 2507.18569); of its metrics we have no MPS.
 PAPER_COLUMNS = ("CLIP", "Pick", "HPSv2", "MPS", "LPIPS diversity")
 PAPER = {
     "sdxl": {
@@ -540,9 +544,10 @@ def check(cfg):
         known = f"there are {', '.join(METRICS)}{did_you_mean(name, METRICS)}"
         require(name in METRICS, f"--metrics {name}: unknown; {known}")
     for name in chosen:
-        package = PACKAGES.get(name)
-        there = package is None or importlib.util.find_spec(package)
-        require(there, f"--metrics {name} needs an optional package: pip install {package}")
+        if name in PACKAGES:
+            package, how = PACKAGES[name]
+            there = importlib.util.find_spec(package)
+            require(there, f"--metrics {name} needs the optional package {package}: {how}")
     require(len(cfg.folders) > 1, "two folders at least: a student's images, and the teacher's")
     require(len(set(cfg.folders)) == len(cfg.folders), "the same folder twice")
     return set(chosen)
