@@ -22,6 +22,7 @@ import adm
 import adp
 import data
 import models
+import runtime.folder
 import tools.curves
 from ode import Draw, teacher_sample, with_guidance
 from runtime import curves, sheets
@@ -163,26 +164,34 @@ def test_a_resumed_run_draws_the_same_sheet(followed, encoded, tmp_path):
 
 
 @pytest.mark.skipif(not TENSORBOARD, reason="the optional tensorboard is not here")
-def test_tensorboard_has_the_log_and_the_sheets(encoded, tmp_path):
-    """Of a run whose second checkpoint is lost: what came after the first comes once, not twice."""
+def test_tensorboard_has_the_log_and_the_sheets(followed, encoded, tmp_path, monkeypatch):
+    """From when it is asked for, and of what comes twice, as a checkpoint is lost, the second."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    adm_run(encoded, out, "--sample-every", 1, "--tensorboard")
-    shutil.rmtree(out / "checkpoints" / "000002")
-    adm_run(encoded, out, "--sample-every", 1, "--tensorboard", "--resume")
+    shutil.copytree(followed, out)
+    boards = []  # kept open, as those of a process that is killed: what is not flushed is lost
+    board = runtime.folder.Board
+    monkeypatch.setattr(
+        runtime.folder, "Board", lambda *args: boards.append(board(*args)) or boards[-1]
+    )
+    flags = ("--iterations", 4, "--sample-every", 1, "--tensorboard", "--resume")
+    adm_run(encoded, out, *flags)
+    shutil.rmtree(out / "checkpoints" / "000004")
+    adm_run(encoded, out, *flags)
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     log = read_log(out)
     numbers = log.pop("iteration")
     assert sorted(events.Tags()["scalars"]) == sorted(log)
     for name, column in log.items():
-        given = [(i, x) for i, x in zip(numbers, column, strict=True) if x is not None]
+        rows = zip(numbers, column, strict=True)
+        given = [(i, x) for i, x in rows if i > 2 and x is not None]
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(i, pytest.approx(x, rel=1e-6)) for i, x in given], name
     for tag, kind in (("samples", ""), ("samples-batch", "-batch")):
         found = events.Images(tag)
-        assert [event.step for event in found] == [1, 2]
+        assert [event.step for event in found] == [3, 4]
         for event in found:
             shown = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
             assert (np.asarray(shown) == sheet(out, f"{event.step:06d}{kind}")).all()
