@@ -1,6 +1,7 @@
 """The settings that scripts share: which teacher, and how a training run goes."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from runtime.flags import option
@@ -114,6 +115,11 @@ class TrainingConfig(TeacherConfig):
         "where stderr is no terminal: iterations between lines of progress on it; 0: none",
         "output",
     )
+    tensorboard: bool = option(
+        False,
+        "write log.csv and the sheets for TensorBoard too, from here on: tensorboard/ in --out",
+        "output",
+    )
     resume: bool = option(False, "continue the run in --out", "output")
 
 
@@ -128,3 +134,5 @@ def check_training(cfg):
         require(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: in [0, 1)")
     whole = cfg.head_width >= 8 and cfg.head_width % 8 == 0
     require(whole, f"--head-width {cfg.head_width}: a multiple of 8")
+    possible = not cfg.tensorboard or find_spec("tensorboard")
+    require(possible, "--tensorboard needs a package of that name: pip install tensorboard")

@@ -23,6 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
+from runtime.board import Board
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
 from runtime.progress import Progress
 from runtime.ranks import assign, gather, like
@@ -39,6 +40,7 @@ MAY_CHANGE = (
     "sample_every",
     "log_every",
     "keep_checkpoints",
+    "tensorboard",
     "accumulate",
     "samples",
     "gradient_checkpointing",
@@ -103,6 +105,7 @@ class Run:
         self.schedule = schedule
         self.steps = steps
         self.asked = False  # a signal came to this rank
+        self.board = None  # with --tensorboard rank 0's
         self.stop = None  # the Stopped on which all ranks have agreed
         first_weights = family.weights_sha256
         if cfg.init != "teacher":
@@ -243,6 +246,8 @@ class Run:
                 if iteration == 1:
                     writer.writeheader()
                 writer.writerow(row)
+            if self.board:
+                self.board.row(row)
         self.progress.show(row)
         self.decide(iteration, asked)
 
@@ -288,6 +293,8 @@ class Run:
         Whole tensors whatever the number of ranks. The last cfg.keep_checkpoints stay. To be called
         on every rank; rank 0 writes.
         """
+        if self.board:
+            self.board.flush()
         folder = self.folder / "checkpoints" / f"{iteration:06d}"
         first, main = self.ranks.first, self.ranks.main
         with aside(folder) if main else nullcontext(folder) as partial:
@@ -362,6 +369,8 @@ class Run:
             if self.cfg.resume:
                 self.go_on(done)
             self.forget_after(done)
+            if self.cfg.tensorboard:
+                self.board = Board(self.folder, done)
         self.optimizers = optimizers
         self.in_a_row = dict.fromkeys(optimizers, 0)
         for optimizer in optimizers.values():

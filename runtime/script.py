@@ -23,12 +23,14 @@ def quiet():
     """Of transformers and diffusers only errors, and no progress bars.
 
     For a process whose stderr is its own, as a script's is. Of a hub that is not reached its
-    library says every attempt: what comes of it, the script says.
+    library says every attempt, of weights that are missing diffusers says that it looks for
+    others: what comes of it, the script says.
     """
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     # Nothing here works in place on what a sharded module returns. Student and fake score are two
     # adapters on one network on purpose.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")

@@ -65,7 +65,7 @@ class Sheets:
             f"teacher, {plural(self.teacher_steps)}, guidance {self.guidance:g}": self.of_teacher,
         }
         captions = self.prompts.texts(self.prompt_of(range(self.columns)))
-        self.write(f"{iteration:06d}", f"iteration {iteration}", captions, rows)
+        self.write(iteration, "", f"iteration {iteration}", captions, rows)
         folder = self.here.folder
         curves.draw([folder], folder / "curves.png")
 
@@ -81,7 +81,7 @@ class Sheets:
         captions = [f"t = {time:.0f}" for time in rows.pop("t").tolist()]
         if self.here.ranks.main:
             title = f"iteration {iteration}, training batch"
-            self.write(f"{iteration:06d}-batch", title, captions, rows)
+            self.write(iteration, "-batch", title, captions, rows)
 
     def prompt_of(self, columns):
         return [i % len(self.prompts) for i in columns]
@@ -120,8 +120,8 @@ class Sheets:
         guided = with_guidance(self.teacher, cond, uncond, self.guidance)
         return teacher_sample(guided, self.here.family.schedule, x_T, self.teacher_steps)
 
-    def write(self, name, title, captions, rows):
-        """samples/<name>.png of {label: latents}; of videos also a GIF.
+    def write(self, iteration, kind, title, captions, rows):
+        """samples/<iteration><kind>.png of {label: latents}; of videos also a GIF.
 
         The VAE is loaded for this and dropped again.
         """
@@ -130,12 +130,15 @@ class Sheets:
         shown = {label: decoded(family, vae, z) for label, z in rows.items()}
         folder = self.here.folder / "samples"
         folder.mkdir(exist_ok=True)
+        name = f"{iteration:06d}{kind}"
         is_video = len(self.shape) == 4
         picture = (
             strips(title, captions, shown) if is_video else first_frames(title, captions, shown)
         )
         with aside(folder / f"{name}.png") as partial:
             picture.save(partial, format="PNG")
+        if self.here.board:
+            self.here.board.picture(f"samples{kind}", picture, iteration)
         if is_video:
             frames = moving(title, captions, shown)
             with aside(folder / f"{name}.gif") as partial:

@@ -174,6 +174,9 @@ MUTANTS = [
         ("a sheet of the student's first step", "steps)[:-1].to", "steps)[:1].to"),
         ("a sheet's teacher without guidance", "uncond, self.guidance)", "uncond, 1.0)"),
     ]),
+    *mutants("runtime/configs.py", ("tests/test_following.py", "-k", "tensorboard"), [
+        ("an extra that is not there", "not cfg.tensorboard or find_spec", "True or find_spec"),
+    ]),
     *mutants("runtime/ranks.py", ("tests/test_sharding.py",), [
         ("every rank takes the first samples", "self.rank * (batch_size // self.world)", "0"),
         ("gathered parts, not the whole", ".detach().full_tensor()", ".detach().to_local()"),
@@ -223,6 +226,11 @@ MUTANTS = [
         ("sample: any steps of a student", "cfg.steps is None or cfg.steps == own", "True"),
         ("sample: the recipe unheard", 'if "guidance" in recipe:', "if False:"),
         ("sample: ranks leave gaps", "ranks.rank, count, ranks.world", "ranks.rank, count, 3"),
+        ("sample: text encoders at random", "require(not info", "require(True or not info"),
+        ("sample: weights without storage", "p.is_meta for p", "False for p"),
+        ("sample: no words", "len(module.all_special_tokens) + 1", "0"),
+        ("sample: any number for VBench", "count % len(prompts) == 0", "True"),
+        ("sample: any name for VBench", "possible = fits and", "possible = fits or"),
         ("sample: nothing to correct", 'removesuffix(".png").isdecimal()', 'endswith("json")'),
     ]),
     *mutants("tools/metrics.py", ("tests/test_score.py",), [
@@ -239,6 +247,10 @@ MUTANTS = [
          "torch.stack([x[texts[0]] for text in texts])"),
         ("score: PickScore without its scale", "pick.model.logit_scale.exp().item()", "1.0"),
         ("score: other seeds match", "require(one == other, f", "require(True, f"),
+        ("score: HPSv2 without its scale", "[100 * float(x)", "[float(x)"),
+        ("score: HPSv2 of the first prompt", "s.texts[of_it[0]]", "s.texts[0]"),
+        ("score: no words", "len(self.tokenizer) > len(", "len(self.tokenizer) >= len("),
+        ("score: half of the scores", '(partial / "table.md")', '(out / "table.md")'),
         ("score: unfinished folders", 'm["complete"] is True', "True"),
         ("score: truncated images", "image.verify()", "pass"),
         ("score: missing weights at random", 'not info["missing_keys"]', "True"),

@@ -1,6 +1,8 @@
 """What a run is followed by: sheets that compare, curves, lines of progress."""
 
 import fcntl
+import importlib.util
+import io
 import os
 import re
 import shutil
@@ -12,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call, ended, read_log, same_log, script, start, tree
+from conftest import call, ended, read_log, refused, same_log, script, start, tree
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 import adm
+import adp
 import data
 import models
 import tools.curves
@@ -30,6 +33,7 @@ from runtime.settings import BadInput
 MODEL = "tiny-sdxl"
 STEPS = 2  # of the student
 SEED = 5
+TENSORBOARD = bool(importlib.util.find_spec("tensorboard"))
 
 
 def adm_run(encoded, out, *flags):
@@ -157,6 +161,42 @@ def test_a_resumed_run_draws_the_same_sheet(followed, encoded, tmp_path):
     assert sorted(drawn) == ["000002-batch.png", "000002.png"]
     before = tree(followed / "samples")
     assert all(before[name] == content for name, content in drawn.items())
+
+
+@pytest.mark.skipif(not TENSORBOARD, reason="the optional tensorboard is not here")
+def test_tensorboard_has_the_log_and_the_sheets(followed, encoded, tmp_path):
+    """From when it is asked for; of iteration 4, which comes twice, the second, without a sheet."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    shutil.copytree(followed, out)
+    flags = ("--iterations", 4, "--tensorboard", "--resume")
+    adm_run(encoded, out, *flags, "--sample-every", 1)
+    shutil.rmtree(out / "checkpoints" / "000004")
+    adm_run(encoded, out, *flags, "--sample-every", 0)
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    log = read_log(out)
+    numbers = log.pop("iteration")
+    assert sorted(events.Tags()["scalars"]) == sorted(log)
+    for name, column in log.items():
+        rows = zip(numbers, column, strict=True)
+        given = [(i, x) for i, x in rows if i > 2 and x is not None]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(i, pytest.approx(x, rel=1e-6)) for i, x in given], name
+    for tag, kind in (("samples", ""), ("samples-batch", "-batch")):
+        found = events.Images(tag)
+        assert [event.step for event in found] == [3]
+        shown = Image.open(io.BytesIO(found[0].encoded_image_string)).convert("RGB")
+        assert (np.asarray(shown) == sheet(out, f"000003{kind}")).all()
+
+
+@pytest.mark.skipif(TENSORBOARD, reason="the optional tensorboard is here")
+def test_tensorboard_is_asked_for_before_anything_is_loaded_or_written(capsys, tmp_path):
+    for stage in (adm, adp):
+        flags = ("--model", "no-such-model", "--tensorboard", "--out", tmp_path / "out")
+        assert "pip install tensorboard" in refused(capsys, stage.main, stage.Config, *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_are_exchanged_and_back_bit_for_bit():

@@ -1,14 +1,17 @@
 """tools/sample.py: pictures by seed, what a student says of itself, going on, ranks, mistakes."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, ended, refused, start
+from conftest import call, ended, refused, script, start
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import families.export
 import models
@@ -154,11 +157,71 @@ def test_a_video_is_a_folder_of_frames(few_prompts, tmp_path):
     assert manifest(out)["images"][0]["file"] == "000000"
 
 
+VIDEO = ("--pipeline", "tiny-cogvideox-2b", "--steps", 1, "--guidance", 1, "--frames", 9)
+VIDEO += ("--resolution", 32)
+ENCODER = importlib.util.find_spec("imageio_ffmpeg")
+
+
+@pytest.mark.skipif(not ENCODER, reason="the optional imageio-ffmpeg is not here")
+def test_videos_as_vbench_looks_for_them(tmp_path):
+    """Five of each prompt, of other seeds; one that is lost is made again, and no other."""
+    from imageio_ffmpeg import read_frames
+
+    (tmp_path / "prompts.txt").write_text("a red fox.\na red fox.\nein Fluß, 3D\n")
+    out = draw(tmp_path / "out", tmp_path / "prompts.txt", *VIDEO, "--vbench")
+    found = {p.name: p for p in (out / "vbench").iterdir()}
+    assert len(manifest(out)["images"]) == 10
+    names = ("a red fox.", "ein Fluß, 3D")
+    assert sorted(found) == sorted(f"{name}-{n}.mp4" for name in names for n in range(5))
+    # Video i is of prompt i mod 2 and its number is i // 2: a copy of its frames, but for H.264.
+    second = found["ein Fluß, 3D-1.mp4"]
+    assert manifest(out)["images"][3]["prompt"] == names[1]
+    frames = np.stack(list(pictures(out / "000003").values()))  # (9, H, W, 3)
+    about, *read = read_frames(second)
+    assert about["fps"] == 8 and about["size"] == (32, 32)
+    video = np.stack([np.frombuffer(x, np.uint8) for x in read]).reshape(frames.shape).astype(float)
+    other = np.stack(list(pictures(out / "000005").values()))
+    assert np.abs(video - frames).mean() < 0.5 * np.abs(video - other).mean()
+
+    kept = found["a red fox.-0.mp4"].stat().st_mtime_ns
+    second.unlink()
+    draw(out, tmp_path / "prompts.txt", *VIDEO, "--vbench")
+    assert second.exists() and found["a red fox.-0.mp4"].stat().st_mtime_ns == kept
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
 def said(capsys, *args):
     return refused(capsys, sample.main, sample.Config, *args)
+
+
+@pytest.mark.parametrize(
+    "prompts, flags, problem",
+    [
+        ("a fox\na dog/cat\n", VIDEO, "prompt 2 is too long for a file's name, or with a slash"),
+        ("ß" * 125 + "\n", VIDEO, "prompt 1 is too long"),
+        ("a fox\na dog\n", (*VIDEO, "--count", 5), "--count 5: --vbench wants as many of each"),
+    ],
+)
+def test_what_vbench_cannot_take_is_refused(capsys, tmp_path, prompts, flags, problem):
+    (tmp_path / "prompts.txt").write_text(prompts)
+    flags = (*flags, "--prompts", tmp_path / "prompts.txt", "--vbench", "--out", tmp_path / "out")
+    assert problem in said(capsys, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not ENCODER, reason="the optional imageio-ffmpeg is not here")
+def test_vbench_takes_no_images(capsys, digits_prompts, tmp_path):
+    flags = ("--prompts", digits_prompts, "--vbench", "--out", tmp_path / "out")
+    assert "digits makes images, not videos" in said(capsys, *TEACHER, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(ENCODER, reason="the optional imageio-ffmpeg is here")
+def test_vbench_takes_an_optional_package(capsys, tmp_path):
+    line = said(capsys, "--pipeline", "no-such-model", "--vbench", "--out", tmp_path / "out")
+    assert "pip install imageio-ffmpeg" in line and not (tmp_path / "out").exists()
 
 
 def test_other_images_in_the_folder_are_left_alone(capsys, sampled, student, digits_prompts):
@@ -204,11 +267,40 @@ def test_a_student_has_its_own_number_of_steps(capsys, student, tmp_path):
     assert "student of 3" in line and not (tmp_path / "out").exists()
 
 
-def test_a_pipeline_without_weights(capsys, student, tmp_path):
+def test_a_pipeline_without_weights(student, tmp_path):
+    """As a user sees it: diffusers' own lines go past what a test catches of stderr."""
     folder = tmp_path / "pipeline"
     shutil.copytree(student, folder)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    line = said(capsys, "--pipeline", folder, "--out", tmp_path / "out")
-    assert "no complete diffusers pipeline" in line and not (tmp_path / "out").exists()
-    line = said(capsys, "--pipeline", tmp_path, "--out", tmp_path / "out")
-    assert "model_index.json is missing" in line
+    flags = ("--pipeline", folder, "--out", tmp_path / "out")
+    done = script(tmp_path, "tools/sample.py", *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "no complete diffusers pipeline" in done.stderr and not (tmp_path / "out").exists()
+
+
+def fewer(file):
+    """Take the first two tensors out of a file of weights."""
+    tensors = load_file(file)
+    for name in sorted(tensors)[:2]:
+        del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "part, damage, problem",
+    [
+        ("model_index.json", Path.unlink, "model_index.json is missing"),
+        ("tokenizer", shutil.rmtree, "tokenizer/ is missing"),
+        ("tokenizer/tokenizer.json", Path.unlink, "words of tokenizer are missing"),
+        ("tokenizer_3/tokenizer.json", Path.unlink, "words of tokenizer_3 are missing"),
+        ("vae/diffusion_pytorch_model.safetensors", fewer, "weights of vae are missing"),
+        ("text_encoder_3/model.safetensors", fewer, "weights of text_encoder_3 are missing"),
+    ],
+)
+def test_a_pipeline_that_lacks_something(capsys, student, tmp_path, part, damage, problem):
+    """Libraries would take random weights, or no words, in place of some of these."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(student, folder)
+    damage(folder / part)
+    assert problem in said(capsys, "--pipeline", folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

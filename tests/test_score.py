@@ -7,7 +7,9 @@ here, in seconds. Students, as their damage, are kinds of the digits teacher's i
 import importlib.util
 import json
 import math
+import resource
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -166,6 +168,40 @@ def test_lpips_falls_where_images_of_a_prompt_are_one(images, tmp_path):
     call(score.main, score.Config, *folders, "--metrics", "lpips", "--out", tmp_path / "out")
     found = values(json.loads((tmp_path / "out" / "table.json").read_text())["rows"], "lpips")
     assert found["collapsed"] == 0 < 0.01 < found["student"]
+
+
+HPSV2 = """
+import torch
+import transformers
+
+model = transformers.CLIPModel.from_pretrained({folder!r}).eval()
+tokenizer = transformers.CLIPTokenizer.from_pretrained({folder!r})
+processor = transformers.CLIPImageProcessor.from_pretrained({folder!r})
+
+def score(imgs_path, prompt, hps_version="v2.0"):
+    inputs = tokenizer([prompt], return_tensors="pt")
+    inputs |= processor(images=imgs_path, return_tensors="pt")
+    with torch.no_grad():
+        cosines = model(**inputs).logits_per_image[:, 0] / model.logit_scale.exp()
+    return list(cosines.numpy())
+"""
+
+
+def test_hps_is_what_the_package_says_of_each_prompts_images(
+    clip, images, rows, tmp_path, monkeypatch
+):
+    """A package of that call and our CLIP, so that its column is that of the CLIP score: the
+    true one has networks of gigabytes.
+    """
+    (tmp_path / "hpsv2.py").write_text(HPSV2.format(folder=str(clip)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hpsv2", raising=False)
+    names = ("student", "shuffled", "teacher")
+    folders = [images[name] for name in names]
+    call(score.main, score.Config, *folders, "--metrics", "hps", "--out", tmp_path / "out")
+    found = values(json.loads((tmp_path / "out" / "table.json").read_text())["rows"], "hps")
+    assert found == {name: pytest.approx(rows[name]["clip"]["value"], rel=1e-4) for name in names}
+    assert "| HPSv2 ↑ |" in (tmp_path / "out" / "table.md").read_text()
 
 
 # --- Their mathematics ----------------------------------------------------------------------------
@@ -373,6 +409,9 @@ def test_a_folder_that_is_unfinished_or_none(said, damaged, tmp_path):
     assert "not finished" in said(folders=(damaged, "teacher"))
     path.write_text(json.dumps(m | {"images": ["what"]}))
     assert "manifest is damaged" in said(folders=(damaged, "teacher"))
+    m["images"][3]["seconds"] = "long"
+    path.write_text(json.dumps(m))
+    assert "manifest is damaged" in said(folders=(damaged, "teacher"))
     assert "manifest.json is missing" in said(folders=(tmp_path / "nowhere", "teacher"))
     assert "two folders at least" in said(folders=("student",))
     assert "two folders at least" in said(folders=())
@@ -381,8 +420,10 @@ def test_a_folder_that_is_unfinished_or_none(said, damaged, tmp_path):
 def test_metrics_that_cannot_be(said):
     line = said("--metrics", "clip,frehcet")
     assert "frehcet: unknown" in line and "did you mean frechet?" in line
-    if not importlib.util.find_spec("lpips"):
-        assert "pip install lpips" in said("--metrics", "lpips")
+    for metric, (package, how) in score.PACKAGES.items():
+        if not importlib.util.find_spec(package):
+            line = said("--metrics", f"clip,{metric}")
+            assert f"--metrics {metric} needs" in line and "pip install" in how and how in line
 
 
 def test_networks_that_cannot_be_had(said, clip, tmp_path):
@@ -390,6 +431,13 @@ def test_networks_that_cannot_be_had(said, clip, tmp_path):
     tiny.dinov2().save_pretrained(tmp_path / "dinov2")
     line = said("--metrics", "pick", "--pick", tmp_path / "dinov2")
     assert "a dinov2, not a clip" in line
+    tiny.clip_text(vocab_size=10).save_pretrained(tmp_path / "text")
+    shutil.copy(clip / "preprocessor_config.json", tmp_path / "text")
+    line = said("--metrics", "distance", "--features", tmp_path / "text")
+    assert f"--features {tmp_path / 'text'}: cannot be loaded" in line
+    wordless = tmp_path / "wordless"
+    shutil.copytree(clip, wordless, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "its tokenizer is missing" in said("--metrics", "clip", "--clip", wordless)
     half = tmp_path / "half"
     shutil.copytree(clip, half)
     model = CLIPModel.from_pretrained(clip)
@@ -404,6 +452,21 @@ def test_prompts_and_real_images_that_are_not_there(said, tmp_path):
     assert "no such folder" in said("--real", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "at least two images" in said("--real", tmp_path / "empty")
+
+
+def test_a_full_disk_leaves_no_half_of_the_scores(clip, images, tmp_path, capsys):
+    """Room for the tables, none for the sheet: the same call does it when there is more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(SystemExit) as e:
+            again(images, clip, tmp_path / "out", "--metrics", "clip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert e.value.code == 1 and "File too large" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+    again(images, clip, tmp_path / "out", "--metrics", "clip")
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_scores_are_not_written_over(capsys, images, clip, scores):

@@ -10,15 +10,18 @@ same whatever the batch, the rank, or the call that made it, and the noise that 
 the same latents begins with, so that student and teacher can be compared image by image.
 
 --out gets 000000.png, … (of videos folders of frames, with a GIF) and manifest.json: the prompt,
-seed, steps, guidance and seconds of each. A second call goes on where the first was stopped, and
-makes more for a greater --count. On several GPUs: torchrun --nproc_per_node=8 tools/sample.py …
+seed, steps, guidance and seconds of each; with --vbench also the videos where VBench looks for
+them. A second call goes on where the first was stopped, and makes more for a greater --count. On
+several GPUs: torchrun --nproc_per_node=8 tools/sample.py …
 """
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -42,7 +46,9 @@ from runtime.script import run
 from runtime.settings import BadInput, at_least, require
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk's name and checksum
-GIF_MS = 125  # a frame: CogVideoX's 8 a second
+FPS = 8  # of videos: CogVideoX's
+VBENCH_EACH = 5  # videos of a prompt that VBench looks at
+LONGEST_NAME = 255  # bytes that file systems take
 
 
 @dataclass
@@ -56,7 +62,8 @@ class Config:
     prompts: str = option(PROMPTS, "UTF-8 text file, one prompt a line", "what to make")
     count: int | None = option(
         None,
-        "images in all; more than there are prompts: several of each; default: one of each prompt",
+        "images in all; more than there are prompts: several of each; default: one of each "
+        "prompt, five with --vbench",
         "what to make",
     )
     seed: int = option(0, "of image 0; image i has seed + i", "what to make")
@@ -81,6 +88,12 @@ class Config:
         None, "of a video; default: what the student says, or the pipeline's own", "what to make"
     )
     batch_size: int = option(1, "images at a time on each device", "memory")
+    vbench: bool = option(
+        False,
+        "write the videos also as vbench/PROMPT-0.mp4, PROMPT-1.mp4, …, where VBench looks for "
+        "them; a prompt that comes twice counts once",
+        "output",
+    )
     out: str = option("out/images", "folder to write; a second call goes on there", "output")
 
 
@@ -109,12 +122,46 @@ def content_sha256(folder, index):
     return digest.hexdigest()
 
 
-def opened(folder, name, ranks):
-    """The pipeline, on this rank's device. Raises BadInput for one that cannot be loaded."""
+def text_encoders(folder, index, dtype):
+    """{part: model} of those parts of a pipeline that are transformers' own.
+
+    Raises BadInput where weights are missing: transformers would take random ones in their place.
+    """
+    found = {}
+    for part, (library, kind) in parts_of(index).items():
+        class_ = getattr(transformers, kind, None) if library == "transformers" else None
+        if inspect.isclass(class_) and issubclass(class_, transformers.PreTrainedModel):
+            how = {"dtype": dtype, "output_loading_info": True}
+            found[part], info = class_.from_pretrained(folder / part, **how)
+            require(not info["missing_keys"], f"weights of {part} are missing")
+    return found
+
+
+def parts_of(index):
+    """{part: (library, class)} of a model_index.json, those that the pipeline has."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list)}
+    return {name: pair for name, pair in pairs.items() if None not in pair}
+
+
+def opened(folder, name, index, ranks):
+    """The pipeline, on this rank's device. Raises BadInput for one that is not complete."""
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=ranks.frozen_dtype)
+        for part in parts_of(index):
+            require((folder / part).is_dir(), f"{part}/ is missing")
+        dtype = ranks.frozen_dtype
+        parts = text_encoders(folder, index, dtype)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **parts)
+        for part, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module):
+                whole = not any(p.is_meta for p in module.parameters())
+                require(whole, f"weights of {part} are missing")
+            if isinstance(module, transformers.PreTrainedTokenizerBase):
+                # Without its file transformers makes one of special tokens, and of T5's space.
+                knows = len(module) > len(module.all_special_tokens) + 1
+                require(knows, f"the words of {part} are missing")
     except Exception as e:  # whatever json, diffusers or torch make of a damaged folder
-        said = f"{type(e).__name__} {' '.join(str(e).split())[:300]}"
+        kind = "" if isinstance(e, BadInput) else f"{type(e).__name__} "
+        said = kind + " ".join(str(e).split())[:300]
         raise BadInput(f"{name} is no complete diffusers pipeline: {said}") from None
     takes = inspect.signature(pipe.__call__).parameters
     makes = "prompt" in takes and "num_inference_steps" in takes
@@ -210,9 +257,44 @@ def write(out, made, row):
             partial_path / "video.gif",
             save_all=True,
             append_images=made[1:],
-            duration=GIF_MS,
+            duration=1000 // FPS,
             loop=0,
         )
+
+
+def vbench_name(i, prompts):
+    """The file of video i in VBench's layout: its prompt, and which of that prompt's it is."""
+    return f"{prompts[i % len(prompts)]}-{i // len(prompts)}.mp4"
+
+
+def check_vbench(count, prompts):
+    """Raises BadInput for what cannot be laid out as VBench wants it, before anything is made."""
+    each = f"as many of each of {len(prompts)} prompts"
+    require(count % len(prompts) == 0, f"--count {count}: --vbench wants {each}")
+    for i in range(count):
+        name = vbench_name(i, prompts)
+        fits = len(f"{name}.partial".encode()) <= LONGEST_NAME
+        possible = fits and "/" not in name and "\0" not in name
+        problem = f"too long for a file's name, or with a slash: {name[:60]!r}"
+        require(possible, f"--vbench: prompt {i % len(prompts) + 1} is {problem}")
+    there = importlib.util.find_spec("imageio_ffmpeg")
+    require(there, "--vbench needs an optional package: pip install imageio-ffmpeg")
+
+
+def write_mp4(frames, path):
+    """Write the frames of a folder as a video, whole or not at all."""
+    import imageio_ffmpeg  # an optional extra
+
+    images = [Image.open(frame).convert("RGB") for frame in sorted(frames.glob("*.png"))]
+    how = {"fps": FPS, "quality": None, "macro_block_size": 2}  # H.264 by ffmpeg's own defaults
+    how |= {"output_params": ["-f", "mp4"]}  # which a partial file's name does not say
+    with (
+        aside(path) as partial_path,
+        closing(imageio_ffmpeg.write_frames(partial_path, images[0].size, **how)) as video,
+    ):
+        video.send(None)  # begin
+        for image in images:
+            video.send(image.tobytes())
 
 
 def row_at(out, i):
@@ -246,20 +328,26 @@ def main(cfg):
     at_least(1, cfg, "count", "steps", "batch_size", "frames")
     at_least(0, cfg, "seed", "guidance")
     size_of(cfg.resolution)
-    prompts = Lines(cfg.prompts)
-    count = cfg.count or len(prompts)
+    prompts = list(Lines(cfg.prompts))
+    if cfg.vbench:
+        prompts = list(dict.fromkeys(prompts))  # VBench's own list has two of them twice
+    count = cfg.count or len(prompts) * (VBENCH_EACH if cfg.vbench else 1)
+    if cfg.vbench:
+        check_vbench(count, prompts)
     ranks = Ranks()
     folder = folder_of(cfg.pipeline)
     index = read_json(folder / "model_index.json", "diffusers pipeline", "_class_name")
-    pipe = opened(folder, cfg.pipeline, ranks)
+    pipe = opened(folder, cfg.pipeline, index, ranks)
     call = call_of(pipe, index, cfg)
+    videos = "num_frames" in inspect.signature(pipe.__call__).parameters
+    require(videos or not cfg.vbench, f"--vbench: {cfg.pipeline} makes images, not videos")
     names = {address: name for name, address in HUB.items()}
     manifest = {
         "kind": "images",
         "model": cfg.pipeline,
         "teacher": index.get("_teacher", names.get(cfg.pipeline, cfg.pipeline)),
         "weights_sha256": ranks.first(lambda: content_sha256(folder, index)),
-        "text_sha256": prompts.sha256,
+        "text_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "seed": cfg.seed,
         "call": call,
         "count": count,
@@ -267,7 +355,8 @@ def main(cfg):
     out = Path(cfg.out)
     ranks.first(lambda: begin(out, manifest))
 
-    mine = [i for i in range(ranks.rank, count, ranks.world) if row_at(out, i) is None]
+    share = range(ranks.rank, count, ranks.world)
+    mine = [i for i in share if row_at(out, i) is None]
     batches = [mine[at : at + cfg.batch_size] for at in range(0, len(mine), cfg.batch_size)]
     for numbers in tqdm(batches, "images", disable=ranks.no_bar):
         began = time.perf_counter()
@@ -285,6 +374,12 @@ def main(cfg):
                 "seconds": round(seconds, 4),
             }
             write(out, one, row)
+    if cfg.vbench:
+        (out / "vbench").mkdir(exist_ok=True)
+        for i in share:
+            path = out / "vbench" / vbench_name(i, prompts)
+            if not path.exists():
+                write_mp4(out / name_of(i, True), path)
     ranks.barrier()
     if ranks.main:
         rows = [row_at(out, i) for i in range(count)]

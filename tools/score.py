@@ -10,6 +10,7 @@ the table each. Metrics (--metrics):
     diversity  mean distance 1 - cos between images of one prompt, in the features of --features
     distance   the same between a student's image and the teacher's of the same prompt and noise
     frechet    Fréchet distance of the features' Gaussians, to the teacher's images or to --real
+    hps        100 HPSv2, another such CLIP; its package is optional: off by default
     lpips      diversity by LPIPS, the paper's; needs `pip install lpips`, and is off by default
 
 What stands in brackets is a 95% interval over prompts: had they been others of their kind. table.md
@@ -45,16 +46,24 @@ from tools import metrics
 METRICS = {
     "clip": "CLIP ↑",
     "pick": "PickScore ↑",
+    "hps": "HPSv2 ↑",
     "diversity": "diversity ↑",
     "distance": "distance ↓",
     "frechet": "Fréchet ↓",
     "lpips": "LPIPS diversity ↑",
 }
 OF_FEATURES = {"diversity", "distance", "frechet"}
+# {metric that takes an optional package: (the package, how to have it)}
+PACKAGES = {
+    "hps": ("hpsv2", "pip install --no-deps hpsv2, then as tools/README.md says"),
+    "lpips": ("lpips", "pip install lpips"),
+}
+HPS = "v2.0"  # of its two: what the paper reports of SDXL is near the package's v2.0, not its v2.1
 FRAMES = 8  # of a video (ours)
 SHOWN = 6  # prompts on the sheet
+ROW = {"file": str, "prompt": str, "seed": int, "steps": int, "seconds": float}  # of a manifest
 
-# What the paper reports (arXiv 2507.18569), with metrics that it has and we have not.
+# What the paper reports (arXiv 2507.18569); of its metrics we have no MPS.
 PAPER_COLUMNS = ("CLIP", "Pick", "HPSv2", "MPS", "LPIPS diversity")
 PAPER = {
     "sdxl": {
@@ -134,12 +143,9 @@ class Sampled:
         whole = m["kind"] == "images" and m["complete"] is True
         require(whole, f"{folder} is not finished: the command that made it goes on")
         try:
-            self.rows = [
-                {key: row[key] for key in ("file", "prompt", "seed", "steps", "seconds")}
-                for row in m["images"]
-            ]
-            self.teacher = m["teacher"]
-        except (KeyError, TypeError):
+            self.rows = [{key: kind(row[key]) for key, kind in ROW.items()} for row in m["images"]]
+            self.teacher = str(m["teacher"])
+        except (KeyError, TypeError, ValueError):
             raise BadInput(
                 f"{folder} holds no images of sample.py: its manifest is damaged"
             ) from None
@@ -222,8 +228,8 @@ def fetched(setting, name, load):
         return load()
     except Exception as e:  # the hub has many errors, transformers others
         said = f"{type(e).__name__}: {' '.join(str(e).split()).split('. ')[0][:200]}"
-        advice = "a local folder will do"
-        raise BadInput(f"--{setting} {name}: cannot be loaded ({said}); {advice}") from None
+        advice = "" if setting == "metrics" else "; a local folder will do"
+        raise BadInput(f"--{setting} {name}: cannot be loaded ({said}){advice}") from None
 
 
 class Vision:
@@ -243,8 +249,15 @@ class Vision:
         load = transformers.AutoImageProcessor.from_pretrained
         self.processor = fetched(setting, name, lambda: load(name))
         self.is_clip = isinstance(model, transformers.CLIPModel)
+        blank = Image.new("RGB", (64, 64))  # whether it takes pictures at all
+        fetched(setting, name, lambda: self.of_images([blank]))
 
     @torch.no_grad()
+    def of_images(self, images):
+        """(B, D) float32 features of PIL images, on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return self.embedded(pixels.to(self.device)).float().cpu()
+
     def features(self, pictures, lengths_of_one):
         """(N, D) of N lists of paths: of one picture each, or of frames, whose mean it is.
 
@@ -255,8 +268,7 @@ class Vision:
         found = []
         for at in tqdm(starts, "features", disable=None, leave=False):
             images = [loaded(path) for path in flat[at : at + self.batch_size]]
-            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-            found.append(self.embedded(pixels.to(self.device)).float().cpu())  # (B, D)
+            found.append(self.of_images(images))  # (B, D)
         x = torch.cat(found)
         if lengths_of_one:
             x = metrics.unit(x)
@@ -277,6 +289,9 @@ class Clip(Vision):
         super().__init__(setting, name, device, batch_size, "clip")
         load = transformers.CLIPTokenizer.from_pretrained
         self.tokenizer = fetched(setting, name, lambda: load(name))
+        # Without its file transformers makes one that knows no words.
+        knows = len(self.tokenizer) > len(self.tokenizer.all_special_tokens)
+        require(knows, f"--{setting} {name}: its tokenizer is missing")
 
     @torch.no_grad()
     def of_texts(self, texts):
@@ -338,6 +353,31 @@ def feature_cells(network, folders, chosen, real):
     return cells
 
 
+def hps_scores(paths, prompt):
+    """[100 HPSv2] of pictures of one prompt, by the optional package.
+
+    It fetches two CLIPs the first time, and reads one of them in each call.
+    """
+    import hpsv2
+
+    pictures = [loaded(path) for path in paths]
+    return [100 * float(x) for x in hpsv2.score(pictures, prompt, hps_version=HPS)]
+
+
+def hps_cells(folders):
+    """{folder: cell} of the mean HPSv2 of the images of a prompt, of videos frame by frame."""
+    cells = {}
+    for s in folders:
+        numbers = s.numbers()
+        means = []
+        for p in tqdm(numbers.unique().tolist(), "HPSv2", disable=None, leave=False):
+            of_it = torch.nonzero(numbers == p).flatten().tolist()
+            flat = [path for i in of_it for path in s.pictures[i]]
+            means.append(statistics.mean(hps_scores(flat, s.texts[of_it[0]])))
+        cells[s] = with_interval(torch.tensor(means))
+    return cells
+
+
 def lpips_network():
     """The optional package's; it fetches AlexNet the first time."""
     import lpips
@@ -381,12 +421,17 @@ def scored(cfg, chosen, folders, real):
     vision = Vision("features", cfg.features, *about) if OF_FEATURES & chosen else None
     if "lpips" in chosen:
         network = fetched("metrics", "lpips", lpips_network).to(device)
+    if "hps" in chosen:
+        one = folders[0]
+        fetched("metrics", "hps", lambda: hps_scores(one.pictures[0], one.texts[0]))
 
     cells = {}
     if clip:
         cells["clip"] = clip_cells(clip, folders, 100)
     if pick:
         cells["pick"] = clip_cells(pick, folders, pick.model.logit_scale.exp().item())
+    if "hps" in chosen:
+        cells["hps"] = hps_cells(folders)
     if vision:
         cells |= feature_cells(vision, folders, OF_FEATURES & chosen, real)
     if "lpips" in chosen:
@@ -448,6 +493,7 @@ def notes_on(cfg, cells, folders):
     said = {
         "clip": f"clip: 100 cos by {cfg.clip}",
         "pick": f"pick: by {cfg.pick}",
+        "hps": f"hps: 100 HPSv2, {HPS}",
         "diversity": f"diversity: 1 - cos of images of a prompt, features of {cfg.features}",
         "distance": f"distance: 1 - cos to the teacher's image of that noise, {cfg.features}",
         "frechet": f"frechet: to {cfg.real or folders[-1].folder}, features of {cfg.features}",
@@ -497,8 +543,11 @@ def check(cfg):
     for name in chosen:
         known = f"there are {', '.join(METRICS)}{did_you_mean(name, METRICS)}"
         require(name in METRICS, f"--metrics {name}: unknown; {known}")
-    there = "lpips" not in chosen or importlib.util.find_spec("lpips")
-    require(there, "--metrics lpips needs a package of that name: pip install lpips")
+    for name in chosen:
+        if name in PACKAGES:
+            package, how = PACKAGES[name]
+            there = importlib.util.find_spec(package)
+            require(there, f"--metrics {name} needs the optional package {package}: {how}")
     require(len(cfg.folders) > 1, "two folders at least: a student's images, and the teacher's")
     require(len(set(cfg.folders)) == len(cfg.folders), "the same folder twice")
     return set(chosen)
@@ -523,12 +572,12 @@ def main(cfg):
     notes = notes_on(cfg, cells, folders)
     paper = PAPER.get(teacher.teacher, {})
     lines = markdown(rows, notes, paper)
-    with aside(out / "sheet.png") as partial:
-        sheet(names, folders).savefig(partial, format="png", dpi=110)
-    with aside(out / "table.md") as partial:
-        partial.write_text("\n".join(lines) + "\n")
     of_paper = {name: dict(zip(PAPER_COLUMNS, row, strict=False)) for name, row in paper.items()}
-    write_json(out / "table.json", {"rows": rows, "notes": notes, "the paper's": of_paper})
+    with aside(out) as partial:  # all or nothing: half of it would be in a second call's way
+        partial.mkdir()
+        (partial / "table.md").write_text("\n".join(lines) + "\n")
+        write_json(partial / "table.json", {"rows": rows, "notes": notes, "the paper's": of_paper})
+        sheet(names, folders).savefig(partial / "sheet.png", dpi=110)
     print("\n".join(lines))
     print(f"{out}: table.md, table.json, sheet.png")
 
