@@ -21,8 +21,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python $(SAMPLE) --pipeline digits --out $(DEMO)/images/teacher
 	$(VENV)/bin/python tools/score.py $(foreach row,undistilled ADP DMDX teacher,$(DEMO)/images/$(row)) --out $(DEMO)/scores \
 		--metrics clip,diversity,distance,frechet --clip toy/digits-clip --features toy/digits-clip
-	@printf '%s\n' '' 'In one step the teacher itself (undistilled) only draws the average digit: CLIP reads it easily,' \
-		'but the images of a prompt are alike, and far from what the teacher draws in 28 steps.' '' \
+	@printf '%s\n' '' 'undistilled: the teacher in one step, which blurs. ADP and DMDX: its students after each stage.' \
 		'See $(DEMO)/scores/sheet.png   The table above: $(DEMO)/scores/table.md' \
 		'Also: $(DEMO)/toy, $(DEMO)/adm/samples, $(DEMO)/adm/curves.png   The student: $(DEMO)/adm/pipeline' '' '    from diffusers import DiffusionPipeline' \
 		'    pipe = DiffusionPipeline.from_pretrained("$(DEMO)/adm/pipeline")' \
