@@ -4,6 +4,8 @@ PYTHON ?= python3
 NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO := out/demo-$(NOW)
 TOY := out/toy-$(NOW)
+# The images that the demo scores: of these prompts, 20 of each and 60 of "a handwritten digit".
+SAMPLE := tools/sample.py --prompts toy/digits-prompts.txt --count 260 --batch-size 65
 
 .PHONY: demo test mutants rehearse toy
 
@@ -13,9 +15,15 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python data.py pairs --count 2000 --out $(DEMO)/pairs
 	$(VENV)/bin/python adp.py --pairs $(DEMO)/pairs --out $(DEMO)/adp
 	$(VENV)/bin/python adm.py --init $(DEMO)/adp --student-steps 1 --out $(DEMO)/adm
-	$(VENV)/bin/python toy/digits.py eval $(DEMO)/adp $(DEMO)/adm --out $(DEMO)/eval
-	@printf '%s\n' 'Pictures: $(DEMO)/eval/samples.png, $(DEMO)/adm/samples, $(DEMO)/toy   Losses: $(DEMO)/adm/log.csv' \
-		'The student: $(DEMO)/adm/pipeline' '' '    from diffusers import DiffusionPipeline' \
+	$(VENV)/bin/python $(SAMPLE) --pipeline digits --steps 1 --out $(DEMO)/images/undistilled
+	$(VENV)/bin/python $(SAMPLE) --pipeline $(DEMO)/adp/pipeline --out $(DEMO)/images/ADP
+	$(VENV)/bin/python $(SAMPLE) --pipeline $(DEMO)/adm/pipeline --out $(DEMO)/images/DMDX
+	$(VENV)/bin/python $(SAMPLE) --pipeline digits --out $(DEMO)/images/teacher
+	$(VENV)/bin/python tools/score.py $(foreach row,undistilled ADP DMDX teacher,$(DEMO)/images/$(row)) --out $(DEMO)/scores \
+		--metrics clip,diversity,distance,frechet --clip toy/digits-clip --features toy/digits-clip
+	@printf '%s\n' '' 'undistilled: the teacher in one step, which blurs. ADP and DMDX: its students after each stage.' \
+		'See $(DEMO)/scores/sheet.png   The table above: $(DEMO)/scores/table.md' \
+		'Also: $(DEMO)/toy, $(DEMO)/adm/samples, $(DEMO)/adm/curves.png   The student: $(DEMO)/adm/pipeline' '' '    from diffusers import DiffusionPipeline' \
 		'    pipe = DiffusionPipeline.from_pretrained("$(DEMO)/adm/pipeline")' \
 		'    image = pipe("a handwritten seven", num_inference_steps=1, guidance_scale=1.0, height=8, width=8, max_sequence_length=4).images[0]'
 

@@ -8,9 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, read_log, script
+from conftest import ROOT, call, read_log, script, tree
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 import adm
 import adp
@@ -21,7 +22,10 @@ import runtime.settings
 from families import recipes
 from ode import student_sample
 from toy import digits
-from toy.digits_eval import (
+from toy.digits_clip import CLIP, clip
+from toy.digits_experiment import METHODS, SEEDS, curve
+from toy.digits_measure import METRICS, NUMBERS, features, judge, measure, pixels
+from toy.digits_samples import (
     GUIDANCE,
     KINDS,
     RESULTS,
@@ -32,8 +36,6 @@ from toy.digits_eval import (
     teacher_samples,
     teacher_table,
 )
-from toy.digits_experiment import METHODS, SEEDS, curve
-from toy.digits_measure import METRICS, NUMBERS, features, frechet, judge, measure, pixels
 from toy.digits_teacher import PROMPTS, fingerprint, scans
 
 
@@ -74,7 +76,7 @@ def distilled(tmp_path_factory):
 
 
 def drawn(folder, family):
-    """The student's samples (1200, 64) by which `eval` measures a run."""
+    """The student's samples (1200, 64) by which a run is measured."""
     return sample(family, *open_run(folder, family), 0, NUMBERS)
 
 
@@ -144,6 +146,40 @@ def test_text_is_as_long_as_its_tokenizer_says(family, teachers):
     assert teachers["tiny-sdxl"].text_tokens is None
 
 
+# --- Its CLIP -------------------------------------------------------------------------------------
+
+
+def test_the_clip_reads_as_many_held_out_scans_as_the_readme_says():
+    """By the tokenizer and preprocessing of its folder, from pictures, as score.py reads them.
+
+    To one scan in 200: the command has pixels that are not yet rounded to 8 bits.
+    """
+    images, labels = scans()[1]
+    model = CLIPModel.from_pretrained(CLIP).eval()
+    grey = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)  # (300, 8, 8, 3)
+    pictures = AutoImageProcessor.from_pretrained(CLIP)(list(grey.numpy()), return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(CLIP)
+    tokens = tokenizer(list(PROMPTS[:10]), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**pictures, **tokens).logits_per_image  # (300, 10)
+    share = (logits.argmax(1) == labels).float().mean().item()
+    (said,) = re.findall(r"reads ([\d.]+)% of the held-out", (ROOT / "toy/README.md").read_text())
+    assert share == pytest.approx(float(said) / 100, abs=0.005)
+
+
+def test_the_clips_command_makes_that_folder(tmp_path, capsys):
+    """In a few iterations: all but its weights and what they are worth."""
+    with torch.random.fork_rng(devices=[]):
+        clip(tmp_path, iterations=2)
+    assert "% of the held-out scans" in capsys.readouterr().out
+    made, committed = tree(tmp_path), tree(CLIP)
+    assert made.pop("model.safetensors") != committed.pop("model.safetensors")
+    assert made == committed
+    shapes = [load_file(folder / "model.safetensors") for folder in (tmp_path, CLIP)]
+    made, committed = ({name: w.shape for name, w in one.items()} for one in shapes)
+    assert made == committed
+
+
 # --- The measure: known cases ---------------------------------------------------------------------
 
 
@@ -189,13 +225,6 @@ def test_a_lost_class_shows_in_class_tv(real, teacher):
     without_threes = x[labels != 3]
     lost = measure(x, labels, reference, without_threes)["class_tv"]
     assert lost == pytest.approx(0.1, abs=0.01)
-
-
-def test_frechet_of_shifted_and_scaled_gaussians():
-    x = np.random.default_rng(0).normal(size=(20000, 4))
-    assert frechet(x, x + 3) == pytest.approx(36, rel=1e-6)
-    # Σ (σ − 2σ)² + |mean|², the mean being near 0.
-    assert frechet(x, 2 * x) == pytest.approx(4, rel=0.05)
 
 
 # --- Distilled by the real scripts ----------------------------------------------------------------
@@ -261,24 +290,10 @@ def test_the_exported_student_is_ours_in_stock_diffusers(family, distilled):
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_eval_writes_table_and_picture(distilled, tmp_path):
-    out = tmp_path / "eval"
-    runs = (distilled / "adp", distilled / "adm")
-    done = script(tmp_path, "toy/digits.py", "eval", *runs, "--out", out)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((out / "table.json").read_text())
-    assert done.stdout.strip() == (out / "table.md").read_text().strip()
-    assert len(rows) == 7
-    assert set(rows[str(distilled / "adm")]) == {*METRICS, "nfe", "ms"}
-    assert [row["nfe"] for row in rows.values()] == [None, 1, 2, 28, 56, 1, 1]
-    assert (out / "samples.png").stat().st_size > 5000
-
-
 MISTAKES = [
     (["evil"], "no command"),
-    (["eval", "nowhere"], "nowhere"),
-    (["eval", "--what"], "--what"),
-    (["eval", "--out"], "--out"),
+    (["noises", "nowhere"], "nowhere"),
+    (["noises", "--what"], "--what"),
     (["steps"], "folder"),
     (["search", "gan"], "gan"),
     (["experiment", "first"], "first"),
@@ -289,12 +304,6 @@ MISTAKES = [
 def test_mistakes(arguments, said):
     with pytest.raises(runtime.settings.BadInput, match=said):
         digits.main(*arguments)
-
-
-def test_eval_writes_over_nothing(tmp_path):
-    (tmp_path / "mine").write_text("x")
-    with pytest.raises(runtime.settings.BadInput, match="not empty"):
-        digits.main("eval", "--out", str(tmp_path))
 
 
 def test_curve_and_steps_of_a_run(distilled, family, teacher, capsys):

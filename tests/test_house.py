@@ -13,7 +13,8 @@ FLOORS = [
     ["models"],
     ["data", "sizing"],
     ["adp", "adm"],
-    ["tools", "toy"],
+    ["tools"],
+    ["toy"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = [

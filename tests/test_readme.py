@@ -74,6 +74,29 @@ def test_commands_are_accepted(command):
         check(cfg)
 
 
+def test_the_demos_commands_are_accepted_and_each_reads_what_one_before_it_wrote():
+    """Those of the stages and the tools; toy/run.py and toy/plot.py have tests of their own."""
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.replace("\\\n", "").splitlines()
+    commands = [line for line in lines if re.search(r"python \S+\.py ", line)]
+    written = []
+    for command in commands:
+        if "python toy/" not in command:
+            name, flags = split(command)
+            config_class, check = SCRIPTS[name]
+            cfg = parse(parser_of(config_class), config_class, flags)
+            if check:
+                check(cfg)
+        *words, out = re.sub(r"(.*) --out (\S+)(.*)", r"\1\3 \2", command).split()
+        for word in words[1:]:
+            if word.startswith("out/"):
+                assert any(f"{word}/".startswith(f"{folder}/") for folder in written), word
+            elif "/" in word:
+                assert (ROOT / word).exists(), word
+        written.append(out)
+    assert len(commands) == 10 and written[-1].endswith("/scores")
+
+
 def test_offline_commands_run_in_order_and_the_result_opens(tmp_path):
     """The last one, to which the others lead, in a process of its own, as a user would run it."""
     assert len(OFFLINE) == 3

@@ -60,7 +60,7 @@ PACKAGES = {
 }
 HPS = "v2.0"  # of its two: what the paper reports of SDXL is near the package's v2.0, not its v2.1
 FRAMES = 8  # of a video (ours)
-SHOWN = 6  # prompts on the sheet
+WIDTH = 10.8  # inches of the sheet, without its labels
 ROW = {"file": str, "prompt": str, "seed": int, "steps": int, "seconds": float}  # of a manifest
 
 # What the paper reports (arXiv 2507.18569); of its metrics we have no MPS.
@@ -508,21 +508,24 @@ def notes_on(cfg, cells, folders):
 
 def sheet(names, folders):
     """A Figure: a row for each folder, a column for each of the first prompts."""
-    texts = list(dict.fromkeys(folders[0].texts))[:SHOWN]
-    figure = Figure(figsize=(1.6 + 1.8 * len(texts), 0.8 + 1.8 * len(folders)))
+    small = max(loaded(folders[0].pictures[0][0]).size) < 128
+    side = 0.9 if small else 1.8  # inches: few pixels that are large hide what they show
+    texts = list(dict.fromkeys(folders[0].texts))[: round(WIDTH / side)]
+    figure = Figure(figsize=(1.6 + side * len(texts), 0.8 + side * len(folders)))
     axes = figure.subplots(len(folders), len(texts), squeeze=False)
     for row, name, s in zip(axes, names, folders, strict=True):
         steps = s.rows[0]["steps"]
         label = "\n".join(textwrap.wrap(name, 16, break_on_hyphens=False))
-        row[0].set_ylabel(f"{label}\n{steps} step{'s' * (steps != 1)}", fontsize=9)
+        label += f"\n{steps} step{'s' * (steps != 1)}"
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
         for axis, text in zip(row, texts, strict=True):
             paths = s.pictures[s.texts.index(text)]
             image = np.asarray(loaded(paths[len(paths) // 2]))  # of a video a frame in the middle
-            small = max(image.shape) < 128
             axis.imshow(image, interpolation="nearest" if small else "antialiased")
             axis.set(xticks=[], yticks=[])
     for axis, text in zip(axes[0], texts, strict=True):
-        axis.set_title("\n".join(textwrap.wrap(text, 22)[:4]), fontsize=8)
+        axis.set_title("\n".join(textwrap.wrap(text, round(14 * side))[:4]), fontsize=8)
+    figure.supxlabel("in each column: the same prompt and the same noise", fontsize=9)
     figure.tight_layout()
     return figure
 

@@ -1,18 +1,19 @@
 """A real teacher in the box: its command line.
 
 The teacher is a latent diffusion model of handwritten digits. It is made in digits_teacher.py,
-measured in digits_measure.py; digits_eval.py samples and evaluates, digits_experiment.py compares
-the methods, digits_diagnosis.py asks why, digits_report.py prints what the README shows.
+sampled in digits_samples.py, measured in digits_measure.py; digits_experiment.py compares the
+methods, digits_diagnosis.py asks why, digits_report.py prints what the README shows. Images of any
+run are made and scored by tools/sample.py and tools/score.py, with the CLIP of digits_clip.py.
 
-The teacher anew, seeded, and its samples (minutes):
+The teacher anew, seeded, and its samples, and the CLIP (minutes):
 
     python toy/digits.py train
     python toy/digits.py samples
+    python toy/digits.py clip
 
-Table and picture of any number of runs, beside the teacher; what D learns of a student that rests;
-what each step of a student makes; how much the measure owes to one set of noises:
+What D learns of a student that rests; what each step of a student makes; how much the measure owes
+to one set of noises:
 
-    python toy/digits.py eval out/adp out/adm --out out/eval
     python toy/digits.py diagnose out/adp
     python toy/digits.py steps out/adm
     python toy/digits.py noises out/adp out/adm
@@ -35,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.script import quiet
 from runtime.settings import BadInput, require
+from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose, noises, steps_apart
-from toy.digits_eval import evaluate, samples
 from toy.digits_experiment import METHODS, ablations, experiment, search, speeds
 from toy.digits_report import picture, readme
+from toy.digits_samples import samples
 from toy.digits_teacher import train
 
 ANY_NUMBER = {"nargs": "*"}
@@ -47,7 +49,7 @@ SEEDS = {"seeds": {**ANY_NUMBER, "type": int}}
 COMMANDS = {
     "train": (train, {}),
     "samples": (samples, {}),
-    "eval": (evaluate, {"runs": ANY_NUMBER, "--out": {"default": "out/digits-eval"}}),
+    "clip": (clip, {}),
     "diagnose": (diagnose, {"init": {}}),
     "steps": (steps_apart, {"folder": {}}),
     "noises": (noises, {"runs": ANY_NUMBER}),

@@ -12,9 +12,9 @@ from models import LatentDiscriminator, accuracy, make_roles
 from ode import Draw, T
 from runtime.files import read_json, write_json
 from runtime.folder import starting_point
-from toy.digits_eval import RESULTS, open_run, opened, sample, table, teacher_samples
 from toy.digits_experiment import HOME, execute, read_weights
 from toy.digits_measure import NUMBERS, judge
+from toy.digits_samples import RESULTS, open_run, opened, sample, table, teacher_samples
 from toy.digits_teacher import PROMPTS
 
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
@@ -117,7 +117,7 @@ def steps_apart(folder):
 def noises(runs):
     """Prints fd_teacher and coverage of runs on five sets of noises: mean ± standard deviation.
 
-    It says how far the one set of `eval` goes.
+    It says how far one set of noises goes.
     """
     family = load_teacher("digits")
     teacher = teacher_samples(family)

@@ -20,8 +20,8 @@ from families import load_teacher
 from models import load_denoiser
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
-from toy.digits_eval import RESULTS, open_run, sample, teacher_samples
 from toy.digits_measure import NUMBERS, judge
+from toy.digits_samples import RESULTS, open_run, sample, teacher_samples
 
 HOME = Path("out/digits")  # of all runs
 SEARCH_JSON = RESULTS / "digits-search.json"

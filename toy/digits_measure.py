@@ -11,6 +11,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
+from tools.metrics import frechet
 from toy.digits_teacher import ANY_DIGIT, scans
 
 METRICS = (
@@ -44,9 +45,9 @@ def measure(x, labels, teacher, unprompted=None):
     them class_tv is None. teacher: the teacher's samples (1200, 64) of NUMBERS.
 
     Each metric is defined by the function of its name, precision by `coverage_density_precision`.
-    fd_teacher and fd_real are `frechet`: all images against as many of the teacher's, and x against
-    the held-out scans. A distance falls with the number of images, by its bias: compare like with
-    like.
+    fd_teacher and fd_real are `frechet` of tools/metrics.py: all images against as many of the
+    teacher's, and x against the held-out scans. A distance falls with the number of images, by its
+    bias: compare like with like.
     """
     pca, _ = features()
     images, real_labels = scans()[1]
@@ -56,12 +57,12 @@ def measure(x, labels, teacher, unprompted=None):
     if unprompted is not None:
         everything = np.concatenate([x, unprompted])  # (N + M, 64)
         shift = class_tv(unprompted, teacher[len(LABELS) :])
-    z_everything = pca.transform(everything)  # (N + M, 30)
-    z_teacher = pca.transform(teacher[: len(everything)])  # (N + M, 30)
+    z_everything = torch.from_numpy(pca.transform(everything))  # (N + M, 30)
+    z_teacher = torch.from_numpy(pca.transform(teacher[: len(everything)]))  # (N + M, 30)
     coverage, density, precision = coverage_density_precision(z_real, z)
     return {
         "fd_teacher": frechet(z_everything, z_teacher),
-        "fd_real": frechet(z, z_real),
+        "fd_real": frechet(torch.from_numpy(z), torch.from_numpy(z_real)),
         "coverage": coverage,
         "density": density,
         "precision": precision,
@@ -75,17 +76,6 @@ def judge(x, teacher):
     """`measure` of images x (1200, 64) of NUMBERS; teacher: {"reference": (1200, 64)}."""
     n = len(LABELS)
     return measure(x[:n], LABELS, teacher["reference"], x[n:])
-
-
-def frechet(x, y):
-    """Fréchet distance of the Gaussians fitted to (N, D) and (M, D), squared, as in FID.
-
-    |μ − μ'|² + tr(C + C' − 2 (C C')^½).
-    """
-    a, b = np.cov(x.T), np.cov(y.T)  # (D, D) each
-    roots = np.sqrt(np.linalg.eigvals(a @ b).real.clip(0))  # (D,)
-    means = ((x.mean(0) - y.mean(0)) ** 2).sum()
-    return float(means + np.trace(a) + np.trace(b) - 2 * roots.sum())
 
 
 def coverage_density_precision(real, fake, k=5):

@@ -5,9 +5,10 @@ from matplotlib.figure import Figure
 
 from families import load_teacher
 from runtime.files import read_json
-from toy.digits_eval import RESULTS, open_run, sample, sheet, some_scans, teacher_samples
 from toy.digits_experiment import DIGITS_JSON, METHODS
-from toy.digits_measure import METRICS, NUMBERS, judge
+from toy.digits_measure import METRICS, NUMBERS, judge, pixels
+from toy.digits_samples import RESULTS, open_run, sample, teacher_samples
+from toy.digits_teacher import scans
 
 # {where a comparison of ADM with DMD starts: (ADM's method, DMD's)}
 STAGE_2 = {
@@ -91,6 +92,29 @@ def picture():
             student = open_run(run["command"].split()[-1], family)
             rows[run["method"]] = sample(family, *student, 0, NUMBERS[:20])
     sheet(rows, RESULTS / "digits.png")
+
+
+def some_scans():
+    """(20, 64): two held-out scans of each digit, 0 to 9 and again."""
+    images, labels = scans()[1]
+    places = [np.flatnonzero(labels == digit)[:2] for digit in range(10)]
+    return pixels(images[np.stack(places, 1).flatten()])
+
+
+def sheet(rows, path):
+    """A picture with one row of images for each {label: (N, 64)}.
+
+    The same prompts and noises stand in the same columns.
+    """
+    figure = Figure(figsize=(11, 0.62 * len(rows)))
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (label, x) in zip(axes, rows.items(), strict=True):
+        gutters = ((0, 0), (1, 1), (1, 1))  # a white pixel on each side of each image
+        images = np.pad(x.reshape(-1, 8, 8), gutters)  # (N, 10, 10)
+        axis.imshow(np.concatenate(list(images), 1), cmap="gray_r", vmin=0, vmax=16)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def curves(runs, teacher):

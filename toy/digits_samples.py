@@ -1,12 +1,9 @@
-"""Samples of the digits teacher and of its students, and their table and picture."""
+"""Samples of the digits teacher and of its students, by which digits_measure.py measures them."""
 
-import time
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -14,15 +11,13 @@ from tqdm import tqdm
 from families import load_teacher
 from models import load_denoiser
 from ode import Draw, student_sample, teacher_sample, with_guidance
-from runtime.files import claim, read_json, write_json
+from runtime.files import read_json
 from runtime.folder import starting_point
 from runtime.settings import require
-from toy.digits_measure import LABELS, NUMBERS, judge, measure, pixels
-from toy.digits_teacher import PROMPTS, scans, write_readme
+from toy.digits_measure import NUMBERS, judge, pixels
+from toy.digits_teacher import PROMPTS, write_readme
 
 RESULTS = Path(__file__).with_name("results")
-
-# --- Samples --------------------------------------------------------------------------------------
 
 STAGE = 4  # of the noises' keys: other random numbers than in training
 GUIDANCE = 1.0  # CFG that is distilled: the default of data.py, adp.py and adm.py for this teacher
@@ -71,7 +66,7 @@ def sample(
 def opened(family):
     """(conditioning {name: (12, ...)} of PROMPTS and then of the empty prompt, the VAE).
 
-    They are read once, and not while a sample is timed.
+    They are read once.
     """
     with torch.no_grad():
         return family.encode(family.text_pipeline(), [*PROMPTS, ""]), family.vae()
@@ -115,96 +110,11 @@ def teacher_table(family):
     return table(rows)
 
 
-# --- Their table and picture ----------------------------------------------------------------------
-
-
-def evaluate(runs, out):
-    """Table (printed, and as table.md and table.json) and picture (samples.png) in the folder out.
-
-    runs: folders of adp.py or adm.py. They stand beside the teacher and the training scans.
-    """
-    family = load_teacher("digits")
-    teacher = teacher_samples(family)
-    students = {str(run): open_run(run, family) for run in runs}
-    claim(Path(out))
-    rows = {"scans of the training set": training_row(teacher)}
-    shown = {"held-out scans": some_scans()}
-    denoiser = load_denoiser(family)
-    for name, (_, steps, guidance) in KINDS.items():
-        if name != "reference":
-            passes = steps if guidance == 1 else 2 * steps
-            ms = milliseconds(family, denoiser, family.schedule, steps, guidance)
-            rows[name] = {**judge(teacher[name], teacher), "nfe": passes, "ms": ms}
-            shown[name] = teacher[name][:20]
-    for name, (student, schedule, steps) in students.items():
-        x = sample(family, student, schedule, steps, 0, NUMBERS)  # (1200, 64)
-        ms = milliseconds(family, student, schedule, steps)
-        rows[name] = {**judge(x, teacher), "nfe": steps, "ms": ms}
-        shown[name] = x[:20]
-    lines = table(rows)
-    print("\n".join(lines))
-    (Path(out) / "table.md").write_text("\n".join(lines) + "\n")
-    write_json(Path(out) / "table.json", rows)
-    sheet(shown, Path(out) / "samples.png")
-
-
-def training_row(teacher):
-    """`evaluate`'s row of as many training scans as there are samples with class prompts."""
-    images, labels = scans()[0]
-    x = pixels(images[in_turn(labels, 60)])  # (600, 64)
-    return {**measure(x, LABELS, teacher["reference"]), "nfe": None, "ms": None}
-
-
-def some_scans():
-    """(20, 64): two held-out scans of each digit, in the order of LABELS."""
-    images, labels = scans()[1]
-    return pixels(images[in_turn(labels, 2)])
-
-
-def in_turn(labels, count):
-    """(10 count,) the places in labels (N,) of the first `count` of each digit: 0, 1, … 9, 0, …."""
-    places = [np.flatnonzero(labels == digit)[:count] for digit in range(10)]
-    return np.stack(places, 1).flatten()
-
-
-def milliseconds(family, denoiser, schedule, steps, guidance=None):
-    """The time that one image takes in a batch of 100."""
-    opened(family)
-    began = time.perf_counter()
-    sample(family, denoiser, schedule, steps, 0, NUMBERS[:100], guidance)
-    return 1000 * (time.perf_counter() - began) / 100
-
-
 def table(rows):
-    """Lines of a Markdown table of {name: {column: number or None}}."""
+    """Lines of a Markdown table of {name: {column: float}}, to three digits."""
     columns = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = " | ".join(cell(value) for value in row.values())
+        cells = " | ".join(f"{value:.3g}" for value in row.values())
         lines.append(f"| {name} | {cells} |")
     return lines
-
-
-def cell(value):
-    """A number or None as text: ints in full, floats to three digits."""
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.3g}"
-
-
-def sheet(rows, path):
-    """A picture with one row of images for each {label: (N, 64)}.
-
-    The same prompts and noises stand in the same columns.
-    """
-    figure = Figure(figsize=(11, 0.62 * len(rows)))
-    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axis, (label, x) in zip(axes, rows.items(), strict=True):
-        gutters = ((0, 0), (1, 1), (1, 1))  # a white pixel on each side of each image
-        images = np.pad(x.reshape(-1, 8, 8), gutters)  # (N, 10, 10)
-        axis.imshow(np.concatenate(list(images), 1), cmap="gray_r", vmin=0, vmax=16)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
