@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
-from runtime import curves, doctor
+from runtime import doctor
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
 from runtime.progress import Progress
 from runtime.ranks import assign, gather, like
@@ -265,8 +265,7 @@ class Run:
         if not self.ranks.main:
             return
         with suppress(BadInput):  # a log that was damaged meanwhile: the run itself is whole
-            log = curves.read(self.folder)
-            for line in doctor.advice(log, self.about["config"]):
+            for line in doctor.advice(self.folder):
                 self.say(line)
 
     def ask(self, number, frame):

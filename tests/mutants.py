@@ -174,6 +174,16 @@ MUTANTS = [
         ("a sheet of the student's first step", "steps)[:-1].to", "steps)[:1].to"),
         ("a sheet's teacher without guidance", "uncond, self.guidance)", "uncond, 1.0)"),
     ]),
+    *mutants("runtime/doctor.py", ("tests/test_doctor.py", "-k", "not run_ends"), [
+        ("doctor: the student's rest is judged", '["iteration"] > self.alone', '["iteration"] > 0'),
+        ("doctor: few rows are judged", "LEAST = 20", "LEAST = 1"),
+        ("doctor: a student that shrinks is healthy", "max(far / start, start / far)",
+         "far / start"),
+        ("doctor: dead heads are only at chance", "or heads_are_dead(case) or", "or"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_doctor.py", "-k", "ends_with_advice"), [
+        ("doctor: never asked", 'and {use}")\n        self.advise()', 'and {use}")'),
+    ]),
     *mutants("runtime/ranks.py", ("tests/test_sharding.py",), [
         ("every rank takes the first samples", "self.rank * (batch_size // self.world)", "0"),
         ("gathered parts, not the whole", ".detach().full_tensor()", ".detach().to_local()"),

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 import data
 from runtime import curves, doctor
-from runtime.files import aside, read_json
+from runtime.files import aside
 from runtime.script import run
 from toy.digits_experiment import execute
 
@@ -38,7 +38,7 @@ BROKEN = (  # a healthy run, and what breaks it
     (ADM, "--lr-heads 2e-2 --damping 0"),
     (ADM, "--lr-heads 1e-6"),
     (FAR, "--lr-student 1e-8"),
-    (ADP, "--lr-mse 1e-2"),
+    (ADP, "--lr-mse 1e-1"),
     (ADP, "--lr-student 1e-3"),
     (ADM, "--lr-fake 1e6"),
 )
@@ -46,26 +46,21 @@ HARMLESS = {"--clip 1e-3": "grad_norm_student", "--warmup 0": "x0_std", "--dampi
 ACROSS = 4  # panels
 
 
-def folder_of(base, flags, seed):
-    """Where a run is, or goes."""
-    words = f"{base} {flags} {seed}".replace(".py --iterations 300", "").replace("--", "")
-    return HOME / "-".join(words.split())
+def short(base, flags):
+    """A run's command line without what all of them have."""
+    return f"{base} {flags}".replace(" --iterations 300", "").strip()
 
 
 @cache
-def logged(base, flags, seed):
-    """The log of a run on digits, {column: (N,)}, and its settings; it is run unless it has been.
-
-    base and flags: of its command line.
-    """
-    folder = folder_of(base, flags, seed)
-    words = [base, flags, "--seed", str(seed)]
-    if base.startswith("adp.py"):
-        words += ["--pairs", str(PAIRS)]
-    words += ["--sample-every 0 --checkpoint-every 10000 --out", str(folder)]
+def made(base, flags, seed):
+    """The folder of a run on digits with this command line; it is run unless it has been."""
+    name = f"{short(base, flags)} {seed}".replace(".py", "").replace("--", "")
+    folder = HOME / "-".join(name.split())
+    pairs = f"--pairs {PAIRS}" if base == ADP else ""
+    rest = f"--seed {seed} {pairs} --sample-every 0 --checkpoint-every 10000 --out {folder}"
     with suppress(SystemExit):  # of one that is stopped
-        execute(" ".join(["python", *words]))
-    return curves.read(folder), read_json(folder / "config.json", "run", "config")["config"]
+        execute(f"python {base} {flags} {rest}")
+    return folder
 
 
 def ends(log, column):
@@ -78,13 +73,13 @@ def table():
     """Lines: a row for each thing that the doctor finds in a broken run, of the first seed."""
     lines = ["| broken by | seen | it means | turn | seed 1 | healthy |", "| --- " * 6 + "|"]
     for base, flags in BROKEN:
-        first, second = (doctor.examine(*logged(base, flags, seed)) for seed in SEEDS)
-        healthy, _ = logged(base, "", SEEDS[0])
+        first, second = (doctor.examine(made(base, flags, seed)) for seed in SEEDS)
+        healthy = curves.read(made(base, "", SEEDS[0]))
         for finding in first:
             again = [
                 f.seen for f in second if (f.column, f.means) == (finding.column, finding.means)
             ]
-            cells = [f"`{base.split()[0]} {flags}`", finding.seen, finding.means, finding.turn]
+            cells = [f"`{short(base, flags)}`", finding.seen, finding.means, finding.turn]
             cells += [again[0] if again else "not seen", ends(healthy, finding.column)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -96,28 +91,29 @@ def table_of_silence():
     lines = [f"| run | {' | '.join(names)} | above the clip |", "| --- " * 6 + "|"]
     runs = [("", seed) for seed in SEEDS] + [(flags, SEEDS[0]) for flags in HARMLESS]
     for flags, seed in runs:
-        log, config = logged(ADM, flags, seed)
-        said = "" if not doctor.advice(log, config) else ", NOT SILENT"
-        cells = [f"`adm.py {flags}`".replace(" `", "`") + f", seed {seed}{said}"]
+        folder = made(ADM, flags, seed)
+        log = curves.read(folder)
+        said = ", NOT SILENT" if doctor.examine(folder) else ""
+        cells = [f"`{short(ADM, flags)}`, seed {seed}{said}"]
         cells += [ends(log, name) for name in names]
-        cells.append(", ".join(above_the_clip(log, config)))
+        cells.append(", ".join(above_the_clip(log, curves.clip_of(folder))))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def above_the_clip(log, config):
+def above_the_clip(log, clip):
     """For each network the share of its gradients that were clipped."""
     for name in doctor.RATES:
         norm = log[f"grad_norm_{name}"]
         norm = norm[np.isfinite(norm)]
-        yield f"{name} {(norm > config['clip']).mean():.0%}"
+        yield f"{name} {(norm > clip).mean():.0%}"
 
 
 def picture():
     """runtime/broken.png: a panel a row of the tables."""
     panels = []
     for base, flags in BROKEN:
-        findings = doctor.examine(*logged(base, flags, SEEDS[0]))
+        findings = doctor.examine(made(base, flags, SEEDS[0]))
         panels += [(base, flags, f.column) for f in findings if f.column != "skipped"]
     panels += [(ADM, flags, column) for flags, column in HARMLESS.items()]
     down = -(-len(panels) // ACROSS)
@@ -125,14 +121,15 @@ def picture():
     axes = figure.subplots(down, ACROSS, squeeze=False).flatten()
     for axis, (base, flags, column) in zip(axes, panels, strict=False):
         for which, color in (("", "C0"), (flags, "C3")):
-            log, _ = logged(base, which, SEEDS[0])
+            log = curves.read(made(base, which, SEEDS[0]))
             curves.curve(axis, log, column, color, logarithmic=column != "d_accuracy")
         if column == "d_accuracy":
             axis.set_ylim(-0.03, 1.03)
         else:
             axis.set_yscale("log")
-        harmless = ", harmless" if flags in HARMLESS else ""
-        axis.set_title(f"{base[:3]} {flags}{harmless}\n{column}", fontsize=11, loc="left")
+        harmless = " (harmless here)" if flags in HARMLESS else ""
+        title = f"{short(base, flags)}\n{column}{harmless}"
+        axis.set_title(title, fontsize=10, loc="left")
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
     for axis in axes[len(panels) :]:
