@@ -219,21 +219,24 @@ def discriminator_wins(case):
 
 
 def discriminator_sees_nothing(case):
-    """ADM's d_accuracy within 0.025 of chance in each quarter, of samples enough to tell that.
+    """d_accuracy within 0.025 of chance in each quarter, of 2,000 samples or more.
 
-    Of ADP's student regression may have left nothing to see.
+    And loss_discriminator less than a tenth of dmd_loss below 2: there is something to be seen. A
+    good student leaves D near chance too, but with it dmd_loss is small. ADP has no dmd_loss.
     """
     y = case.late("d_accuracy")
-    enough = len(y) * case.config["batch_size"] >= 2000 and case.config["stage"] == "adm"
+    distance = last_half(case.late("dmd_loss"))
+    enough = len(y) * case.config["batch_size"] >= 2000 and len(distance)
     if not enough or heads_are_dead(case) or fake_is_the_teacher(case):
         return None
     quarters = np.array([quarter.mean() for quarter in np.array_split(y, 4)])
-    if np.abs(quarters - 0.5).max() > 0.025:
+    told = 2 - last_half(case.late("loss_discriminator")).mean()
+    if np.abs(quarters - 0.5).max() > 0.025 or told > 0.1 * distance.mean():
         return None
     return Finding(
         "d_accuracy",
         f"d_accuracy stays at {y.mean():.3f}",
-        "D sees next to nothing, so the student learns little (or was as good as the teacher)",
+        "D sees next to nothing, though teacher and fake score differ; the student learns little",
         "raise --lr-heads, or --dt",
     )
 

@@ -95,6 +95,7 @@ def from_row(row, last, first=1.0):
     return change
 
 
+CHANCE = {"d_accuracy": lambda y: y - 0.05, "loss_discriminator": lambda y: 1.9 + y / 20}
 FAULTS = {  # what the doctor is to turn: of which run, which columns are how
     "lower --lr-student, x0_std": (ADM, {"x0_std": from_row(60, 3)}),
     "lower --lr-student, x0_std shrinks": (ADM, {"x0_std": from_row(60, 0.3)}),
@@ -106,7 +107,7 @@ FAULTS = {  # what the doctor is to turn: of which run, which columns are how
     "lower --lr-heads": (ADM, {"loss_discriminator": lambda y: 0 * y + 2}),
     "otherwise lower --lr-heads": (ADM, {"d_accuracy": lambda y: 0 * y + 0.99}),
     "otherwise lower --lr-heads, pixel": (ADP, {"d_accuracy_pixel": lambda y: 0 * y + 0.99}),
-    "raise --lr-heads": (ADM, {"d_accuracy": lambda y: y - 0.05}),
+    "raise --lr-heads": (ADM, CHANCE),
     "lower --lr-mse": (MSE, {"loss_mse": from_row(100, 5)}),
     "lower --lr-mse, at once": (ADP, {"loss_mse": lambda y: y * 9 ** (np.arange(len(y)) > 0)}),
     "lower --lr-student, loss_mse": (ADP, {"loss_mse": from_row(130, 5)}),
@@ -117,14 +118,14 @@ FAULTS = {  # what the doctor is to turn: of which run, which columns are how
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize("turn", FAULTS)
 def test_each_fault_is_seen_in_any_scale(tmp_path, turn, scale):
-    """In the column that shows it, and in no other."""
+    """In a column that shows it, and nothing else is found."""
     config, changes = FAULTS[turn]
     columns = healthy(config)
     for name, change in changes.items():
         columns[name] = change(columns[name])
     columns["grad_norm_fake"] = np.where(columns["skipped"] > 0, np.nan, 0.7)
     (finding,) = examined(tmp_path / "run", config, columns, scale)
-    assert {finding.column} == set(changes)
+    assert finding.column in changes
     assert turn.split(",")[0] in finding.turn
 
 
@@ -132,6 +133,7 @@ def test_dead_heads_and_a_fake_score_that_rests_are_told_from_chance(tmp_path):
     """All three leave d_accuracy at one half; the first two leave loss_discriminator at 2."""
     columns = healthy(ADM)
     columns["d_accuracy"] = np.full(240, 0.5)
+    columns["loss_discriminator"] = CHANCE["loss_discriminator"](columns["loss_discriminator"])
     (chance,) = examined(tmp_path / "run", ADM, columns)
     columns["loss_discriminator"] = np.full(240, 2.0)
     (dead,) = examined(tmp_path / "run", ADM, columns)
@@ -193,11 +195,20 @@ def test_few_rows_are_not_judged(tmp_path):
 
 
 def test_chance_is_not_judged_on_few_samples(tmp_path):
-    """240 rows of 16 samples tell 0.50 from 0.55, those of four do not."""
+    """180 rows of 16 samples tell 0.50 from 0.55, those of four do not."""
     columns = healthy(ADM)
-    columns["d_accuracy"] -= 0.05
+    columns |= {name: change(columns[name]) for name, change in CHANCE.items()}
     assert examined(tmp_path / "run", ADM, columns)
     assert not examined(tmp_path / "run", {**ADM, "batch_size": 4}, columns)
+
+
+def test_a_good_student_leaves_chance_to_d(tmp_path):
+    """As after ADP on digits: dmd_loss 0.07 at an accuracy of 0.52 and a hinge of 1.97."""
+    columns = healthy(ADM)
+    columns["dmd_loss"] *= 0.07 / 0.2
+    columns["d_accuracy"] -= 0.03
+    columns["loss_discriminator"] += 0.07
+    assert examined(tmp_path / "run", ADM, columns) == []
 
 
 def test_the_start_of_a_run_is_no_fault(tmp_path):

@@ -8,6 +8,7 @@ shows a fault, of the broken run over the healthy one. The doctor's bounds were 
 """
 
 import sys
+import textwrap
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -117,18 +118,24 @@ def picture():
         panels += [(base, flags, f.column) for f in findings if f.column != "skipped"]
     panels += [(ADM, flags, column) for flags, column in HARMLESS.items()]
     down = -(-len(panels) // ACROSS)
-    figure = Figure(figsize=(4.2 * ACROSS, 2.8 * down), layout="constrained")
+    width, height = 4.2 * ACROSS, 2.9 * down  # inches
+    figure = Figure(figsize=(width, height))
     axes = figure.subplots(down, ACROSS, squeeze=False).flatten()
+    edges = {"left": 0.6 / width, "right": 1 - 0.2 / width}
+    edges |= {"bottom": 0.8 / height, "top": 1 - 0.7 / height}
+    figure.subplots_adjust(**edges, wspace=0.2, hspace=0.5)
     for axis, (base, flags, column) in zip(axes, panels, strict=False):
+        _, logarithmic = curves.PANELS[column]
         for which, color in (("", "C0"), (flags, "C3")):
             log = curves.read(made(base, which, SEEDS[0]))
-            curves.curve(axis, log, column, color, logarithmic=column != "d_accuracy")
-        if column == "d_accuracy":
-            axis.set_ylim(-0.03, 1.03)
-        else:
+            curves.curve(axis, log, column, color, logarithmic)
+        if logarithmic:
             axis.set_yscale("log")
+        if column.startswith("d_accuracy"):
+            axis.set_ylim(-0.03, 1.03)
         harmless = " (harmless here)" if flags in HARMLESS else ""
-        title = f"{short(base, flags)}\n{column}{harmless}"
+        command = textwrap.fill(short(base, flags), 46, break_on_hyphens=False)
+        title = f"{command}\n{column}{harmless}"
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
@@ -136,7 +143,7 @@ def picture():
         axis.set_axis_off()
     lines = [Line2D([], [], color="C0"), Line2D([], [], color="C3")]
     names = ["healthy: the same command without these flags", "with them"]
-    figure.legend(lines, names, loc="outside lower center", ncols=2, frameon=False, fontsize=12)
+    figure.legend(lines, names, loc="lower center", ncols=2, frameon=False, fontsize=12)
     with aside(PICTURE) as partial:
         figure.savefig(partial, format="png", dpi=80)
 
