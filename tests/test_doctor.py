@@ -104,7 +104,7 @@ FAULTS = {  # what the doctor is to turn: of which run, which columns are how
     "lower --lr-student, dmd_loss": (ADM, {"dmd_loss": from_row(80, 5, 0.1)}),
     "lower --lr-fake": (ADM, {"dmd_loss": lambda y: y + 3}),
     "raise --lr-fake": (ADM, {"dmd_loss": lambda y: y * 1e-5}),
-    "lower --lr-heads": (ADM, {"loss_discriminator": lambda y: 0 * y + 2}),
+    "lower --lr-heads": (ADM, {"loss_discriminator": lambda y: 2 + (y > 1.97)}),  # but now and then
     "otherwise lower --lr-heads": (ADM, {"d_accuracy": lambda y: 0 * y + 0.99}),
     "otherwise lower --lr-heads, pixel": (ADP, {"d_accuracy_pixel": lambda y: 0 * y + 0.99}),
     "raise --lr-heads": (ADM, CHANCE),
