@@ -95,7 +95,7 @@ def from_row(row, last, first=1.0):
     return change
 
 
-CHANCE = {"d_accuracy": lambda y: y - 0.05, "loss_discriminator": lambda y: 1.9 + y / 20}
+CHANCE = {"d_accuracy": lambda y: y - 0.05, "loss_discriminator": lambda y: 1.99 + (y - 1.9) / 8}
 FAULTS = {  # what the doctor is to turn: of which run, which columns are how
     "lower --lr-student, x0_std": (ADM, {"x0_std": from_row(60, 3)}),
     "lower --lr-student, x0_std shrinks": (ADM, {"x0_std": from_row(60, 0.3)}),
