@@ -16,6 +16,7 @@ from runtime.files import read_json
 MOST = 3  # lines
 FEW = 5  # rows whose mean is worth comparing
 LEAST = 20  # rows without which nothing but skipped updates is judged
+LONG = 100  # rows after which heads and fake score must have begun to learn
 RATES = {"student": "--lr-student", "fake": "--lr-fake", "heads": "--lr-heads"}
 
 
@@ -178,14 +179,20 @@ def fake_falls_behind(case):
     )
 
 
-def fake_is_the_teacher(case):
-    """dmd_loss below a thousandth. With guidance the two differ from the start."""
+def still_the_teacher(case):
+    """Whether there is a dmd_loss that ends below a thousandth."""
     y = parts(case.late("dmd_loss"))
-    if not len(y) or y[-1] > 1e-3:
+    return len(y) > 0 and y[-1] < 1e-3
+
+
+def fake_is_the_teacher(case):
+    """The same, for long. With guidance the two differ from the start."""
+    y = case.late("dmd_loss")
+    if len(y) < LONG or not still_the_teacher(case):
         return None
     return Finding(
         "dmd_loss",
-        f"dmd_loss is {y[-1]:.2g}",
+        f"dmd_loss is {parts(y)[-1]:.2g}",
         "the fake score is still the teacher, and there is nothing to learn from",
         "raise --lr-fake",
     )
@@ -196,9 +203,10 @@ def heads_are_dead(case):
 
     Though the fake score is not the teacher.
     """
-    y = last_half(case.late("loss_discriminator"))
-    if not len(y) or fake_is_the_teacher(case):
+    every = case.late("loss_discriminator")
+    if len(every) < LONG or still_the_teacher(case):
         return None
+    y = last_half(every)
     usual = np.median(y)
     if (np.abs(y - usual) < 1e-3 * usual).mean() < 0.75:
         return None
@@ -233,7 +241,7 @@ def discriminator_sees_nothing(case):
     y = case.late("d_accuracy")
     distance = last_half(case.late("dmd_loss"))
     enough = len(y) * case.config["batch_size"] >= 2000 and len(distance)
-    if not enough or heads_are_dead(case) or fake_is_the_teacher(case):
+    if not enough or heads_are_dead(case) or still_the_teacher(case):
         return None
     quarters = np.array([quarter.mean() for quarter in np.array_split(y, 4)])
     told = 2 - last_half(case.late("loss_discriminator")).mean()
@@ -257,7 +265,7 @@ def distance_rises(case):
     if len(y) and len(before):
         y = np.concatenate([[before.mean()], y])
     fallen = y[y < np.maximum.accumulate(y) / 1.5]
-    if not len(fallen) or y[-1] < 3 * fallen.min() or fake_is_the_teacher(case):
+    if not len(fallen) or y[-1] < 3 * fallen.min() or still_the_teacher(case):
         return None
     return Finding(
         "dmd_loss",

@@ -203,10 +203,10 @@ def test_chance_is_not_judged_on_few_samples(tmp_path):
 
 
 def test_a_good_student_leaves_chance_to_d(tmp_path):
-    """As after ADP on digits: dmd_loss 0.07 at an accuracy of 0.52 and a hinge of 1.97."""
+    """As after ADP on digits: a dmd_loss of 0.07, where D's hinge is 1.97."""
     columns = healthy(ADM)
     columns["dmd_loss"] *= 0.07 / 0.2
-    columns["d_accuracy"] -= 0.03
+    columns["d_accuracy"] -= 0.04
     columns["loss_discriminator"] += 0.07
     assert examined(tmp_path / "run", ADM, columns) == []
 

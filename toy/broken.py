@@ -95,7 +95,7 @@ def table_of_silence():
         folder = made(ADM, flags, seed)
         log = curves.read(folder)
         said = ", NOT SILENT" if doctor.examine(folder) else ""
-        cells = [f"`{short(ADM, flags)}`, seed {seed}{said}"]
+        cells = [f"`python {short(ADM, flags)}`, seed {seed}{said}"]
         cells += [ends(log, name) for name in names]
         cells.append(", ".join(above_the_clip(log, curves.clip_of(folder))))
         lines.append(f"| {' | '.join(cells)} |")
