@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +23,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
+from runtime import doctor
 from runtime.board import Board
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
 from runtime.progress import Progress
 from runtime.ranks import assign, gather, like
 from runtime.script import Stopped
-from runtime.settings import require
+from runtime.settings import BadInput, require
 
 # When a run is resumed. From `accumulate` to `embed` they change where and how numbers are made,
 # not which; `paper` sets other settings' defaults, and those are compared.
@@ -263,6 +264,15 @@ class Run:
                 "finite and were skipped; the checkpoint has the weights from before"
             )
             self.stop = Stopped(1, f"{stopped}: {reason}")
+            self.advise()
+
+    def advise(self):
+        """Say on stderr what log.csv shows to be wrong, if anything: three lines at most."""
+        if not self.ranks.main:
+            return
+        with suppress(BadInput):  # a log that was damaged meanwhile: the run itself is whole
+            for line in doctor.advice(self.folder):
+                self.say(line)
 
     def ask(self, number, frame):
         """From SIGTERM or SIGINT: finish the iteration, write a checkpoint, end.
@@ -396,7 +406,7 @@ class Run:
     def finish(self, networks, export):
         """Let export(folder, write) make pipeline/ of the student, and say so.
 
-        Of its average, if there is one.
+        Of its average, if there is one. What the log shows to be wrong is said too.
         """
         for name, average in networks.get("ema", {}).items():
             networks["student"][name].data.copy_(average)
@@ -406,6 +416,7 @@ class Run:
             there = ", ".join(name for name in possible if (self.folder / name).exists())
             use = "pipeline/ for DiffusionPipeline.from_pretrained (see its README.md)"
             print(f"{self.folder}: {there}, and {use}")
+        self.advise()
 
 
 def versions():

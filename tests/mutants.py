@@ -177,6 +177,16 @@ MUTANTS = [
     *mutants("runtime/configs.py", ("tests/test_following.py", "-k", "tensorboard"), [
         ("an extra that is not there", "not cfg.tensorboard or find_spec", "True or find_spec"),
     ]),
+    *mutants("runtime/doctor.py", ("tests/test_doctor.py", "-k", "not run_ends"), [
+        ("doctor: the student's rest is judged", '["iteration"] > self.alone', '["iteration"] > 0'),
+        ("doctor: few rows are judged", "LEAST = 20", "LEAST = 1"),
+        ("doctor: a student that shrinks is healthy", "max(far / start, start / far)",
+         "far / start"),
+        ("doctor: dead heads are only at chance", "or heads_are_dead(case) or", "or"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_doctor.py", "-k", "ends_with_advice"), [
+        ("doctor: never asked", 'and {use}")\n        self.advise()', 'and {use}")'),
+    ]),
     *mutants("runtime/ranks.py", ("tests/test_sharding.py",), [
         ("every rank takes the first samples", "self.rank * (batch_size // self.world)", "0"),
         ("gathered parts, not the whole", ".detach().full_tensor()", ".detach().to_local()"),

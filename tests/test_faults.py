@@ -308,6 +308,7 @@ def test_twenty_skipped_in_a_row_stop_the_run(here, tmp_path):
     last = said[0].splitlines()[-1]
     assert "stopped after iteration 5: 20 updates of fake in a row met" in last
     assert "Traceback" not in said[0]
+    assert f"{out}: updates skipped in 5 of 5 iterations: " in said[0]  # the doctor
     assert checkpoints(out) == ["000005"]
     codes, said = ranks(tmp_path, [*args, "--resume"])
     assert codes == [0] and read_log(out)["skipped"] == [4] * 5 + [0], said

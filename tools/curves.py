@@ -4,16 +4,18 @@
     python tools/curves.py out/a out/b --out compared.png
 
 A panel a column of log.csv: each iteration faintly, the average on top, red ticks where updates
-were skipped. A run draws its own, curves.png in its folder, with each sheet of samples.
+were skipped. A run draws its own, curves.png in its folder, with each sheet of samples. What the
+doctor has to say of a run is printed too, as at its end: runtime/README.md.
 """
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import curves
+from runtime import curves, doctor
 from runtime.settings import BadInput, require
 
 
@@ -33,6 +35,10 @@ def main(argv=None):
     except BadInput as e:
         print(f"curves.py: {e}", file=sys.stderr)
         sys.exit(2)
+    for folder in dict.fromkeys(asked.runs):
+        with suppress(BadInput):  # of one without config.json the doctor knows too little
+            for line in doctor.advice(folder):
+                print(f"{folder}: {line}")
     print(asked.out)
 
 

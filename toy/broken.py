@@ -1,0 +1,160 @@
+"""Runs that are broken on purpose, and what the doctor (runtime/doctor.py) says of them.
+
+    python toy/broken.py          # what has been run is not run again; about 40 minutes on one core
+
+Prints the tables of runtime/README.md and draws its picture, runtime/broken.png: each column that
+shows a fault, of the broken run over the healthy one. The doctor's bounds were set on seed 0; seed
+1 is to confirm them.
+"""
+
+import sys
+import textwrap
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+import data
+from runtime import curves, doctor
+from runtime.files import aside
+from runtime.script import run
+from toy.digits_experiment import execute
+
+HOME = Path("out/broken")
+PAIRS = HOME / "pairs"
+PICTURE = Path(__file__).resolve().parent.parent / "runtime" / "broken.png"
+SEEDS = (0, 1)
+ADM = "adm.py --iterations 300"
+FAR = "adm.py --iterations 300 --student-steps 1 --dt 0.75"  # one step: far from the teacher
+ADP = "adp.py --iterations 300 --mse-iterations 150"
+BROKEN = (  # a healthy run, and what breaks it
+    (ADM, "--lr-student 1e-3"),
+    (ADM, "--lr-fake 3e-2"),
+    (ADM, "--lr-fake 1e-7"),
+    (ADM, "--lr-heads 2e-2 --damping 0"),
+    (ADM, "--lr-heads 1e-6"),
+    (FAR, "--lr-student 1e-8"),
+    (ADP, "--lr-mse 1e-1"),
+    (ADP, "--lr-student 1e-3"),
+    (ADM, "--lr-fake 1e6"),
+)
+HARMLESS = {"--clip 1e-3": "grad_norm_student", "--warmup 0": "x0_std", "--damping 0": "d_accuracy"}
+ACROSS = 4  # panels
+
+
+def short(base, flags):
+    """A run's command line without what all of them have."""
+    return f"{base} {flags}".replace(" --iterations 300", "").strip()
+
+
+@cache
+def made(base, flags, seed):
+    """The folder of a run on digits with this command line; it is run unless it has been."""
+    name = f"{short(base, flags)} {seed}".replace(".py", "").replace("--", "")
+    folder = HOME / "-".join(name.split())
+    pairs = f"--pairs {PAIRS}" if base == ADP else ""
+    rest = f"--seed {seed} {pairs} --sample-every 0 --checkpoint-every 10000 --out {folder}"
+    with suppress(SystemExit):  # of one that is stopped
+        execute(f"python {base} {flags} {rest}")
+    return folder
+
+
+def ends(log, column):
+    """The means of a column's first and last tenths, as text."""
+    means = doctor.parts(log[column][np.isfinite(log[column])])
+    return f"{means[0]:.3g} → {means[-1]:.3g}"
+
+
+def table():
+    """Lines: a row for each thing that the doctor finds in a broken run, of the first seed."""
+    lines = ["| broken by | seen | it means | turn | seed 1 | healthy |", "| --- " * 6 + "|"]
+    for base, flags in BROKEN:
+        first, second = (doctor.examine(made(base, flags, seed)) for seed in SEEDS)
+        healthy = curves.read(made(base, "", SEEDS[0]))
+        for finding in first:
+            again = [
+                f.seen for f in second if (f.column, f.means) == (finding.column, finding.means)
+            ]
+            cells = [f"`{short(base, flags)}`", finding.seen, finding.means, finding.turn]
+            cells += [again[0] if again else "not seen", ends(healthy, finding.column)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_silence():
+    """Lines: runs of which the doctor says nothing, in a few columns' first and last tenths."""
+    names = ("d_accuracy", "x0_std", "loss_fake", "dmd_loss")
+    lines = [f"| run | {' | '.join(names)} | above the clip |", "| --- " * 6 + "|"]
+    runs = [("", seed) for seed in SEEDS] + [(flags, SEEDS[0]) for flags in HARMLESS]
+    for flags, seed in runs:
+        folder = made(ADM, flags, seed)
+        log = curves.read(folder)
+        said = ", NOT SILENT" if doctor.examine(folder) else ""
+        cells = [f"`python {short(ADM, flags)}`, seed {seed}{said}"]
+        cells += [ends(log, name) for name in names]
+        cells.append(", ".join(above_the_clip(log, curves.clip_of(folder))))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def above_the_clip(log, clip):
+    """For each network the share of its gradients that were clipped."""
+    for name in doctor.RATES:
+        norm = log[f"grad_norm_{name}"]
+        norm = norm[np.isfinite(norm)]
+        yield f"{name} {(norm > clip).mean():.0%}"
+
+
+def picture():
+    """runtime/broken.png: a panel a row of the tables."""
+    panels = []
+    for base, flags in BROKEN:
+        findings = doctor.examine(made(base, flags, SEEDS[0]))
+        panels += [(base, flags, f.column) for f in findings if f.column != "skipped"]
+    panels += [(ADM, flags, column) for flags, column in HARMLESS.items()]
+    down = -(-len(panels) // ACROSS)
+    width, height = 4.2 * ACROSS, 2.9 * down  # inches
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(down, ACROSS, squeeze=False).flatten()
+    edges = {"left": 0.6 / width, "right": 1 - 0.2 / width}
+    edges |= {"bottom": 0.8 / height, "top": 1 - 0.7 / height}
+    figure.subplots_adjust(**edges, wspace=0.2, hspace=0.5)
+    for axis, (base, flags, column) in zip(axes, panels, strict=False):
+        _, logarithmic = curves.PANELS[column]
+        for which, color in (("", "C0"), (flags, "C3")):
+            log = curves.read(made(base, which, SEEDS[0]))
+            curves.curve(axis, log, column, color, logarithmic)
+        if logarithmic:
+            axis.set_yscale("log")
+        if column.startswith("d_accuracy"):
+            axis.set_ylim(-0.03, 1.03)
+        harmless = " (harmless here)" if flags in HARMLESS else ""
+        command = textwrap.fill(short(base, flags), 46, break_on_hyphens=False)
+        title = f"{command}\n{column}{harmless}"
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.grid(color="0.92")
+        axis.set_axisbelow(True)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    lines = [Line2D([], [], color="C0"), Line2D([], [], color="C3")]
+    names = ["healthy: the same command without these flags", "with them"]
+    figure.legend(lines, names, loc="lower center", ncols=2, frameon=False, fontsize=12)
+    with aside(PICTURE) as partial:
+        figure.savefig(partial, format="png", dpi=80)
+
+
+def main():
+    if not PAIRS.exists():
+        flags = ["--count", "2000", "--out", str(PAIRS)]
+        run(data.pairs, data.PairsConfig, flags, prog="data.py pairs")
+    print("\n".join([*table(), "", *table_of_silence()]))
+    picture()
+
+
+if __name__ == "__main__":
+    main()
