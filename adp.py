@@ -272,9 +272,10 @@ def main(cfg):
     lambdas = [cfg.lambda_latent]
     vae = None
     if use_pixel:
-        vae = family.vae(ranks.device)
+        vae = family.vae(ranks.device, ranks.frozen_dtype)
         if cfg.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
+            family.recompute(vae)
+        backbone.to(ranks.frozen_dtype)
         pixel_disc = PixelDiscriminator(backbone, cfg.head_width, ranks.mesh).to(ranks.device)
         discriminators.append(pixel_disc)
         lambdas.append(cfg.lambda_pixel)

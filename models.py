@@ -331,7 +331,8 @@ class PixelDiscriminator(Discriminator):
         normal = (images - self.mean) / self.std  # (N, 3, size, size)
         with images.device:  # SAM would make its tables of relative positions in main memory
             # [i]: after layer i
-            hidden = self.backbone(normal, output_hidden_states=True).hidden_states
+            seen = normal.to(self.backbone.dtype)
+            hidden = self.backbone(seen, output_hidden_states=True).hidden_states
         layers = self.backbone.config.num_hidden_layers
         maps = []
         for k in (1, 2, 3, 4):

@@ -6,13 +6,16 @@ conditioning is a dict of (B, ...) tensors; t is (B,) float32 or int64 and never
 
 import hashlib
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import torch
 import transformers
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ode import T, VPSchedule
@@ -40,6 +43,7 @@ class Family:
     net_class: type  # the denoiser, in the pipeline's folder net_name
     net_name = "transformer"
     vae_class = diffusers.AutoencoderKL
+    vae_parts = (ResnetBlock2D, Upsample2D)  # of its decoder: see `recompute`
     guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
     student_steps: int  # default: the paper's
     tokens_at: int  # where a transformer block's output tuple has the image tokens
@@ -169,9 +173,13 @@ class Family:
         return shape
 
     def decode(self, vae, latents):
-        """Latents (B, C, H, W) → images (B, 3, H', W') in about [−1, 1]; differentiable."""
+        """Latents (B, C, H, W) → images (B, 3, H', W') in about [−1, 1]; differentiable.
+
+        In the VAE's type.
+        """
         shift = getattr(self.vae_config, "shift_factor", None) or 0.0
-        return vae.decode(latents / self.vae_config.scaling_factor + shift).sample
+        z = latents / self.vae_config.scaling_factor + shift  # (B, C, H, W)
+        return vae.decode(z.to(vae.dtype)).sample
 
     def views(self, vae, latents, u):
         """The images (N, 3, H', W') that the pixel discriminator sees.
@@ -180,13 +188,29 @@ class Family:
         """
         return self.decode(vae, latents)
 
-    def vae(self, device="cpu"):
-        """The frozen VAE, float32 (SDXL's overflows in half precision)."""
+    def vae(self, device="cpu", dtype=torch.float32):
+        """The frozen VAE. In bf16 it rounds; in half precision SDXL's would overflow."""
         if self.random_init:
             vae = self.made(self.vae_class, vars(self.vae_config))
         else:
             vae = self.vae_class.from_pretrained(self.folder, subfolder="vae")
-        return vae.to(device, torch.float32).eval().requires_grad_(False)
+        return vae.to(device, dtype).eval().requires_grad_(False)
+
+    def parts_of(self, vae):
+        """The decoder's modules that `recompute` treats one by one."""
+        found = [m for m in vae.decoder.modules() if isinstance(m, self.vae_parts)]
+        inner = {n for m in found for n in m.modules() if n is not m}
+        return [m for m in found if m not in inner]
+
+    def recompute(self, vae):
+        """Keep next to nothing of a pass of the decoder: backward makes it again, part by part.
+
+        A whole block of full size would be ten gigabytes. The numbers are the same.
+        """
+        vae.enable_gradient_checkpointing()
+        how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+        for part in self.parts_of(vae):
+            part.forward = partial(checkpoint, part.forward, **how)
 
     def text_pipeline(self, device="cpu", dtype=torch.float32, mesh=None):
         """The stock pipeline with tokenizers and text encoders only, for `encode`.

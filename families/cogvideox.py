@@ -5,6 +5,10 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
+    CogVideoXCausalConv3d,
+    CogVideoXSpatialNorm3D,
+)
 
 from families.base import Family, read_vp_schedule
 from runtime.settings import require
@@ -19,6 +23,7 @@ class CogVideoX(Family):
     pipeline_class = diffusers.CogVideoXPipeline
     net_class = diffusers.CogVideoXTransformer3DModel
     vae_class = diffusers.AutoencoderKLCogVideoX
+    vae_parts = (CogVideoXCausalConv3d, CogVideoXSpatialNorm3D)
     guidance = 6.0
     student_steps = 4
     tokens_at = 0
@@ -68,7 +73,8 @@ class CogVideoX(Family):
 
     def decode(self, vae, latents):
         """Latents (B, F, C, H, W) → frames (B, 3, F', H', W')."""
-        return vae.decode(latents.transpose(1, 2) / self.vae_config.scaling_factor).sample
+        z = latents.transpose(1, 2) / self.vae_config.scaling_factor  # (B, C, F, H, W)
+        return vae.decode(z.to(vae.dtype)).sample
 
     def views(self, vae, latents, u):
         """Two frames of two neighbouring latent frames, (2 B, 3, H', W').

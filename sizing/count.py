@@ -1,8 +1,8 @@
 """Counts what networks hold and what autograd keeps, on networks without storage.
 
 Weights, gradients, moments and the average are exact. Activations are those that autograd saves in
-the passes of adm.py and adp.py, in bf16 with memory-efficient attention; VAE and vision encoder in
-float32. Kernels' workspace and fragmentation come on top.
+the passes of adm.py and adp.py, in bf16 with memory-efficient attention. Kernels' workspace and
+fragmentation come on top.
 """
 
 from pathlib import Path
@@ -58,13 +58,13 @@ def build(family, cfg, frozen_dtype=torch.bfloat16):
     with torch.device("meta"):
         latent = LatentDiscriminator(teacher, cfg.head_width)
     if not is_adm and cfg.pixel and cfg.loss == "adp":
-        encoder = vision_encoder(cfg.pixel_backbone).eval().requires_grad_(False)
+        encoder = vision_encoder(cfg.pixel_backbone).to(frozen_dtype).eval().requires_grad_(False)
         with torch.device("meta"):
             pixel = PixelDiscriminator(encoder, cfg.head_width)
             vae = family.vae_class.from_config(vars(family.vae_config))
-        vae = vae.eval().requires_grad_(False)
+        vae = vae.to(frozen_dtype).eval().requires_grad_(False)
         if checkpointing:
-            vae.enable_gradient_checkpointing()
+            family.recompute(vae)
     return Parts(teacher, student, fake, latent, pixel, vae)
 
 
@@ -210,19 +210,20 @@ class Saved:
 
 
 class Blocks:
-    """Inside, the most that one of these blocks, which checkpointing recomputes, keeps: `most`."""
+    """Inside, what each of these modules keeps, and what it is given: {module: bytes}."""
 
     def __init__(self, blocks, saved):
         self.blocks = blocks
         self.saved = saved
-        self.most = 0
-        self.before = {}
+        self.kept = {}
+        self.given = {}
 
     def enters(self, block, args):
-        self.before[block] = self.saved.bytes
+        self.given[block] = sum(x.nbytes for x in args if isinstance(x, torch.Tensor))
+        self.kept[block] = -self.saved.bytes
 
     def leaves(self, block, args, output):
-        self.most = max(self.most, self.saved.bytes - self.before[block])
+        self.kept[block] += self.saved.bytes
 
     def __enter__(self):
         self.hooks = [b.register_forward_pre_hook(self.enters) for b in self.blocks]
@@ -232,6 +233,21 @@ class Blocks:
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
+
+
+def made_again(blocks, parts):
+    """Bytes that backward makes again at a time of Blocks, of which it makes the `parts` singly.
+
+    What enters each part of a block, what lies between them, and one part.
+    """
+    needs = [0]
+    for block in blocks.kept:
+        inside = [m for m in block.modules() if m in parts.kept]
+        one = max((parts.kept[m] for m in inside), default=0)
+        entering = sum(parts.given[m] for m in inside)
+        between = blocks.kept[block] - sum(parts.kept[m] for m in inside)
+        needs.append(between + entering + one)
+    return max(needs)
 
 
 def innermost(units):
@@ -287,7 +303,8 @@ def activations(family, parts, cfg, shape, batch):
     waiting = {}  # of the generator's phase
     of_student = Blocks(innermost(family.units(parts.student.net)), saved)
     of_vae = Blocks(decoder_blocks(parts.vae) if parts.vae else [], saved)
-    with FlashAttention(), of_student, of_vae, saved:
+    of_parts = Blocks(family.parts_of(parts.vae) if parts.vae else [], saved)
+    with FlashAttention(), of_student, of_vae, of_parts, saved:
         with frozen(*parts.resting()):
             for network, _ in generator_pass(family, parts, cfg, x, t, cond):
                 waiting[network] = saved.taken()
@@ -295,12 +312,12 @@ def activations(family, parts, cfg, shape, batch):
         if parts.fake:
             parts.fake(x, t, cond)
             phases["fake score"] = {"fake": saved.taken()}
-    block = of_student.most  # the others' are like it
+    block = max(of_student.kept.values())  # the others' are like it
     blocks = {
         "student": block,
         "fake": block,
         "discriminator": block,
-        "VAE": of_vae.most,
+        "VAE": made_again(of_vae, of_parts),
         "encoder": 0,
     }
     return phases, blocks

@@ -18,8 +18,9 @@ import models
 import ode
 from families import load_teacher
 from families.tiny import build
-from models import load_pixel_backbone
+from models import PixelDiscriminator, load_pixel_backbone
 from runtime.settings import BadInput
+from sizing import count
 
 FAMILIES = families.TINY
 TIMES = torch.tensor([999.0, 437.5])  # (2,)
@@ -461,6 +462,45 @@ def test_video_views_are_frames_of_the_decoded_video(teachers):
         video = family.decode(vae, z[:, 1:3])  # (2, 3, F', H', W')
     first, last = video[:, :, 0], video[:, :, -1]  # (2, 3, H', W') each
     assert torch.equal(views, torch.stack([first[0], last[0], first[1], last[1]]))
+
+
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
+def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
+    """Bitwise, and less than checkpointing of whole blocks would keep at its worst moment."""
+    family = teachers[name]
+    kept, gradients = {}, {}
+    for how in ("plain", "recompute"):
+        vae = family.vae()
+        if how == "recompute":
+            family.recompute(vae)
+        z = latents(family)[:1].requires_grad_()  # (1, ...)
+        with count.Saved(vae) as saved:
+            images = family.views(vae, z, (0.6, 0.0, 0.999))  # (N, 3, H', W')
+            kept[how] = saved.bytes
+        images.square().mean().backward()
+        gradients[how] = z.grad
+    assert torch.equal(gradients["plain"], gradients["recompute"])
+    assert gradients["plain"].abs().max() > 0
+    assert kept["recompute"] < kept["plain"] / 3
+
+
+@pytest.mark.parametrize("model", ["digits", "tiny-sdxl", "tiny-cogvideox-5b"])
+def test_images_for_the_pixel_discriminator_in_bf16_are_the_same_to_its_rounding(model):
+    """Decoded and judged as on a GPU: bf16 has eight bits."""
+    family = families.load_teacher(model)
+    backbone = load_pixel_backbone("tiny-sam")
+    z = torch.randn(4, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        judge = PixelDiscriminator(backbone.to(dtype), 32)
+        with torch.no_grad():
+            images = family.views(family.vae(dtype=dtype), z, (0.6, 0.0, 0.999))
+            seen[dtype] = [images, *judge.features(images)]
+    backbone.float()
+    assert all(x.dtype == torch.bfloat16 for x in seen[torch.bfloat16])
+    for exact, rounded in zip(*seen.values(), strict=True):
+        error = (rounded.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        assert 0 < error < 0.03
 
 
 @pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
