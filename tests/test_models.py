@@ -466,7 +466,7 @@ def test_video_views_are_frames_of_the_decoded_video(teachers):
 
 @pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
-    """Bitwise, and less than checkpointing of whole blocks would keep at its worst moment."""
+    """Bitwise. What it makes again at a time, the rehearsal tracks."""
     family = teachers[name]
     kept, gradients = {}, {}
     for how in ("plain", "recompute"):
