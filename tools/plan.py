@@ -8,7 +8,7 @@ fetched. Not counted: CUDA's own context, kernels' workspace, fragmentation.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,7 +23,7 @@ from runtime.settings import at_least, require
 from sizing.count import COLUMNS
 from sizing.plan import cheapest, checkpoint_bytes, enough_gpus, gb, plan_of, work_of
 
-H100 = 989e12  # FLOP/s, dense bf16: NVIDIA's data sheet
+PEAK = {"H100": 989e12, "A100": 312e12}  # FLOP/s, dense bf16: NVIDIA's data sheets
 SHARE = 0.4  # ours: what good training code reaches; nobody has measured it here
 
 HOURS = option(False, "count the passes' FLOPs too, which takes a minute", "hardware")
@@ -88,18 +88,22 @@ def print_work(cfg):
     running, teacher = work_of(cfg)
     total = sum(running.values())
     of_it = ", ".join(f"{name} {n / 1e12:.1f}" for name, n in running.items())
+    if cfg.gradient_checkpointing:
+        without, _ = work_of(replace(cfg, gradient_checkpointing=False))
+        of_it += f"; of it made again {(total - sum(without.values())) / 1e12:.1f}"
     print_line("work", f"{total / 1e12:.1f} TFLOP a sample and iteration: {of_it}")
-    gpu = f"of an H100 at {SHARE:.0%} of its peak"
     run = f"{cfg.iterations} iterations of {cfg.batch_size} samples"
-    print_line("hours", f"{hours(total * cfg.batch_size * cfg.iterations):.0f} {gpu}, for {run}")
+    print_line("hours", f"{hours(total * cfg.batch_size * cfg.iterations)}, for {run}")
     if isinstance(cfg, AdpConfig):
         pairs = data.PairsConfig(**recipes.PAIRS.get(cfg.model, {}))
         made = hours(teacher * pairs.steps * pairs.count)
-        print_line("pairs", f"{made:.0f} {gpu}, for {pairs.count} of {pairs.steps} steps")
+        print_line("pairs", f"{made}, for {pairs.count} of {pairs.steps} steps")
 
 
 def hours(flops):
-    return flops / (SHARE * H100 * 3600)
+    """Of each GPU, at a share of its peak."""
+    each = [f"{flops / (SHARE * peak * 3600):.0f} of an {gpu}" for gpu, peak in PEAK.items()]
+    return f"{' or '.join(each)} at {SHARE:.0%} of its peak"
 
 
 def verdict(cfg, peak, there):
