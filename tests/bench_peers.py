@@ -58,7 +58,7 @@ import adm
 from data import repeated
 from families import load_teacher
 from families.export import export_pipeline
-from models import LatentDiscriminator, frozen, make_roles
+from models import LatentDiscriminator, frozen, load_denoiser, make_roles
 from ode import Draw, student_input, student_sample
 from runtime.files import write_json
 from runtime.flags import option, parser_of
@@ -121,14 +121,14 @@ def commit_of(name, checkout):
     """The commit of a checkout, or "no commit". Raises BadInput where it is none of this peer."""
     folder = Path(checkout)
     require(folder.is_dir(), f"--{name.lower()} {checkout}: no such folder")
-    asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    asked = ["git", "--git-dir", str(folder / ".git"), "rev-parse", "HEAD"]
     found = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "no commit"
     for file, names in LAYOUT[name].items():
         path = folder / file
         text = path.read_text() if path.is_file() else ""
         for wanted in names:
             there = f"def {wanted}(" in text or f"class {wanted}(" in text
-            written = f"written for {name} {WRITTEN_FOR[name][:8]}"
+            written = f"written for {name} {WRITTEN_FOR[name][:9]}"
             why = f"{file} has no {wanted}"
             require(there, f"--{name.lower()} {checkout}: {why}; {written}, this is {found[:9]}")
     return found
@@ -209,7 +209,7 @@ def common_ground():
         generator = torch.Generator().manual_seed(5)
         states = {}
         for role in ("teacher", "student", "fake"):
-            net = family.denoiser().net
+            net = load_denoiser(family).net
             for name, p in net.named_parameters():
                 if role != "teacher":
                     noise = torch.randn(p.shape, generator=generator)
@@ -455,3 +455,304 @@ class FastGen:
             model.optimizers_schedulers_step(self.iteration)
             model.optimizers_zero_grad(self.iteration)
             self.iteration += 1
+
+
+# --- (a) The gradient of --loss dmd ---------------------------------------------------------------
+
+
+def gradients(ground, w, dmd2, fastgen):
+    """{what: difference} at guidance w, of ours to theirs, on the same inputs."""
+    ours = Ours(ground, "--loss", "dmd", "--guidance", w)
+    draw, learned = Recorded(0), []
+    how = (ours.net, ours.cfg, draw, ground.cond, ground.uncond)
+    _, latents = adm.dmd_round(*how, 0, learned.append)
+    loss, loss_fake = learned
+    x0_hat, x0_real, x0_fake, _ = latents.values()  # (B, ...) each, and t
+    weights = [*ours.unets["student"].parameters()]
+    own_x, *own = torch.autograd.grad(loss, [x0_hat, *weights])
+    x_T, eps, eps_fake = draw.normals  # (B, ...) each
+    t, t_fake = (times.long() for times in draw.times)  # (B,) each
+    found = {}
+
+    if dmd2:
+        peer = DMD2(dmd2, ground, gan=False, guidance=w)
+        x = x0_hat.detach().requires_grad_()
+        texts = (ground.cond["prompt_embeds"], ground.uncond["prompt_embeds"])
+        with prescribed([t], [eps]):
+            losses, _ = peer.guide.compute_distribution_matching_loss(
+                x, *texts, peer.added, peer.not_added
+            )
+        (its_x,) = torch.autograd.grad(losses["loss_dm"], x)
+        found["DMD2: gradient in x̂_0"] = difference(own_x, its_x)
+        with prescribed([t], [eps]):
+            losses, _ = peer.model(x_T, {}, None, generator_turn=True)
+        its = torch.autograd.grad(losses["loss_dm"], [*peer.unets["student"].parameters()])
+        found["DMD2: gradient in the student's weights"] = difference(own, its)
+        with prescribed([t_fake], [eps_fake]):
+            losses, _ = peer.guide.compute_loss_fake(x0_hat, *texts, peer.added, peer.not_added)
+        its_fake = losses["loss_fake_mean"]
+        found["DMD2: loss of the fake score"] = difference(loss_fake.detach(), its_fake.detach())
+
+    if fastgen:
+        peer = FastGen(fastgen, ground, gan=False, guidance=w)
+        schedule = peer.model.net.noise_scheduler
+        start = torch.full((B,), schedule.max_t, dtype=schedule.t_precision)  # (B,)
+        times = (start, t.to(schedule.t_precision) / 1000)
+        texts = {"condition": peer.data["condition"], "neg_condition": peer.data["neg_condition"]}
+        peer.model._setup_grad_requirements(0)
+        losses, _ = peer.model._student_update_step(x_T, *times, eps, peer.data, **texts)
+        names = dict(ours.unets["student"].named_parameters())
+        its_weights = [p for name, p in peer.unets["student"].named_parameters() if name in names]
+        its = torch.autograd.grad(losses["total_loss"], its_weights)
+        found["FastGen: gradient in the student's weights"] = difference(own, its)
+    return found
+
+
+# --- (b) Samplers and export ----------------------------------------------------------------------
+
+STEPS = 4
+
+
+def samplers(ground, dmd2, fastgen):
+    """{what: difference} of ours to theirs, one student in four steps."""
+    family, schedule = ground.family, ground.family.schedule
+    times = schedule.timesteps(STEPS)[:-1]  # (STEPS,)
+    student = load_denoiser(family)
+    student.net.load_state_dict(ground.states["student"])
+    draw = Recorded(1)
+    x_T, *noise = [draw.normal(ground.shape) for _ in range(STEPS + 2)]  # (B, ...) each
+
+    def predict(x, t):
+        return student(x, t, ground.cond)[0]
+
+    def walk(k):
+        """What the student is shown at its step k, (B, ...)."""
+        return student_input(predict, schedule, x_T, times, k, partial_noise())
+
+    def partial_noise():
+        fresh = iter(noise)
+        return lambda: next(fresh)
+
+    found = {}
+    with torch.no_grad():
+        own = student_sample(predict, schedule, x_T, times, partial_noise())  # (B, ...)
+        if dmd2:
+            peer = DMD2(dmd2, ground, gan=False, steps=STEPS)
+            found |= samplers_of_dmd2(dmd2, peer, own, [walk(k) for k in range(STEPS)], x_T, noise)
+        if fastgen:
+            peer = FastGen(fastgen, ground, gan=False)
+            found |= sampler_of_fastgen(peer, own, times, x_T, noise)
+    if dmd2:
+        found |= exports(ground, student, schedule)
+    return found
+
+
+def samplers_of_dmd2(theirs, peer, own, own_inputs, x_T, noise):
+    """own: our sample (B, ...); own_inputs: what our student is shown at each step."""
+    kept = []
+    vae = types.SimpleNamespace(config=types.SimpleNamespace(scaling_factor=1.0))
+    vae.decode = lambda latents, return_dict: (kept.append(latents), [latents])[1]
+    unet, scheduler = peer.unets["student"], peer.model.noise_scheduler
+    text = peer.ground.cond["prompt_embeds"]
+    how = {"device": "cpu", "num_step": STEPS}
+    with prescribed([], noise):
+        theirs.test_folder_sdxl.sample(x_T, peer.added, unet, vae, scheduler, text, **how)
+    found = {"DMD2: sample in four steps": difference(own, kept[0])}
+    worst = 0.0
+    for k, own_input in enumerate(own_inputs):
+        # It draws the chain's noise at each step, and what it then noises x̂_0 with beforehand.
+        chain, last = noise[: max(k - 1, 0)], noise[max(k - 1, 0)]
+        if k == 0:
+            last = x_T
+        step_drawn = [torch.zeros(B, dtype=torch.long), torch.tensor([k])]
+        with prescribed(step_drawn, [x_T, *chain, x_T]):
+            *_, its_input = peer.model.prepare_denoising_data({}, None, last)
+        worst = max(worst, difference(own_input, its_input))
+    return found | {"DMD2: what the student is trained on, worst of four steps": worst}
+
+
+def sampler_of_fastgen(peer, own, times, x_T, noise):
+    """At our times from pure noise, and at its own."""
+    cond = peer.data["condition"]
+    schedule = peer.model.net.noise_scheduler
+    same = [*(float(t) / 1000 for t in times), 0.0]
+    sigma = schedule.sigmas[-1]  # its walk starts at σ_T ε
+
+    def sample(start, t_list):
+        with prescribed([], noise):
+            return peer.model.generator_fn(
+                peer.model.net, start, STEPS, t_list=t_list, condition=cond
+            )
+
+    name = "FastGen: sample in four steps"
+    return {
+        f"{name}, at our times and from ε": difference(own, sample(x_T / sigma.float(), same)),
+        f"{name}, at its own, from σ_T ε": difference(own, sample(x_T, None)),
+    }
+
+
+def exports(ground, student, schedule):
+    """Our exported pipeline beside the same UNet as DMD2's README has it sampled."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_pipeline(student, schedule, STEPS, ground.shape, f"{folder}/pipeline")
+        ours = DiffusionPipeline.from_pretrained(f"{folder}/pipeline")
+        its = DiffusionPipeline.from_pretrained(ground.folder, unet=student.net)
+        its.scheduler = LCMScheduler.from_config(its.scheduler.config)
+
+        def latents(pipe, **how):
+            pipe.set_progress_bar_config(disable=True)
+            size = {"height": ground.pixels, "width": ground.pixels, "output_type": "latent"}
+            generator = torch.Generator().manual_seed(7)
+            how |= {"num_inference_steps": STEPS, "generator": generator}
+            return pipe(PROMPTS, **size, **how).images
+
+        own = latents(ours, guidance_scale=1.0)
+        listed = latents(its, guidance_scale=0, timesteps=[999, 749, 499, 249])
+        unlisted = latents(its, guidance_scale=0)
+    return {
+        "DMD2: pipeline, theirs with `timesteps=`": difference(own, listed),
+        "DMD2: pipeline, theirs without": difference(own, unlisted),
+    }
+
+
+# --- (c) The cost of one generator update ---------------------------------------------------------
+
+
+def methods(ground, dmd2, fastgen):
+    """{label: what has update() and unets}"""
+    found = {
+        "ADM": Ours(ground),
+        "ADM, activations recomputed": Ours(ground, "--gradient-checkpointing"),
+        "ADM, straight-through": Ours(ground, "--fake-gradient", "straight-through"),
+        "ADM, 5 others' updates": Ours(ground, "--ttur", 5),
+        "DMD": Ours(ground, "--loss", "dmd"),
+        "DMD, 5 others' updates": Ours(ground, "--loss", "dmd", "--ttur", 5),
+    }
+    if dmd2:
+        found |= {
+            "DMD2 as it is: GAN, 5 others' updates": DMD2(dmd2, ground),
+            "DMD2, 1 other's update": DMD2(dmd2, ground, ratio=1),
+            "DMD2 without GAN": DMD2(dmd2, ground, gan=False),
+            "DMD2 without GAN, 1 other's update": DMD2(dmd2, ground, ratio=1, gan=False),
+        }
+    if fastgen:
+        plain = {"recompute": False}
+        found |= {
+            "FastGen as it is: GAN, 4 others' updates, recomputed": FastGen(fastgen, ground),
+            "FastGen, not recomputed": FastGen(fastgen, ground, **plain),
+            "FastGen, 1 other's update": FastGen(fastgen, ground, freq=2, **plain),
+            "FastGen without GAN": FastGen(fastgen, ground, gan=False, **plain),
+            "FastGen without GAN, 1 other's update": FastGen(
+                fastgen, ground, freq=2, gan=False, **plain
+            ),
+        }
+    return found
+
+
+def passes(method):
+    """{role: {"forward", "backward": (whole, part)}} of one update, in batches of B samples.
+
+    A pass in part ends at the middle block, where the heads tap it. Activations that are computed
+    again do not count.
+    """
+    counts = Counter()
+
+    def watch(layer, *key):
+        def count(module, args, out):
+            share = len(out) / B
+            counts[(*key, "forward")] += share
+            if out.requires_grad:
+                out.register_hook(lambda gradient: counts.update({(*key, "backward"): share}))
+
+        return layer.register_forward_hook(count)
+
+    hooks = []
+    for role, unet in method.unets.items():
+        hooks += [watch(unet.conv_in, role, "first"), watch(unet.conv_out, role, "last")]
+    method.update()
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for role in method.unets:
+        found[role] = {}
+        for way in ("forward", "backward"):
+            whole = counts[role, "last", way]
+            found[role][way] = (whole, counts[role, "first", way] - whole)
+    return found
+
+
+def cost(found, repeats):
+    """{label: {"seconds": [of each turn], "ratio": to ADM, "passes"}}"""
+    seconds = {label: [] for label in found}
+    labels = list(found)
+    for turn in range(WARM_UP + repeats):
+        first = turn % len(labels)
+        for label in labels[first:] + labels[:first]:
+            began = time.process_time()  # of this process: other jobs share the machine
+            found[label].update()
+            if turn >= WARM_UP:
+                seconds[label].append(time.process_time() - began)
+    rows = {}
+    for label, method in found.items():
+        ratios = [s / adm_s for s, adm_s in zip(seconds[label], seconds["ADM"], strict=True)]
+        ratio = statistics.median(ratios)
+        rows[label] = {"seconds": seconds[label], "ratio": ratio, "passes": passes(method)}
+    return rows
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def shown_passes(counts):
+    """3 whole ones and 2 in part as "3 + 2p"."""
+    whole, part = (f"{n:g}" for n in counts)
+    if part == "0":
+        return whole
+    return f"{part}p" if whole == "0" else f"{whole} + {part}p"
+
+
+def tables(results):
+    lines = [f"{name}: commit {commit}" for name, commit in results["commits"].items()]
+    if results["differences"]:
+        lines += ["", "| max abs. difference / max abs. of theirs | |", "| --- | --- |"]
+        lines += [f"| {what} | {value:.1e} |" for what, value in results["differences"].items()]
+    roles = ("student", "teacher", "fake")
+    lines += ["", "| one generator update | CPU time | ms | forward: " + ", ".join(roles)]
+    lines[-1] += " | backward |"
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for label, row in results["cost"].items():
+        ms = 1000 * statistics.median(row["seconds"])
+        ways = []
+        for way in ("forward", "backward"):
+            ways.append(", ".join(shown_passes(row["passes"][role][way]) for role in roles))
+        lines.append(f"| {label} | {row['ratio']:.2f} | {ms:.0f} | {' | '.join(ways)} |")
+    return "\n".join(lines)
+
+
+def main(cfg):
+    at_least(1, cfg, "repeats")
+    if cfg.json:
+        parent = Path(cfg.json).resolve().parent
+        require(parent.is_dir(), f"--json {cfg.json}: there is no folder {parent}")
+    asked = {"DMD2": cfg.dmd2, "FastGen": cfg.fastgen}
+    asked = {name: checkout for name, checkout in asked.items() if checkout}
+    commits = {name: commit_of(name, checkout) for name, checkout in asked.items()}
+    torch.manual_seed(0)
+    ground = common_ground()  # what libraries import lazily is imported before the stubs
+    theirs = {name: imported(name, checkout) for name, checkout in asked.items()}
+    peers = (theirs.get("DMD2"), theirs.get("FastGen"))
+    differences = {}
+    for w in (GUIDANCE, 1.0) if theirs else ():
+        for what, value in gradients(ground, w, *peers).items():
+            differences[f"{what}, w = {w:g}"] = value
+    if theirs:
+        differences |= samplers(ground, *peers)
+    costs = cost(methods(ground, *peers), cfg.repeats)
+    results = {"commits": commits, "differences": differences, "cost": costs}
+    if cfg.json:
+        write_json(cfg.json, results)
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    run(main, Config, description=__doc__)
