@@ -22,7 +22,7 @@ channels of SDXL's middle block: DMD2's are built here, at this one's 16, as it 
 of 8 x 8, FastGen's are its own class at that width. FastGen always recomputes activations: it is
 measured so, and with that off. Packages of theirs that are not installed and only load data,
 log or score are replaced while they are imported by modules whose functions refuse to be called
-(STUBS). FastGen's settings need `pip install hydra-core omegaconf attrs loguru`.
+(STUBS). FastGen needs `pip install hydra-core omegaconf attrs loguru`, and both peers peft.
 """
 
 import os
@@ -31,7 +31,7 @@ os.environ.update(HF_HUB_OFFLINE="1", LOCAL_FILES_ONLY="true", CUDA_VISIBLE_DEVI
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
-import importlib
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -79,12 +79,10 @@ WARM_UP = 3  # turns that are not counted
 class Config:
     """What to compare with."""
 
-    dmd2: str | None = option(None, "your clone of DMD2; default: not compared", "how to score")
-    fastgen: str | None = option(
-        None, "your clone of FastGen; default: not compared", "how to score"
-    )
-    repeats: int = option(17, "turns of each method that are timed", "how to score")
-    json: str | None = option(None, "file to write all figures to; default: none", "output")
+    dmd2: str | None = option(None, "your clone of DMD2; default: not compared")
+    fastgen: str | None = option(None, "your clone of FastGen; default: not compared")
+    repeats: int = option(17, "turns of each method that are timed")
+    json: str | None = option(None, "file to write all figures to; default: none")
 
 
 # --- Their checkouts ------------------------------------------------------------------------------
@@ -114,7 +112,11 @@ MODULES = {
     "FastGen": ["fastgen.configs.experiments.SDXL.config_dmd2", "fastgen.networks.SDXL.network"],
 }
 STUBS = {"wandb", "lmdb", "imageio", "av", "boto3", "einops", "ftfy", "timm", "webdataset"}
-STUBS |= {"torchvision", "main.coco_eval"}  # the latter is DMD2's own: FID and CLIP scores
+STUBS |= {
+    "pandas",
+    "torchvision",
+    "main.coco_eval",
+}  # the latter is DMD2's own: FID and CLIP scores
 
 
 def commit_of(name, checkout):
@@ -171,8 +173,8 @@ def imported(name, checkout):
     sys.meta_path.insert(0, stubs)
     try:
         modules = [importlib.import_module(module) for module in MODULES[name]]
-    except ModuleNotFoundError as e:
-        raise BadInput(f"--{name.lower()} {checkout}: it needs {e.name} (pip install)") from None
+    except ImportError as e:
+        raise BadInput(f"--{name.lower()} {checkout}: {e} (pip install; see --help)") from None
     finally:
         sys.meta_path.remove(stubs)
         for module in [*sys.modules.values()]:
@@ -550,8 +552,13 @@ def samplers(ground, dmd2, fastgen):
 def samplers_of_dmd2(theirs, peer, own, own_inputs, x_T, noise):
     """own: our sample (B, ...); own_inputs: what our student is shown at each step."""
     kept = []
-    vae = types.SimpleNamespace(config=types.SimpleNamespace(scaling_factor=1.0))
-    vae.decode = lambda latents, return_dict: (kept.append(latents), [latents])[1]
+
+    def decode(latents, return_dict):
+        kept.append(latents)
+        return [latents]
+
+    config = types.SimpleNamespace(scaling_factor=1.0)
+    vae = types.SimpleNamespace(config=config, decode=decode)
     unet, scheduler = peer.unets["student"], peer.model.noise_scheduler
     text = peer.ground.cond["prompt_embeds"]
     how = {"device": "cpu", "num_step": STEPS}
@@ -560,7 +567,7 @@ def samplers_of_dmd2(theirs, peer, own, own_inputs, x_T, noise):
     found = {"DMD2: sample in four steps": difference(own, kept[0])}
     worst = 0.0
     for k, own_input in enumerate(own_inputs):
-        # It draws the chain's noise at each step, and what it then noises x̂_0 with beforehand.
+        # Its walk of k steps draws k noises and drops the last: what it was handed is used.
         chain, last = noise[: max(k - 1, 0)], noise[max(k - 1, 0)]
         if k == 0:
             last = x_T
@@ -622,29 +629,27 @@ def methods(ground, dmd2, fastgen):
     """{label: what has update() and unets}"""
     found = {
         "ADM": Ours(ground),
-        "ADM, activations recomputed": Ours(ground, "--gradient-checkpointing"),
-        "ADM, straight-through": Ours(ground, "--fake-gradient", "straight-through"),
-        "ADM, 5 others' updates": Ours(ground, "--ttur", 5),
+        "ADM --gradient-checkpointing": Ours(ground, "--gradient-checkpointing"),
+        "ADM --fake-gradient straight-through": Ours(ground, "--fake-gradient", "straight-through"),
+        "ADM --ttur 5": Ours(ground, "--ttur", 5),
         "DMD": Ours(ground, "--loss", "dmd"),
-        "DMD, 5 others' updates": Ours(ground, "--loss", "dmd", "--ttur", 5),
+        "DMD --ttur 5": Ours(ground, "--loss", "dmd", "--ttur", 5),
     }
     if dmd2:
         found |= {
-            "DMD2 as it is: GAN, 5 others' updates": DMD2(dmd2, ground),
-            "DMD2, 1 other's update": DMD2(dmd2, ground, ratio=1),
-            "DMD2 without GAN": DMD2(dmd2, ground, gan=False),
-            "DMD2 without GAN, 1 other's update": DMD2(dmd2, ground, ratio=1, gan=False),
+            "DMD2's recipe: ratio 5, GAN": DMD2(dmd2, ground),
+            "DMD2, ratio 1, GAN": DMD2(dmd2, ground, ratio=1),
+            "DMD2, ratio 5": DMD2(dmd2, ground, gan=False),
+            "DMD2, ratio 1": DMD2(dmd2, ground, ratio=1, gan=False),
         }
     if fastgen:
         plain = {"recompute": False}
         found |= {
-            "FastGen as it is: GAN, 4 others' updates, recomputed": FastGen(fastgen, ground),
-            "FastGen, not recomputed": FastGen(fastgen, ground, **plain),
-            "FastGen, 1 other's update": FastGen(fastgen, ground, freq=2, **plain),
-            "FastGen without GAN": FastGen(fastgen, ground, gan=False, **plain),
-            "FastGen without GAN, 1 other's update": FastGen(
-                fastgen, ground, freq=2, gan=False, **plain
-            ),
+            "FastGen's recipe: 1 in 5, GAN, recomputing": FastGen(fastgen, ground),
+            "FastGen, 1 in 5, GAN": FastGen(fastgen, ground, **plain),
+            "FastGen, 1 in 2, GAN": FastGen(fastgen, ground, freq=2, **plain),
+            "FastGen, 1 in 5": FastGen(fastgen, ground, gan=False, **plain),
+            "FastGen, 1 in 2": FastGen(fastgen, ground, freq=2, gan=False, **plain),
         }
     return found
 
@@ -682,7 +687,7 @@ def passes(method):
 
 
 def cost(found, repeats):
-    """{label: {"seconds": [of each turn], "ratio": to ADM, "passes"}}"""
+    """{label: {"seconds": [of each turn], "ratio": quartiles, to ADM's of that turn, "passes"}}"""
     seconds = {label: [] for label in found}
     labels = list(found)
     for turn in range(WARM_UP + repeats):
@@ -695,7 +700,8 @@ def cost(found, repeats):
     rows = {}
     for label, method in found.items():
         ratios = [s / adm_s for s, adm_s in zip(seconds[label], seconds["ADM"], strict=True)]
-        ratio = statistics.median(ratios)
+        quartiles = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75]))  # (3,)
+        ratio = quartiles.tolist()
         rows[label] = {"seconds": seconds[label], "ratio": ratio, "passes": passes(method)}
     return rows
 
@@ -717,15 +723,16 @@ def tables(results):
         lines += ["", "| max abs. difference / max abs. of theirs | |", "| --- | --- |"]
         lines += [f"| {what} | {value:.1e} |" for what, value in results["differences"].items()]
     roles = ("student", "teacher", "fake")
-    lines += ["", "| one generator update | CPU time | ms | forward: " + ", ".join(roles)]
-    lines[-1] += " | backward |"
-    lines += ["| --- | --- | --- | --- | --- |"]
+    columns = ["one generator update", "CPU time (quartiles)", "ms"]
+    columns += ["forward: " + ", ".join(roles), "backward"]
+    lines += ["", f"| {' | '.join(columns)} |", "| --- | --- | --- | --- | --- |"]
     for label, row in results["cost"].items():
+        low, ratio, high = row["ratio"]
         ms = 1000 * statistics.median(row["seconds"])
-        ways = []
+        cells = [label, f"{ratio:.2f} ({low:.2f} to {high:.2f})", f"{ms:.0f}"]
         for way in ("forward", "backward"):
-            ways.append(", ".join(shown_passes(row["passes"][role][way]) for role in roles))
-        lines.append(f"| {label} | {row['ratio']:.2f} | {ms:.0f} | {' | '.join(ways)} |")
+            cells.append(", ".join(shown_passes(row["passes"][role][way]) for role in roles))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -737,21 +744,26 @@ def main(cfg):
     asked = {"DMD2": cfg.dmd2, "FastGen": cfg.fastgen}
     asked = {name: checkout for name, checkout in asked.items() if checkout}
     commits = {name: commit_of(name, checkout) for name, checkout in asked.items()}
+    with contextlib.redirect_stdout(sys.stderr):  # theirs log as they go
+        results = {"commits": commits} | measured(asked, cfg.repeats)
+    if cfg.json:
+        write_json(cfg.json, results)
+    print(tables(results))
+
+
+def measured(asked, repeats):
+    """{"differences", "cost"}, beside the peers asked for, {name: checkout}."""
     torch.manual_seed(0)
     ground = common_ground()  # what libraries import lazily is imported before the stubs
     theirs = {name: imported(name, checkout) for name, checkout in asked.items()}
     peers = (theirs.get("DMD2"), theirs.get("FastGen"))
     differences = {}
-    for w in (GUIDANCE, 1.0) if theirs else ():
-        for what, value in gradients(ground, w, *peers).items():
-            differences[f"{what}, w = {w:g}"] = value
     if theirs:
+        for w in (GUIDANCE, 1.0):
+            for what, value in gradients(ground, w, *peers).items():
+                differences[f"{what}, w = {w:g}"] = value
         differences |= samplers(ground, *peers)
-    costs = cost(methods(ground, *peers), cfg.repeats)
-    results = {"commits": commits, "differences": differences, "cost": costs}
-    if cfg.json:
-        write_json(cfg.json, results)
-    print(tables(results))
+    return {"differences": differences, "cost": cost(methods(ground, *peers), repeats)}
 
 
 if __name__ == "__main__":
