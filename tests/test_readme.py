@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_peers
 import pytest
 from conftest import ROOT, script
 
@@ -42,6 +43,7 @@ SCRIPTS = {
     "tools/plan.py adp": (plan.AdpConfig, plan.check),
     "tools/sample.py": (sample.Config, None),
     "tools/score.py": (score.Config, score.check),
+    "tests/bench_peers.py": (bench_peers.Config, None),
 }
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
