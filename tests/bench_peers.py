@@ -1,6 +1,6 @@
 """This project beside its peers' own code: gradient, sampler, export, the cost of an update.
 
-    python tests/bench_peers.py --dmd2 CHECKOUT --fastgen CHECKOUT --json out/peers.json
+    python tests/bench_peers.py --dmd2 CHECKOUT --fastgen CHECKOUT --json peers.json
 
 CHECKOUT is your own clone of github.com/tianweiy/DMD2 or github.com/NVlabs/FastGen, read and run
 where it lies: nothing of theirs is in this project. Written for the commits below (WRITTEN_FOR);

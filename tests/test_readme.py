@@ -155,7 +155,7 @@ def test_files_that_a_rooms_readme_lists_are_all_that_it_has():
 def test_flags_exist():
     fields = {f.name for config, _ in SCRIPTS.values() for f in dataclasses.fields(config)}
     known = OTHER_FLAGS | {"--" + name.replace("_", "-") for name in fields}
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", EVERYWHERE))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]", EVERYWHERE))
     assert len(flags) > 20 and flags <= known | {"--lr"}, flags - known  # `--lr-…`
 
 
