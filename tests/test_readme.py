@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_peers
 import pytest
 from conftest import ROOT, script
 
@@ -42,6 +43,7 @@ SCRIPTS = {
     "tools/plan.py adp": (plan.AdpConfig, plan.check),
     "tools/sample.py": (sample.Config, None),
     "tools/score.py": (score.Config, score.check),
+    "tests/bench_peers.py": (bench_peers.Config, None),
 }
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
@@ -153,7 +155,7 @@ def test_files_that_a_rooms_readme_lists_are_all_that_it_has():
 def test_flags_exist():
     fields = {f.name for config, _ in SCRIPTS.values() for f in dataclasses.fields(config)}
     known = OTHER_FLAGS | {"--" + name.replace("_", "-") for name in fields}
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", EVERYWHERE))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]", EVERYWHERE))
     assert len(flags) > 20 and flags <= known | {"--lr"}, flags - known  # `--lr-…`
 
 
