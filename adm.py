@@ -374,7 +374,7 @@ def main(cfg):
     check(cfg)
     must_fit(cfg)
     family = load_teacher(cfg.model, cfg.random_init)
-    ranks = Ranks()
+    ranks = Ranks(cfg.shard_ranks)
     embeddings = Path(cfg.out) / "prompts"
     texts = read_prompts(cfg.prompts, family, embeddings, ranks, cfg.embed)
     shape = family.latent_shape(cfg.resolution, cfg.frames)

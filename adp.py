@@ -239,7 +239,7 @@ def main(cfg):
     use_pixel = cfg.pixel and cfg.loss == "adp"
     if use_pixel:
         backbone = load_pixel_backbone(cfg.pixel_backbone, cfg.random_init)
-    ranks = Ranks()
+    ranks = Ranks(cfg.shard_ranks)
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     pairs = Pairs(cfg.pairs, family, ranks.device, cfg.resolution, cfg.frames, cfg.guidance)
     embeddings = Path(cfg.out) / "prompts"

@@ -103,6 +103,13 @@ class TrainingConfig(TeacherConfig):
         "keep AdamW's moments in main memory between steps: less GPU memory, more time",
         "memory",
     )
+    shard_ranks: int | None = option(
+        None,
+        "shard networks over groups of so many neighbouring ranks, say the GPUs of a node: each "
+        "group has a copy, and only gradients pass between groups, which is faster and takes more "
+        "memory; default: over all ranks",
+        "memory",
+    )
     embed: Literal["cached", "live"] = EMBED
     out: str = option("out/run", "folder to write; must be empty, or a run to --resume", "output")
     checkpoint_every: int = option(25, "iterations between checkpoints", "output")
@@ -126,7 +133,7 @@ class TrainingConfig(TeacherConfig):
 def check_training(cfg):
     """Raises BadInput for settings of a TrainingConfig without meaning."""
     at_least(1, cfg, "iterations", "batch_size", "student_steps", "samples", "accumulate")
-    at_least(1, cfg, "frames")
+    at_least(1, cfg, "frames", "shard_ranks")
     at_least(1, cfg, "checkpoint_every", "keep_checkpoints")
     at_least(0, cfg, "seed", "lora_rank", "guidance", "sample_every", "log_every")
     positive(cfg, "lr_student", "lr_heads", "clip")

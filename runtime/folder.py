@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,7 @@ from runtime import doctor
 from runtime.board import Board
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
 from runtime.progress import Progress
-from runtime.ranks import assign, gather, like
+from runtime.ranks import assign, like, own
 from runtime.script import Stopped
 from runtime.settings import BadInput, require
 
@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "samples",
     "gradient_checkpointing",
     "offload",
+    "shard_ranks",
     "embed",
     "paper",
 )
@@ -140,8 +141,10 @@ class Run:
             )
             claim(self.folder)
         ranks.barrier()  # every rank has looked before one writes
-        if ranks.main and not cfg.resume:  # one that is resumed: see go_on
-            write_json(config_json, self.about)
+        if not cfg.resume:  # one that is resumed: see go_on
+            ranks.first(lambda: write_json(config_json, self.about))
+        seen = all(ranks.each(config_json.exists))
+        ranks.first(lambda: require(seen, f"{self.folder} is not on a disk that all ranks share"))
 
     def check_same(self, facts):
         """Raises BadInput where a setting that may not change is another than in the run."""
@@ -300,36 +303,41 @@ class Run:
     def save(self, iteration, networks, optimizers):
         """Write checkpoints/<iteration>/ of {name: {name: parameter}} and {name: AdamW}.
 
-        Whole tensors whatever the number of ranks. The last cfg.keep_checkpoints stay. To be called
-        on every rank; rank 0 writes.
+        Nothing is gathered: each rank writes its rows of every tensor, and hashes them. The last
+        cfg.keep_checkpoints stay. To be called on every rank.
         """
         if self.board:
             self.board.flush()
         folder = self.folder / "checkpoints" / f"{iteration:06d}"
         first, main = self.ranks.first, self.ranks.main
-        with aside(folder) if main else nullcontext(folder) as partial:
-            first(lambda: partial.mkdir(parents=True))
-            for name, parameters in networks.items():
-                path = partial / f"{name}.safetensors"
-                self.save_network(path, parameters, optimizers.get(name))
-            state_json = partial / "state.json"
-            first(lambda: write_json(state_json, checkpoint_state(iteration, partial, networks)))
+        with aside(folder) if main else nullcontext() as partial:
+            partial = first(lambda: created(partial))
+            sums = self.ranks.each(lambda: self.save_rows(partial, networks, optimizers))
+            state = checkpoint_state(iteration, sums)
+            first(lambda: write_json(partial / "state.json", state))
         if main:
             for old in self.checkpoints()[: -self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
         self.ranks.barrier()
 
-    def save_network(self, path, parameters, optimizer):
-        """Write {name: parameter} and what AdamW, if it is not None, keeps of them.
+    def save_rows(self, folder, networks, optimizers):
+        """Write this rank's rows of each network and of what AdamW, if it has one, keeps of it.
 
-        In main memory the network is whole until this returns.
+        Returns {name of a file: its hash}. Main memory takes those of one network at a time. Beyond
+        the first --shard-ranks ranks there are copies, and nothing is written.
         """
-        tensors = {f"weight/{n}": p for n, p in parameters.items()}
-        if optimizer is not None:
-            for i, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"adamw/{i}/{slot}": value for slot, value in slots.items()}
-        tensors = gather(tensors, keep=self.ranks.main)
-        self.ranks.first(lambda: write_tensors(path, tensors))
+        sums = {}
+        if self.ranks.rank >= self.ranks.sharing:
+            return sums
+        for name, parameters in networks.items():
+            tensors = {f"weight/{n}": own(p) for n, p in parameters.items()}
+            if name in optimizers:
+                for i, slots in optimizers[name].state_dict()["state"].items():
+                    tensors |= {f"adamw/{i}/{slot}": own(value) for slot, value in slots.items()}
+            path = folder / file_names(name, self.ranks.sharing)[self.ranks.rank]
+            write_tensors(path, tensors)
+            sums[path.stem] = file_sha256(path)
+        return sums
 
     def as_saved(self, networks, iteration):
         """The networks of the checkpoint after this iteration: the average too, if it had one."""
@@ -342,19 +350,34 @@ class Run:
         """The newest checkpoint that is whole, or None where there is none at all.
 
         Newer ones, which are damaged, are named on stderr. Raises BadInput where none is whole: to
-        begin again would cost the log.
+        begin again would cost the log. To be called on every rank.
         """
         problems = []
-        for folder in reversed(self.checkpoints()):
-            try:
-                check_checkpoint(folder, self.as_saved(networks, int(folder.name)))
-                for line in problems:
+        for folder in reversed(self.ranks.first(self.checkpoints)):
+            damage = self.damage(folder, networks)
+            if damage is None:
+                for line in problems if self.ranks.main else ():
                     print(f"{line}: going back to the checkpoint before it", file=sys.stderr)
                 return folder
-            except (OSError, ValueError, SafetensorError) as e:
-                problems.append(f"{folder} is damaged ({e})")
-        require(not problems, "; ".join(problems))
+            problems.append(f"{folder} is damaged ({damage})")
+        self.ranks.first(lambda: require(not problems, "; ".join(problems)))
         return None
+
+    def damage(self, folder, networks):
+        """What is wrong with a checkpoint, in words, or None: the same on every rank.
+
+        Each hashes its share of the files. To be called on every rank.
+        """
+        saved = self.as_saved(networks, int(folder.name))
+        sums = self.ranks.each(lambda: hashes(folder, self.ranks.rank, self.ranks.world))
+
+        def words():
+            try:
+                check_checkpoint(folder, saved, sums)
+            except (OSError, ValueError, SafetensorError) as e:
+                return str(e)
+
+        return self.ranks.first(words)
 
     def restore(self, networks, optimizers):
         """Load the newest whole checkpoint, if cfg.resume; return its iteration (0: none).
@@ -365,13 +388,13 @@ class Run:
         done = 0
         loaded = []
         if self.cfg.resume:
-            folder = self.ranks.first(lambda: self.newest_whole(networks))  # the same on all ranks
+            folder = self.newest_whole(networks)
             if folder:
                 done = int(folder.name)
                 saved = self.as_saved(networks, done)
                 loaded = [name for name in networks if name in saved]
         for name in loaded:
-            load_network(folder / f"{name}.safetensors", networks[name], optimizers.get(name))
+            load_network(folder, name, networks[name], optimizers.get(name))
         if "ema" in networks and "ema" not in loaded:  # the average begins here
             for name, average in networks["ema"].items():
                 average.copy_(networks["student"][name].detach())
@@ -443,20 +466,37 @@ def peak_memory(device):
     return peak * unit
 
 
-def load_network(path, parameters, optimizer):
-    """Set {name: parameter}, and AdamW if it is not None, to what `save_network` wrote.
+def file_names(name, parts):
+    """The names of a network's files in a checkpoint that so many ranks wrote, in their order."""
+    if parts == 1:
+        return [f"{name}.safetensors"]
+    return [f"{name}-{i:05d}-of-{parts:05d}.safetensors" for i in range(1, parts + 1)]
 
-    To be called on every rank.
+
+def created(folder):
+    """`folder`, which is made."""
+    folder.mkdir(parents=True)
+    return folder
+
+
+def load_network(folder, name, parameters, optimizer):
+    """Set {name: parameter}, and AdamW if it is not None, to those of `name` in a checkpoint.
+
+    Whatever the number of ranks that wrote it; `folder` has passed check_checkpoint.
     """
     masters = list(parameters.values())
     slots = {}  # {number of a parameter: {"step", "exp_avg", "exp_avg_sq"}}
-    with safe_open(path, "pt") as f:  # tensor by tensor: each rank keeps its part
+    paths = [folder / f"{name}.safetensors"]
+    if not paths[0].exists():
+        paths = sorted(folder.glob(f"{name}-*.safetensors"))
+    with ExitStack() as stack:  # tensor by tensor: each rank keeps its part
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
         for n, p in parameters.items():
-            assign(p, f.get_tensor(f"weight/{n}"))
-        for key in sorted(f.keys()):
+            assign(p, whole(files, f"weight/{n}"))
+        for key in sorted(files[0].keys()):
             if key.startswith("adamw/"):
                 _, i, slot = key.split("/")
-                value = f.get_tensor(key)
+                value = whole(files, key)
                 if value.ndim:  # all but the step
                     value = like(masters[int(i)], value)
                 slots.setdefault(int(i), {})[slot] = value
@@ -465,29 +505,56 @@ def load_network(path, parameters, optimizer):
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
-def checkpoint_state(iteration, folder, networks):
-    """What state.json says of the checkpoint in `folder`."""
-    sums = {name: file_sha256(folder / f"{name}.safetensors") for name in networks}
-    return {"iteration": iteration, "sha256": sums}
+def whole(files, key):
+    """The tensor of that key, of which each open file has rows, or all of it if it has none."""
+    rows = [f.get_tensor(key) for f in files]
+    return torch.cat(rows) if rows[0].ndim else rows[0]
 
 
-def check_checkpoint(folder, networks):
+def plain_files(folder):
+    """The files in a folder, in order, that are no links, pipes or folders."""
+    return sorted(f for f in folder.iterdir() if f.is_file() and not f.is_symlink())
+
+
+def hashes(folder, rank=0, world=1):
+    """{name of a file: its hash} of a rank's share of a checkpoint's tensors.
+
+    Up to one that cannot be read or is empty: its hash is then missing to check_checkpoint.
+    """
+    sums = {}
+    with suppress(OSError, ValueError):
+        tensors = [file for file in plain_files(folder) if file.suffix == ".safetensors"]
+        for file in tensors[rank::world]:
+            sums[file.stem] = file_sha256(file)
+    return sums
+
+
+def checkpoint_state(iteration, sums):
+    """What state.json says of a checkpoint. sums: of each rank {name of a file: its hash}."""
+    together = {name: digest for part in sums for name, digest in part.items()}
+    return {"iteration": iteration, "sha256": together}
+
+
+def check_checkpoint(folder, networks, sums):
     """Raises unless the folder holds a checkpoint of {name: {name: parameter}} and nothing else.
 
     By checksums, and then by the tensors' names and shapes: ValueError, OSError or SafetensorError.
-    It may come from anywhere: no name in it is followed.
+    It may come from anywhere: no name in it is followed. sums: what `hashes` gave each rank.
     """
-    whole = ["state.json", *(f"{name}.safetensors" for name in networks)]
-    plain = [f.name for f in folder.iterdir() if f.is_file() and not f.is_symlink()]
+    plain = plain_files(folder)
+    parts = max(1, (len(plain) - 1) // len(networks))  # as many ranks wrote it
+    files = {name: file_names(name, parts) for name in networks}
+    expected = ["state.json", *(file for names in files.values() for file in names)]
     no_others = len(plain) == len(os.listdir(folder)) and not folder.is_symlink()
-    require(no_others and sorted(plain) == sorted(whole), "other files than a checkpoint's")
+    same = sorted(file.name for file in plain) == sorted(expected)
+    require(no_others and same, "other files than a checkpoint's")
     state = read_json(folder / "state.json", "checkpoint")
     require(
-        state == checkpoint_state(int(folder.name), folder, networks),
+        state == checkpoint_state(int(folder.name), sums),
         "the checksums are others than state.json says",
     )
     for name, parameters in networks.items():
-        found = found_tensors(folder / f"{name}.safetensors")
+        found = found_tensors([folder / file for file in files[name]])
         expected = expected_tensors(parameters, found)
         keys = sorted(found.keys() | expected.keys())
         odd = [key for key in keys if found.get(key) != expected.get(key)]
@@ -495,12 +562,26 @@ def check_checkpoint(folder, networks):
         require(not odd, f"{other}, beginning with {odd[:1]}")
 
 
-def found_tensors(path):
-    """{key: (type, *shape)} of a file of tensors."""
-    with safe_open(path, "pt") as f:
-        keys = f.keys()
-        slices = {key: f.get_slice(key) for key in keys}
-        return {key: (x.get_dtype(), *x.get_shape()) for key, x in slices.items()}
+def found_tensors(paths):
+    """{key: (type, *shape)} of tensors with rows in each of these files; () where they differ."""
+    parts = {}  # {key: [(type, *shape) in each file]}
+    for path in paths:
+        with safe_open(path, "pt") as f:
+            keys = f.keys()
+            for key in keys:
+                x = f.get_slice(key)
+                parts.setdefault(key, []).append((x.get_dtype(), *x.get_shape()))
+    return {key: joined(kinds) if len(kinds) == len(paths) else () for key, kinds in parts.items()}
+
+
+def joined(kinds):
+    """(type, *shape) of parts [(type, *shape)], one after another; () where they do not fit."""
+    if len({(len(kind), kind[0], *kind[2:]) for kind in kinds}) > 1:
+        return ()
+    dtype, *shape = kinds[0]
+    if not shape:  # a number, which each part has
+        return (dtype,)
+    return (dtype, sum(kind[1] for kind in kinds), *shape[1:])
 
 
 def expected_tensors(parameters, found):

@@ -1,4 +1,4 @@
-"""This process among the others, and networks that are sharded over all of them."""
+"""This process among the others, and networks that are sharded over them."""
 
 import datetime
 import os
@@ -32,13 +32,15 @@ def gpu_memory():
 class Ranks:
     """This process among the others; plain python is one rank of one.
 
-    Batch sizes are global and split evenly.
+    Batch sizes are global and split evenly. Networks are sharded over all ranks, or over each group
+    of shard_ranks neighbours. Raises BadInput where that does not come out even.
     """
 
-    def __init__(self):
+    def __init__(self, shard_ranks=None):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = world_size()
         self.main = self.rank == 0
+        self.sharing = sharing(self.world, shard_ranks)  # how many ranks hold a network together
         cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
         if cuda:
@@ -51,11 +53,11 @@ class Ranks:
         self.mesh = None  # what networks are sharded over
         if self.world > 1:
             if not dist.is_initialized():
-                # Longer than a shard or a big checkpoint takes. Where torchrun or a socket sees a
-                # rank die, the others end at once.
+                # Longer than a shard of pairs or a rank's rows of a checkpoint take. Where torchrun
+                # or a socket sees a rank die, the others end at once.
                 timeout = datetime.timedelta(minutes=30)
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-            self.mesh = init_device_mesh(self.device.type, (self.world,))
+            self.mesh = mesh_of(self.device.type, self.world, self.sharing)
         # Same seed, same run: on CPUs bitwise; fused attention may differ.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,22 +91,54 @@ class Ranks:
         """Wait until every rank is here."""
         self.mean(torch.zeros(1, device=self.device)).item()
 
-    def first(self, function):
-        """What function() returns on rank 0, on every rank.
+    def each(self, function):
+        """[what function() returns on each rank], on every rank.
 
-        If it raises, all end: rank 0 by that exception, the others silently.
+        If it raises on some, all end: the first of them by its exception, the others silently.
         """
         problem = None
         try:
-            box = [function() if self.main else None]
+            mine = function()
         except Exception as e:
-            box = [SystemExit(1)]
-            problem = e
+            mine, problem = SystemExit(1), e
+        found = [mine]
         if self.world > 1:
-            dist.broadcast_object_list(box, device=self.device)
-        if isinstance(box[0], SystemExit):
-            raise problem or box[0]
-        return box[0]
+            found = [None] * self.world
+            dist.all_gather_object(found, mine)
+        failed = [rank for rank, what in enumerate(found) if isinstance(what, SystemExit)]
+        if failed and failed[0] == self.rank:
+            raise problem
+        if failed:
+            raise SystemExit(1)
+        return found
+
+    def first(self, function):
+        """What function() returns on rank 0, on every rank. If it raises, all end as in `each`."""
+        return self.each(lambda: function() if self.main else None)[0]
+
+
+def sharing(world, shard_ranks=None):
+    """How many ranks hold a network together: shard_ranks, or all `world` of them.
+
+    Raises BadInput where the ranks do not come out even.
+    """
+    size = shard_ranks or world
+    require(
+        world % size == 0, f"--shard-ranks {size}: does not divide the number of ranks, {world}"
+    )
+    return size
+
+
+def mesh_of(kind, world, sharing):
+    """All ranks, as devices of a kind, in groups of `sharing` neighbours: 1-D if one group is all.
+
+    Otherwise (groups, ranks of a group): FSDP2 shards over the last dimension, replicates over the
+    first.
+    """
+    if sharing == world:
+        return init_device_mesh(kind, (world,))
+    shape = (world // sharing, sharing)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def micro_batches(batch_size, world, accumulate=None, samples=None):
@@ -131,8 +165,9 @@ def micro_batches(batch_size, world, accumulate=None, samples=None):
 def shard(module, units=(), mesh=None):
     """FSDP2: each rank of `mesh` keeps its part of every parameter. Without a mesh: nothing.
 
-    Forward and backward gather the parameters of `module` unit by unit, in bf16 where the module
-    computes in it, and gradients are averaged over the ranks in float32.
+    On a mesh of mesh_of(...) with several groups, each group has a copy in parts. Forward and
+    backward gather the parameters of `module` unit by unit, in bf16 where the module computes in
+    it, and gradients are averaged over all ranks in float32.
     """
     if mesh is None:
         return
@@ -149,6 +184,11 @@ def shard(module, units=(), mesh=None):
     del module.forward
 
 
+def own(x):
+    """This rank's rows of a tensor: all of them where it is not sharded."""
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
 def gather(tensors, keep=True):
     """{name: the whole of each tensor, on the CPU}.
 
@@ -163,13 +203,14 @@ def gather(tensors, keep=True):
 
 
 def like(p, whole):
-    """`whole` where p is, and sharded as p is."""
+    """`whole`, which every rank has, where p is and sharded as p is."""
     whole = whole.detach().to(p.device)  # a copy of a parameter would be no leaf to distribute
     if isinstance(p, DTensor):
-        return distribute_tensor(whole, p.device_mesh, p.placements)
+        # Nothing is sent: each rank cuts its own rows out.
+        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
     return whole
 
 
 def assign(p, whole):
-    """Set p, which may be sharded, to the tensor `whole`. Every rank must call it."""
+    """Set p, which may be sharded, to the tensor `whole`, which every rank has."""
     p.data.copy_(like(p.detach(), whole))

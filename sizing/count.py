@@ -86,27 +86,28 @@ def vision_encoder(name):
 COLUMNS = ("weights", "gradients", "moments", "ema")
 
 
-def part(parameters, world):
+def part(parameters, sharing):
     """Bytes of one rank's part: FSDP cuts the first dimension, and pads the last rank's."""
     total = 0
     for p in parameters:
-        rows = -(-len(p) // world)  # rounded up
+        rows = -(-len(p) // sharing)  # rounded up
         total += rows * p[0].numel() * p.element_size()
     return total
 
 
-def states(parts, cfg, world, encoders=()):
+def states(parts, cfg, sharing, encoders=()):
     """{role: {"parameters": their number; "weights", "gradients", "moments", "ema": bytes}}.
 
-    Bytes are a rank's. What a role has none of is absent. encoders: of text, of --embed live.
+    Bytes are a rank's, of `sharing` that hold a network together. What a role has none of is
+    absent. encoders: of text, of --embed live.
     """
     trained = {name: list(net.own_parameters().values()) for name, net in parts.networks().items()}
     trained["heads"] = [p for d in parts.discriminators() for p in d.heads.parameters()]
     adapters = {id(p) for parameters in trained.values() for p in parameters}
     base = [p for p in parts.teacher.net.parameters() if id(p) not in adapters]
-    rows = {"teacher": {"parameters": sum(p.numel() for p in base), "weights": part(base, world)}}
+    rows = {"teacher": {"parameters": sum(p.numel() for p in base), "weights": part(base, sharing)}}
     for name, parameters in trained.items():
-        size = part(parameters, world)
+        size = part(parameters, sharing)
         rows[name] = {"parameters": sum(p.numel() for p in parameters), "weights": size}
         if name != "heads" or cfg.loss in ADVERSARIAL:
             rows[name]["gradients"] = size
@@ -121,7 +122,7 @@ def states(parts, cfg, world, encoders=()):
     if encoders:
         live = [p for encoder in encoders for p in encoder.parameters()]
         size = sum(p.numel() for p in live)
-        rows["text encoders"] = {"parameters": size, "weights": part(live, world)}
+        rows["text encoders"] = {"parameters": size, "weights": part(live, sharing)}
     nets = [parts.teacher, *parts.networks().values()]
     buffers = {id(b): b.nbytes for role in nets for b in role.net.buffers()}
     rows["buffers"] = {"parameters": 0, "weights": sum(buffers.values())}

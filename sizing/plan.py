@@ -5,7 +5,7 @@ from functools import cache
 from types import SimpleNamespace
 
 from families import HUB, load_teacher, recipes
-from runtime.ranks import gpu_memory, micro_batches, world_size
+from runtime.ranks import gpu_memory, micro_batches, sharing, world_size
 from runtime.settings import BadInput, flag, require
 from sizing.count import COLUMNS, activations, build, copies, flops, gathered, states
 
@@ -51,10 +51,12 @@ def plan_of(cfg, world, latent=None):
     latent = latent or own
     same_kind = len(latent) == len(own) and latent[-3] == own[-3]
     require(same_kind, f"latents of shape {tuple(latent)} are not {cfg.model}'s")
+    together = sharing(world, cfg.shard_ranks)
     accumulate, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
     settings = [(name, getattr(cfg, name)) for name in OF_NETWORKS if hasattr(cfg, name)]
     parts, waiting, again = counted(cfg.model, latent, each, tuple(settings))
-    rows = states(parts, cfg, world, family.text_encoders() if cfg.embed == "live" else ())
+    live = family.text_encoders() if cfg.embed == "live" else ()
+    rows = states(parts, cfg, together, live)
     of_pass = gathered(family, parts.student.net, world)
     phases = peaks(cfg, rows, waiting, again, of_pass, world, accumulate)
     largest = max(row["parameters"] for row in rows.values())
@@ -178,12 +180,16 @@ def most_in_backward(waiting, again):
 def remedies(cfg, world):
     """Settings that need less memory, as {name: value}, the least costly first.
 
-    Recomputing costs a third more time, fewer samples at a time some speed, moments in main memory
-    their way there and back; LoRA trains other parameters; without pixels ADP has one adversary.
+    Sharding over all ranks costs traffic between nodes, recomputing a third more time, fewer
+    samples at a time some speed, moments in main memory their way there and back; LoRA trains
+    other parameters; without pixels ADP has one adversary.
     """
     less = {}
+    if cfg.shard_ranks and cfg.shard_ranks < world:
+        less = {"shard_ranks": world}
+        yield less
     if not cfg.gradient_checkpointing:
-        less = {"gradient_checkpointing": True}
+        less = {**less, "gradient_checkpointing": True}
         yield less
     _, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
     if each > 1:

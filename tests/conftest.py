@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import data
@@ -247,6 +248,16 @@ def same_log(a, b, **tolerance):
         left, right = ([float("nan") if x is None else x for x in log[name]] for log in (a, b))
         of_column = f"{name}: {{}}".format
         assert_close(left, right, equal_nan=True, msg=of_column, **tolerance)
+
+
+def saved(folder, iteration, network):
+    """The tensors of one network in a run's checkpoint: each rank's rows, one after another."""
+    files = (folder / "checkpoints" / f"{iteration:06d}").glob(f"{network}*.safetensors")
+    parts = [load_file(file) for file in sorted(files)]
+    whole = {}
+    for key, first in parts[0].items():
+        whole[key] = torch.cat([part[key] for part in parts]) if first.ndim else first
+    return whole
 
 
 def tree(folder):

@@ -159,8 +159,8 @@ def make_the_device():
     torch.Tensor.pin_memory = pin
     begin = runtime.ranks.Ranks.__init__
 
-    def begin_far(ranks):
-        begin(ranks)
+    def begin_far(ranks, *args):
+        begin(ranks, *args)
         ranks.device = torch.device("far", 0)
 
     runtime.ranks.Ranks.__init__ = begin_far

@@ -191,6 +191,26 @@ MUTANTS = [
         ("every rank takes the first samples", "self.rank * (batch_size // self.world)", "0"),
         ("gathered parts, not the whole", ".detach().full_tensor()", ".detach().to_local()"),
     ]),
+    *mutants("runtime/ranks.py", ("tests/test_sharding.py", "-k", "groups or even"), [
+        ("groups: one group's mean", 'mesh_dim_names=("replicate", "shard"))',
+         'mesh_dim_names=("replicate", "shard"))["shard"]'),
+        ("groups: uneven ones", "world % size == 0", "True"),
+        ("groups: whole tensors are written", ".detach().to_local()", ".detach().full_tensor()"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_sharding.py", "-k", "groups or rows"), [
+        ("rows: the first rank's alone", "rows = [f.get_tensor(key) for f in files]",
+         "rows = [f.get_tensor(key) for f in files[:1]]"),
+        ("rows: all groups write", "if self.ranks.rank >= self.ranks.sharing:", "if False:"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_faults.py", "-k", "flipped or other_tensors"), [
+        ("rows: the other rank's hashes", "tensors[rank::world]", "tensors[::world]"),
+        ("rows: some may lack a tensor", "if len(kinds) == len(paths) else ()",
+         "if kinds else ()"),
+    ]),
+    *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "groups"), [
+        ("groups: planned as one", "states(parts, cfg, together, live)",
+         "states(parts, cfg, world, live)"),
+    ]),
     *mutants("runtime/folder.py", ("tests/test_training.py", "-k", "resume or damaged"), [
         ("resume forgets the moments", '{"state": slots,', '{"state": {},'),
         ("resume begins again", "return done\n", "return 0\n"),

@@ -325,6 +325,11 @@ def resumed(run4, here, tmp_path, change, world=2):
     return out, *ranks(tmp_path, [*here, *RUN4, "--out", out, "--resume"], world)
 
 
+def part(checkpoint, network, number=1):
+    """The file of one of run4's two ranks."""
+    return checkpoint / f"{network}-{number:05d}-of-00002.safetensors"
+
+
 def flip(file, at=-1):
     """Change one bit of the byte there."""
     content = bytearray(file.read_bytes())
@@ -333,11 +338,11 @@ def flip(file, at=-1):
 
 
 DAMAGES = {
-    "flipped": lambda c: flip(c / "fake.safetensors"),
-    "truncated": lambda c: os.truncate(c / "heads.safetensors", 999),
-    "empty": lambda c: (c / "student.safetensors").write_bytes(b""),
+    "flipped": lambda c: flip(part(c, "fake", 2)),  # which rank 1 reads
+    "truncated": lambda c: os.truncate(part(c, "heads"), 999),
+    "empty": lambda c: part(c, "student").write_bytes(b""),
     "state": lambda c: flip(c / "state.json", 20),
-    "missing": lambda c: (c / "student.safetensors").unlink(),
+    "missing": lambda c: part(c, "student", 2).unlink(),
 }
 
 
@@ -350,7 +355,7 @@ def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_taken_by_all(
     assert codes == [0] * world and said[1:] == [""] * (world - 1), said
     named = [line for line in said[0].splitlines() if "000004 is damaged" in line]
     assert len(named) == 1 and "going back to the checkpoint before it" in named[0], said
-    runtime.folder.check_checkpoint(out / "checkpoints" / "000004", networks)  # it came again
+    check(out / "checkpoints" / "000004", networks)  # it came again
     same_log(run4, out, atol=1e-4, rtol=1e-3)
     if world == 2:
         same_run(run4, out)
@@ -368,6 +373,12 @@ def networks(teachers):
     }
 
 
+def check(checkpoint, networks):
+    """As one rank does it."""
+    sums = [runtime.folder.hashes(checkpoint)]
+    runtime.folder.check_checkpoint(checkpoint, networks, sums)
+
+
 @pytest.fixture
 def checkpoint(run4, tmp_path):
     """A copy of a whole checkpoint of run4."""
@@ -376,20 +387,19 @@ def checkpoint(run4, tmp_path):
 
 def test_a_flipped_bit_is_found(checkpoint, networks):
     """In each byte of state.json; in a network's header and its first, middle and last number."""
-    runtime.folder.check_checkpoint(checkpoint, networks)
+    check(checkpoint, networks)
     state = checkpoint / "state.json"
     places = [(state, at) for at in range(state.stat().st_size)]
-    for name in networks:
-        file = checkpoint / f"{name}.safetensors"
+    for file in checkpoint.glob("*.safetensors"):
         numbers = 8 + int.from_bytes(file.read_bytes()[:8], "little")  # where they begin
         middle = (numbers + file.stat().st_size) // 2
         places += [(file, at) for at in (0, 9, numbers - 1, numbers, middle, -1)]
     for file, at in places:
         flip(file, at)
         with pytest.raises((ValueError, OSError), match="checksums|state.json"):
-            runtime.folder.check_checkpoint(checkpoint, networks)
+            check(checkpoint, networks)
         flip(file, at)
-    runtime.folder.check_checkpoint(checkpoint, networks)
+    check(checkpoint, networks)
 
 
 class Evil:
@@ -403,15 +413,14 @@ def refusal(checkpoint, networks, monkeypatch):
     """What is said of a checkpoint that is refused, before anything of it is loaded."""
     monkeypatch.chdir(checkpoint.parent)
     with pytest.raises((ValueError, runtime.folder.SafetensorError)) as e:
-        runtime.folder.check_checkpoint(checkpoint, networks)
+        check(checkpoint, networks)
     assert not Path("evil").exists()
     return str(e.value)
 
 
 def reseal(checkpoint):
     """Make the checksums right again."""
-    names = ("student", "fake", "heads")
-    state = runtime.folder.checkpoint_state(4, checkpoint, names)
+    state = runtime.folder.checkpoint_state(4, [runtime.folder.hashes(checkpoint)])
     runtime.files.write_json(checkpoint / "state.json", state)
 
 
@@ -431,7 +440,7 @@ def test_a_strange_state_is_refused(kind, checkpoint, networks, monkeypatch):
 
 
 def linked(checkpoint):
-    file = checkpoint / "fake.safetensors"
+    file = part(checkpoint, "fake")
     file.symlink_to(file.rename(checkpoint.parent / "elsewhere.safetensors"))
 
 
@@ -446,7 +455,7 @@ def test_other_files_than_a_checkpoints_are_refused(change, checkpoint, networks
 
 
 def test_a_pipe_in_place_of_tensors_is_refused(checkpoint, networks, monkeypatch):
-    file = checkpoint / "fake.safetensors"
+    file = part(checkpoint, "fake")
     file.unlink()
     os.mkfifo(file)
     other_end = os.open(file, os.O_RDWR)  # whoever opens the pipe does not wait for ever
@@ -458,16 +467,16 @@ def test_a_pipe_in_place_of_tensors_is_refused(checkpoint, networks, monkeypatch
 
 def test_a_pickle_in_place_of_tensors_is_refused(checkpoint, networks, monkeypatch):
     """Even where its checksum is right."""
-    (checkpoint / "heads.safetensors").write_bytes(pickle.dumps(Evil()))
+    part(checkpoint, "heads").write_bytes(pickle.dumps(Evil()))
     reseal(checkpoint)
     assert "header" in refusal(checkpoint, networks, monkeypatch).lower()
 
 
 def tensors_changed(checkpoint, name, change):
-    """Write the tensors of a network again, as change(tensors) leaves them."""
-    tensors = load_file(checkpoint / f"{name}.safetensors")
+    """Write the first rows of a network again, as change(tensors) leaves them."""
+    tensors = load_file(part(checkpoint, name))
     change(tensors)
-    save_file(tensors, checkpoint / f"{name}.safetensors")
+    save_file(tensors, part(checkpoint, name))
 
 
 BIAS = "weight/0.to_logit.bias"
@@ -526,7 +535,7 @@ def stopped_by_a_full_disk(out, codes, said, words):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "log.csv"]
     assert checkpoints(out) == ["000002"]
     kept = tree(out / "checkpoints" / "000002")
-    assert len(kept) == 4  # three networks and state.json
+    assert len(kept) == 3 * len(codes) + 1  # three networks in parts, and state.json
     return kept
 
 

@@ -31,7 +31,7 @@ COMMANDS = [
     line.split("#")[0].strip()
     for kind, block in re.findall(r"```(\w+)\n(.*?)```", EVERYWHERE, re.S)
     if kind == "sh"
-    for line in block.splitlines()
+    for line in block.replace("\\\n", "").splitlines()
     if line.strip()
 ]
 SCRIPTS = {
@@ -48,6 +48,8 @@ SCRIPTS = {
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
 OTHER_FLAGS |= {"--no-deps", "--logdir", "--videos_path", "--dimension"}
+OTHER_FLAGS |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+OTHER_FLAGS |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
 OFFLINE = [c for c in COMMANDS if "tiny-" in c]
 
 

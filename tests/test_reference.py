@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import call, read_log
+from conftest import saved as tensors_saved
 from safetensors.torch import load_file
 from torch.func import functional_call
 
@@ -203,7 +204,7 @@ def mean_of_heads(tau, maps, prefix=""):
 
 def saved(folder, iteration, network, names):
     """{name: [w, m, v, n]} of a checkpoint, float64. AdamW numbers them as `names` does."""
-    tensors = load_file(folder / "checkpoints" / f"{iteration:06d}" / f"{network}.safetensors")
+    tensors = tensors_saved(folder, iteration, network)
     assert {f"weight/{n}" for n in names} == {key for key in tensors if key.startswith("weight/")}
     slots = {}
     for i, n in enumerate(names):
@@ -337,10 +338,7 @@ class Finished:
                     f"{name} should rest"
                 )
         if self.cfg.ema:
-            one, two = (
-                load_file(self.folder / "checkpoints" / f"00000{i}" / "ema.safetensors")
-                for i in (1, 2)
-            )
+            one, two = (tensors_saved(self.folder, i, "ema") for i in (1, 2))
             for n, (w, *_) in state["student"].items():
                 average = (
                     self.cfg.ema * one[f"weight/{n}"].double() + (1 - self.cfg.ema) * w.detach()

@@ -1,20 +1,21 @@
 """Two ranks, each with half of every network, are one: losses, checkpoints, export, resuming.
 
 The runs of two ranks all happen in one torchrun (tests/two_ranks.py), those of one rank in this
-process. Then random weights at full size, offload, accumulation.
+process. So are four, in two groups that have a copy each. Then random weights at full size,
+offload, accumulation.
 """
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, same_log, shell
+from conftest import call, ended, refused, same_log, saved, shell, start, tree
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from test_reference import check_adm, check_adp
 from torch.testing import assert_close
 
@@ -97,11 +98,6 @@ RUNS = {
 PAIRS = {"model": "tiny-sd3", "count": 5, "steps": 2, "shard_size": 1}
 
 
-def saved(folder, iteration, network):
-    """The tensors of one network in a run's checkpoint."""
-    return load_file(folder / "checkpoints" / f"{iteration:06d}" / f"{network}.safetensors")
-
-
 def interrupted(run, copy):
     """A copy of a run without its last checkpoint."""
     shutil.copytree(run, copy)
@@ -153,7 +149,11 @@ def runs(tmp_path_factory, encoded, few_prompts):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_are_one(runs, name):
-    one, two = runs / "one" / name, runs / "two" / name
+    are_one(runs / "one" / name, runs / "two" / name, name)
+
+
+def are_one(one, two, name):
+    """Two runs of other numbers of ranks: the same log, moments and students, to rounding."""
     stage, changes = RUNS[name]
     same_log(one, two, atol=1e-4, rtol=1e-3)
     for network in ("student", "fake" if name == "dmd" else "heads"):
@@ -207,9 +207,8 @@ def test_two_ranks_do_what_the_reference_does(runs, name):
 def test_resuming_with_as_many_ranks_is_bitwise(runs):
     straight, resumed = runs / "two" / "ema", runs / "two-two"
     same_log(straight, resumed, atol=0, rtol=0)
-    for network in ("student", "fake", "heads", "ema"):
-        file = f"checkpoints/000002/{network}.safetensors"
-        assert (straight / file).read_bytes() == (resumed / file).read_bytes()
+    files = [tree(run / "checkpoints" / "000002") for run in (straight, resumed)]
+    assert files[0] == files[1] and len(files[0]) == 9  # of four networks on two ranks, state.json
 
 
 def test_resuming_with_other_numbers_of_ranks_is_close(runs, encoded, tmp_path):
@@ -222,6 +221,76 @@ def test_resuming_with_other_numbers_of_ranks_is_close(runs, encoded, tmp_path):
     here = {"prompts": str(encoded[changes["model"]]), "out": str(tmp_path / "two-one")}
     adm.main(adm.Config(**{**SMALL, **changes, **here, **memory}, resume=True))
     same_log(one, tmp_path / "two-one", atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def two_by_two(runs, encoded, tmp_path_factory):
+    """Of four ranks, two groups of two, each with a copy: ema/, adp/, and one/, of one rank's ema.
+
+    The latter goes on from that one's first checkpoint.
+    """
+    folder = tmp_path_factory.mktemp("two-by-two")
+    interrupted(runs / "one" / "ema", folder / "one")
+    for name, run, flags in (("ema", "ema", []), ("adp", "adp", []), ("one", "ema", ["--resume"])):
+        stage, changes = RUNS[run]
+        source = {"prompts": encoded[changes["model"]]}
+        if stage == "adp":
+            source = {"pairs": runs / "one" / "pairs"}
+        settings = {**SMALL, **changes, **source, "shard_ranks": 2, "out": folder / name}
+        for key, value in settings.items():
+            flags += ["--" + key.replace("_", "-")] + [value] * (value is not True)
+        module = STAGES[stage]
+        codes, said = ended(*start(folder, module.main, module.Config, flags, 4), timeout=200)
+        assert codes == [0] * 4, said
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ema", "adp"])
+def test_two_groups_of_two_ranks_are_one(runs, two_by_two, name):
+    are_one(runs / "one" / name, two_by_two / name, name)
+    CHECKS[RUNS[name][0]](two_by_two / name)
+
+
+def test_two_groups_go_on_from_one_rank_and_one_rank_from_them(runs, two_by_two, encoded, tmp_path):
+    one = runs / "one" / "ema"
+    are_one(one, two_by_two / "one", "ema")
+    interrupted(two_by_two / "ema", tmp_path / "out")
+    _, changes = RUNS["ema"]
+    here = {"prompts": str(encoded[changes["model"]]), "out": str(tmp_path / "out")}
+    adm.main(adm.Config(**{**SMALL, **changes, **here}, resume=True))
+    are_one(one, tmp_path / "out", "ema")
+
+
+def test_a_rank_writes_its_own_rows_and_gathers_nothing(runs, two_by_two):
+    """In main memory and in its files; of two groups one writes."""
+    two = runs / "two" / "ema"
+    for rank in (0, 1):
+        held = json.loads((two / f"held-{rank}.json").read_text())
+        largest = max(held[name]["weights"] + held[name]["optimizer"] for name in TRAINED)
+        assert held["gathered"] == 0
+        assert held["written"] == pytest.approx(largest, rel=0.01)  # of one network at a time
+    whole = tree(runs / "one" / "ema" / "checkpoints" / "000002")
+    halves = [tree(run / "checkpoints" / "000002") for run in (two, two_by_two / "ema")]
+    assert len(whole) == 5 and len(halves[0]) == 9  # four networks, and state.json
+    assert halves[0].keys() == halves[1].keys()
+    for name, content in whole.items():
+        if name != "state.json":
+            for i in (1, 2):
+                half = halves[0][name.replace(".", f"-0000{i}-of-00002.")]
+                assert len(half) == pytest.approx(len(content) / 2, rel=0.2)  # headers and steps
+
+
+def apart(rank, folder):
+    """This rank has a disk of its own."""
+    (folder / str(rank)).mkdir()
+    os.chdir(folder / str(rank))
+
+
+def test_a_folder_that_only_some_ranks_see_is_refused(encoded, tmp_path):
+    flags = ["--model", "tiny-sd3", "--prompts", encoded["tiny-sd3"], "--batch-size", 2]
+    codes, said = ended(*start(tmp_path, adm.main, adm.Config, flags, 2, (apart, tmp_path)))
+    assert codes == [2, 1] and said[1] == "", said
+    assert said[0].count("\n") == 1 and "out/adm is not on a disk that all ranks share" in said[0]
 
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
@@ -237,9 +306,9 @@ def test_the_average_is_exported(runs, name, ranks):
     student_1, student_2 = (saved(folder, i, "student") for i in (1, 2))
     ema_1, ema_2 = (saved(folder, i, "ema") for i in (1, 2))
     moved = 0
-    for n, start in first.own_parameters().items():
+    for n, before in first.own_parameters().items():
         key = f"weight/{n}"
-        assert_close(ema_1[key], 0.75 * start + 0.25 * student_1[key], atol=1e-7, rtol=1e-6)
+        assert_close(ema_1[key], 0.75 * before + 0.25 * student_1[key], atol=1e-7, rtol=1e-6)
         assert_close(ema_2[key], 0.75 * ema_1[key] + 0.25 * student_2[key], atol=1e-7, rtol=1e-6)
         assert ema_2[key].dtype == torch.float32
         assert torch.equal(pipeline[n], ema_2[key])
@@ -426,3 +495,12 @@ def test_a_batch_is_split_evenly_over_ranks_and_micro_batches_or_refused():
         ranks.mine(6, 4)
     ranks.rank, ranks.world = 1, 2
     assert ranks.mine(8, 2) == [range(4, 6), range(6, 8)]
+
+
+def test_ranks_that_do_not_come_out_even_in_groups_are_refused(monkeypatch, capsys, few_prompts):
+    said = "--shard-ranks 3: does not divide the number of ranks, 4"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(BadInput, match=said):
+        Ranks(3)
+    flags = ["--prompts", few_prompts, "--shard-ranks", 0]
+    assert "--shard-ranks 0" in refused(capsys, adm.main, adm.Config, *flags)

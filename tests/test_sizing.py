@@ -90,6 +90,22 @@ def test_numbers_of_gpus_that_do_not_divide_the_batch_are_not_advised():
     assert enough_gpus(cfg, 1, 0) is None  # 2 would do it, 4 is no answer and no error
 
 
+def test_groups_of_ranks_hold_what_so_many_ranks_alone_would(capsys):
+    """Over all ranks a network takes less of each; what is gathered for a pass is the same."""
+    flags = ["--model", "tiny-sd3", "--batch-size", 8, "--samples", 1]
+    all_four, pairs = (config(adm.Config, *flags, *more) for more in ([], ["--shard-ranks", 2]))
+    two, four, grouped = plan_of(all_four, 2), plan_of(all_four, 4), plan_of(pairs, 4)
+    assert grouped.rows == two.rows and grouped.peak == two.peak > four.peak
+    assert (grouped.each, grouped.accumulate) == (1, 2)
+    copied = plan_of(replace(pairs, shard_ranks=1), 4)  # FSDP gathers all the same
+    assert copied.rows == plan_of(all_four, 1).rows and copied.gathered == four.gathered > 0
+    assert next(remedies(pairs, 4)) == {"shard_ranks": 4}
+    assert "shard_ranks" not in next(remedies(all_four, 4))
+    words = ["--model", "tiny-sd3", "--world-size", 4, "--shard-ranks", 3]
+    said = refused(capsys, plan.show, plan.AdmConfig, *words)
+    assert "--shard-ranks 3: does not divide the number of ranks, 4" in said
+
+
 def test_latents_of_another_model_are_refused():
     cfg = config(adp.Config, "--model", "sdxl")
     with pytest.raises(BadInput, match="are not sdxl's"):

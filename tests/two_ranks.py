@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import adm
@@ -44,12 +45,15 @@ def nbytes(tensors):
 def observe(held):
     """From here on, runs of adm leave in `held` what this rank holds.
 
-    {role: {"weights", "optimizer": bytes}}, and "gradients", "buffers" and "text encoders".
+    {role: {"weights", "optimizer": bytes}}, and "gradients", "buffers" and "text encoders"; of a
+    checkpoint "written", the most bytes at once, and "gathered", how many tensors were.
     """
     make_roles = adm.make_roles
     encode = adm.encode_prompts
     clip = torch.nn.utils.clip_grad_norm_
     save = runtime.folder.Run.save
+    write_tensors = runtime.folder.write_tensors
+    full_tensor = DTensor.full_tensor
 
     def spy_roles(family, roles, *args, **kwargs):
         made = make_roles(family, roles, *args, **kwargs)
@@ -82,12 +86,24 @@ def observe(held):
                 for slots in optimizers[name].state.values():
                     moments += [slot for slot in slots.values() if slot.ndim]  # not the step
                 held[name]["optimizer"] = nbytes(moments)
-        return save(run, iteration, networks, optimizers, *args, **kwargs)
+        held["written"] = held["gathered"] = 0
+        DTensor.full_tensor = spy_full
+        save(run, iteration, networks, optimizers, *args, **kwargs)
+        DTensor.full_tensor = full_tensor
+
+    def spy_write(path, tensors):
+        held["written"] = max(held["written"], nbytes(tensors.values()))
+        write_tensors(path, tensors)
+
+    def spy_full(x):
+        held["gathered"] += 1
+        return full_tensor(x)
 
     adm.make_roles = spy_roles
     adm.encode_prompts = spy_encode
     torch.nn.utils.clip_grad_norm_ = spy_clip
     runtime.folder.Run.save = spy_save
+    runtime.folder.write_tensors = spy_write
 
 
 held = {}
