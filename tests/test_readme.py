@@ -45,7 +45,7 @@ SCRIPTS = {
 }
 # Of scripts whose flags are their own, and of other programs.
 OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node"}
-OTHER_FLAGS |= {"--no-deps", "--logdir", "--videos_path", "--dimension"}
+OTHER_FLAGS |= {"--rehearse", "--no-deps", "--logdir", "--videos_path", "--dimension"}
 OFFLINE = [c for c in COMMANDS if "tiny-" in c]
 
 

@@ -24,7 +24,7 @@ if [[ "${1:-}" == --rehearse ]]; then
     adp="--iterations 6 --mse-iterations 4 --batch-size 4"
     adm="--iterations 2 --warmup 1 --batch-size 4"
     images=26
-    scores="REHEARSED"
+    scores="16.83 3 0.468 0.05"  # of these few iterations on a CPU; the noise is ours
 else
     rehearse=
     large="--model sdxl --random-init $lora"
@@ -39,7 +39,9 @@ else
     adp=
     adm=
     images=260
-    scores="MEASURED"
+    # These commands on a CPU: CLIP and distance to the teacher, each with half of its 95% interval
+    # (seed 0; of the teacher itself CLIP is 47.75, of a student that has not learnt 16.83, 0.468).
+    scores="43.58 8.2 0.0395 0.0132"
 fi
 if [[ -e "$out" ]]; then
     echo "first_hour_on_a_gpu.sh: $out is there: move it away, or set OUT" >&2
