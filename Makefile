@@ -40,10 +40,11 @@ test: $(VENV)/.installed
 mutants: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutants.py
 
-# On a GPU that is not there, all models at their full depth; needs a C++ compiler, takes an hour.
+# On a GPU that is not there, all models at their full depth, which needs a C++ compiler; then the
+# script of a first hour on a GPU, with small models on the CPU. An hour in all, we guess.
 # What was seen, run by run: out/rehearsal.json.
 rehearse: $(VENV)/.installed
-	REHEARSAL=full $(PYTEST) tests/test_rehearsal.py
+	REHEARSAL=full $(PYTEST) tests/test_rehearsal.py tests/test_first_hour.py
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 500 --out $(TOY)

@@ -32,6 +32,7 @@ def mutants(file, tests, changes):
 
 
 ORACLE = "tests/test_reference.py"
+BF16 = "tests/test_bf16.py"
 OF_ADM = (ORACLE, "-k", "of_adm and sd3 and not after")
 OF_SDXL = (ORACLE, "-k", "of_adm and sdxl")
 OF_ADP = (ORACLE, "-k", "of_adp and (sd3 or sdxl)")
@@ -103,6 +104,17 @@ MUTANTS = [
     ]),
     *mutants("adm.py", (ORACLE, "-k", "after_adp"), [
         ("student sees the unshown time", "net.student_schedule.shown(t_in)", "t_in"),
+    ]),
+    *mutants("models.py", (BF16, "-k", "guided and sdxl"), [
+        ("bf16: times too", "self.family.call(self.net, x_t, t, cond)",
+         "self.family.call(self.net, x_t, t.bfloat16(), cond)"),
+    ]),
+    *mutants("families/base.py", (BF16, "-k", "start and sdxl"), [
+        ("bf16: norms of what is frozen too", "if p.ndim > 1:", "if True:"),
+    ]),
+    *mutants("adm.py", (BF16, "-k", "twenty and sd3"), [
+        ("bf16: a loss too", "F.mse_loss(out.float(), target)",
+         "F.mse_loss(out.bfloat16(), target.bfloat16())"),
     ]),
     *mutants("adp.py", OF_ADP, [
         ("ADP: real not noised", "add_noise(x_0, draw.normal(x_0.shape[1:]), t)",
