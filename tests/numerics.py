@@ -65,6 +65,6 @@ def autocast_as_on_cuda():
 class RanksOfGpus(Ranks):
     """On a CPU, but what is never trained is held as on a GPU."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, shard_ranks=None):
+        super().__init__(shard_ranks)
         self.frozen_dtype = torch.bfloat16
