@@ -7,9 +7,10 @@ From a text file of prompts to a scored one-step student of SDXL, on a node of e
     torchrun --nproc_per_node=8 adp.py --model sdxl --pairs out/pairs --out out/adp
     torchrun --nproc_per_node=8 adm.py --model sdxl --prompts out/prompts --init out/adp \\
         --out out/dmdx
-    torchrun --nproc_per_node=8 tools/sample.py --pipeline out/dmdx/pipeline --out out/student
-    torchrun --nproc_per_node=8 tools/sample.py --pipeline sdxl --out out/teacher
-    python tools/score.py out/student out/teacher --out out/scores
+    torchrun --nproc_per_node=8 tools/sample.py --pipeline out/dmdx/pipeline --count 1000 \\
+        --out out/s
+    torchrun --nproc_per_node=8 tools/sample.py --pipeline sdxl --count 1000 --out out/t
+    python tools/score.py out/s out/t --out out/scores
 
 A second call of encode or pairs goes on where the first was stopped. Text encoders sit in memory
 beside the four networks with --embed live alone.
@@ -120,7 +121,7 @@ def read_prompts(path, teacher, folder, ranks, embed="cached", shard_size=ENCODE
         numbers = sum(prod(shape) for shape in teacher.cond_shapes().values())
         row = numbers * ranks.frozen_dtype.itemsize  # bytes
         need = "encoded prompts"
-        advice = "; --embed live needs none"
+        advice = "; adm.py, adp.py and data.py pairs need none with --embed live"
         check_room(folder, need, len(lines), shard_size, row, ranks, advice)
     return lines
 

@@ -69,7 +69,7 @@ USAGE = """# A {steps}-step student of {base}
 Pass all of these, which model_index.json has as `_sampling`: the scheduler visits the student's own
 times at this number of steps only, guidance is in the weights, and the size is what it was trained
 at. Stable Diffusion 3's pipeline draws the noise between steps from torch's global generator: seed
-that (`torch.manual_seed`) for a repeatable picture.
+that (generator=torch.manual_seed(0) does both) for a repeatable picture.
 """
 
 

@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from ode import on_the_line
-from runtime import doctor
+from runtime import curves, doctor
 from runtime.board import Board
 from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
 from runtime.progress import Progress
@@ -318,6 +318,8 @@ class Run:
         if main:
             for old in self.checkpoints()[: -self.cfg.keep_checkpoints]:
                 shutil.rmtree(old)
+            if self.stop and self.cfg.sample_every:  # its last sheet may be older than its log
+                curves.draw([self.folder], self.folder / "curves.png")
         self.ranks.barrier()
 
     def save_rows(self, folder, networks, optimizers):

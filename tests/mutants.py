@@ -256,8 +256,10 @@ MUTANTS = [
         ("a student says a wrong size", '"width": shape[-1] * ', '"width": 2 * shape[-1] * '),
     ]),
     *mutants("tools/sample.py", ("tests/test_sample.py",), [
-        ("sample: noise between steps of no seed", "step = partial(plain, pipe.scheduler, "
-         "generator=between)", "step = partial(plain, pipe.scheduler)"),
+        ("sample: noise between steps of no seed", "pipe.scheduler, generator=generators)",
+         "pipe.scheduler)"),
+        ("sample: the same noise again", "pipe.scheduler, generator=generators)",
+         "pipe.scheduler, generator=[torch.Generator().manual_seed(seed) for seed in seeds])"),
         ("sample: one seed for all", "cfg.seed + i for i", "cfg.seed for i"),
         ("sample: truncated pictures stay", "endswith(PNG_END)", "endswith(b'')"),
         ("sample: all is made again", " if row_at(out, i) is None]", "]"),

@@ -345,6 +345,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(script, encoded, sdxl_pairs,
     if script is adp:
         reads = ["--pairs", sdxl_pairs]
     flags = ["--model", "tiny-sdxl", *reads, "--out", out, "--iterations", 5, *QUICK]
+    flags += ["--sample-every", 5]
 
     def ask(*args):
         signal.raise_signal(signal.SIGTERM)
@@ -360,6 +361,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(script, encoded, sdxl_pairs,
     assert read_log(out)["iteration"] == [1]
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["000001"]
     assert not (out / "pipeline").exists()
+    assert (out / "curves.png").exists()  # of the whole log, though no sheet was due
 
 
 # --- Growing pairs --------------------------------------------------------------------------------

@@ -217,16 +217,16 @@ def size_of(resolution):
 def sampled(pipe, prompts, seeds, call):
     """What the pipeline makes of each prompt with its seed: PIL images, or lists of them."""
     # Of the CPU, so that the noise is the same on every device.
-    first = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Between the steps some schedulers draw anew, and SD3's pipeline hands them no generator: they
-    # would take torch's global one, which knows nothing of seeds. With these an image does not
-    # depend on its batch, and is that of a plain call after torch.manual_seed(seed) on a CPU.
-    between = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # would take torch's global one, which knows nothing of seeds. These go on where x_T ended, so
+    # that an image does not depend on its batch, and is that of a plain call with
+    # generator=torch.manual_seed(seed) on a CPU.
     plain = type(pipe.scheduler).step
     if "generator" in inspect.signature(plain).parameters:
-        pipe.scheduler.step = partial(plain, pipe.scheduler, generator=between)
+        pipe.scheduler.step = partial(plain, pipe.scheduler, generator=generators)
     try:
-        made = pipe(prompt=prompts, generator=first, **call)
+        made = pipe(prompt=prompts, generator=generators, **call)
     except ValueError as e:  # of a size that the pipeline does not take, and the like
         raise BadInput(" ".join(str(e).split())[:300]) from None
     return made.frames if hasattr(made, "frames") else made.images

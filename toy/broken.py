@@ -7,9 +7,9 @@ shows a fault, of the broken run over the healthy one. The doctor's bounds were 
 1 is to confirm them.
 """
 
+import argparse
 import sys
 import textwrap
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +45,7 @@ BROKEN = (  # a healthy run, and what breaks it
 )
 HARMLESS = {"--clip 1e-3": "grad_norm_student", "--warmup 0": "x0_std", "--damping 0": "d_accuracy"}
 ACROSS = 4  # panels
+AS_TYPED = argparse.RawDescriptionHelpFormatter
 
 
 def short(base, flags):
@@ -59,8 +60,11 @@ def made(base, flags, seed):
     folder = HOME / "-".join(name.split())
     pairs = f"--pairs {PAIRS}" if base == ADP else ""
     rest = f"--seed {seed} {pairs} --sample-every 0 --checkpoint-every 10000 --out {folder}"
-    with suppress(SystemExit):  # of one that is stopped
+    try:
         execute(f"python {base} {flags} {rest}")
+    except SystemExit as e:
+        if e.code != 1:  # by a signal; 1: by its skipped updates, which is what is to be seen
+            raise
     return folder
 
 
@@ -149,6 +153,8 @@ def picture():
 
 
 def main():
+    parser = argparse.ArgumentParser("broken.py", description=__doc__, formatter_class=AS_TYPED)
+    parser.parse_args()
     if not PAIRS.exists():
         flags = ["--count", "2000", "--out", str(PAIRS)]
         run(data.pairs, data.PairsConfig, flags, prog="data.py pairs")
