@@ -117,25 +117,22 @@ def vae(name):
     )
 
 
+def clip_text(width, layers, heads, kind="CLIPTextModelWithProjection", **more):
+    """The config of a CLIP's text encoder."""
+    return CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+        architectures=[kind],
+        **more,
+    )
+
+
 def text_encoders(name):
     """{folder: config} of the model's text encoders."""
-    clip_l = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-        architectures=["CLIPTextModelWithProjection"],
-    )
-    clip_g = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-        hidden_act="gelu",
-        architectures=["CLIPTextModelWithProjection"],
-    )
+    clip_g = clip_text(1280, 32, 20, hidden_act="gelu")
     t5_xxl = T5Config(
         d_model=4096,
         d_ff=10240,
@@ -147,8 +144,9 @@ def text_encoders(name):
     if name.startswith("cogvideox"):
         return {"text_encoder": t5_xxl}
     if name == "sdxl":
-        clip_l.architectures = ["CLIPTextModel"]
+        clip_l = clip_text(768, 12, 12, "CLIPTextModel")
         return {"text_encoder": clip_l, "text_encoder_2": clip_g}
+    clip_l = clip_text(768, 12, 12)
     return {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5_xxl}
 
 
