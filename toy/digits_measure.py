@@ -1,81 +1,92 @@
-"""What images of digits are measured by, against the held-out scans and the teacher's own samples.
+"""What images of digits are measured by, against the teacher's own and the held-out ones.
 
-Images here are (N, 64) float64 in pixel units of 0 to 16. Distances between them are taken in the
-first 30 principal components of the training scans, (N, 30), written z.
+Images are seen as digits_clip.py's CLIP sees them, by the features that tools/score.py has of it,
+(N, 32), written z. All metrics are of z. Those of a sample depend on its size: compare like with
+like, here 500 images with the prompts of one digit, and then 500 with "a handwritten digit".
 """
 
 from functools import cache
 
-import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.svm import SVC
+from transformers import AutoTokenizer, CLIPModel
 
-from tools.metrics import frechet
-from toy.digits_teacher import ANY_DIGIT, scans
+from tools.metrics import frechet, pairwise, unit
+from toy.digits_clip import CLIP
+from toy.digits_teacher import ANY_DIGIT, NAMES, PROMPTS, held_out
 
 METRICS = (
-    *("fd_teacher", "fd_real", "coverage", "density", "precision", "diversity", "class_tv"),
-    "accuracy",
+    *("fd", "fd_named", "fd_any", "fd_real", "coverage", "density", "precision", "diversity"),
+    *("class_tv", "accuracy"),
 )
-# Of the samples that are measured: 600 with the class prompts, then 600 with "a handwritten digit".
-LABELS = np.arange(600) % 10  # (600,) of the first
-NUMBERS = [*LABELS.tolist(), *[ANY_DIGIT] * 600]  # of their prompts, among PROMPTS
-
-
-def pixels(images):
-    """(N, 3, 8, 8) in [−1, 1] → (N, 64) in [0, 16], as a picture of 8 bits would have it."""
-    bytes_ = images.clamp(-1, 1).add(1).mul(127.5).round()  # (N, 3, 8, 8)
-    grey = bytes_.double().mean(1).flatten(1)  # (N, 64)
-    return (grey / 255 * 16).numpy()
+LABELS = torch.arange(500) % 10  # (500,) digits that the first half is asked for
+NUMBERS = [*LABELS.tolist(), *[ANY_DIGIT] * 500]  # of the prompts, among PROMPTS
 
 
 @cache
-def features():
-    """(the principal components, a classifier), scikit-learn's, fitted to the training scans."""
-    (images, labels), _ = scans()
-    x = pixels(images)  # (1497, 64)
-    return PCA(30).fit(x), SVC(gamma=0.001, C=10).fit(x, labels.numpy())
+def judge_of_digits():
+    """(the CLIP, features (10, 32) of length 1 of the prompts of one digit)."""
+    model = CLIPModel.from_pretrained(CLIP).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(CLIP)
+    tokens = tokenizer(list(PROMPTS[: len(NAMES)]), padding=True, return_tensors="pt")
+    texts = model.text_projection(model.text_model(**tokens).pooler_output)
+    return model, unit(texts)
 
 
-def measure(x, labels, teacher, unprompted=None):
-    """{name in METRICS: float} of images x (N, 64), drawn with the class prompts labels (N,).
+def look(images):
+    """z (N, 32) of images (N, 3, 32, 32) in [−1, 1], as a picture of 8 bits would have them."""
+    model, _ = judge_of_digits()
+    bytes_ = images.clamp(-1, 1).add(1).mul(127.5).round()  # (N, 3, 32, 32)
+    seen = []
+    for some in (bytes_ / 127.5 - 1).split(250):
+        pooled = model.vision_model(pixel_values=some).pooler_output
+        seen.append(model.visual_projection(pooled))
+    return torch.cat(seen)
 
-    N is a multiple of 300. unprompted: images (M, 64) drawn with "a handwritten digit"; without
-    them class_tv is None. teacher: the teacher's samples (1200, 64) of NUMBERS.
 
-    Each metric is defined by the function of its name, precision by `coverage_density_precision`.
-    fd_teacher and fd_real are `frechet` of tools/metrics.py: all images against as many of the
-    teacher's, and x against the held-out scans. A distance falls with the number of images, by its
-    bias: compare like with like.
+def read(z):
+    """(N,) the digits that images of features z (N, 32) show: the nearest of ten prompts."""
+    _, texts = judge_of_digits()
+    return (unit(z) @ texts.T).argmax(1)
+
+
+@cache
+def real():
+    """(z (500, 32), digits (500,)) of the held-out images."""
+    images, labels = held_out()
+    return look(images), labels
+
+
+def measure(z, teacher):
+    """{name in METRICS: float} of images z (1000, 32), drawn with the prompts of NUMBERS.
+
+    fd, fd_named, fd_any  `frechet` of tools/metrics.py to the teacher's, (1000, 32) of NUMBERS: of
+                          all, of those asked for one digit, of those asked for "a handwritten
+                          digit"
+    fd_real               the named ones' to the held-out images
+    coverage, density, precision   of the named ones: see `coverage_density_precision`
+    diversity             how far apart images of one digit lie, mean 1 − cosine, as a share of how
+                          far held-out ones do
+    class_tv              total variation between the digits' shares under "a handwritten digit",
+                          here and among the teacher's
+    accuracy              the share of the named ones that show what was asked for
     """
-    pca, _ = features()
-    images, real_labels = scans()[1]
-    z = pca.transform(x)  # (N, 30)
-    z_real = pca.transform(pixels(images))  # (300, 30)
-    everything, shift = x, None
-    if unprompted is not None:
-        everything = np.concatenate([x, unprompted])  # (N + M, 64)
-        shift = class_tv(unprompted, teacher[len(LABELS) :])
-    z_everything = torch.from_numpy(pca.transform(everything))  # (N + M, 30)
-    z_teacher = torch.from_numpy(pca.transform(teacher[: len(everything)]))  # (N + M, 30)
-    coverage, density, precision = coverage_density_precision(z_real, z)
+    n = len(LABELS)
+    named, unnamed = z[:n], z[n:]  # (500, 32) each
+    z_real, digits = real()
+    coverage, density, precision = coverage_density_precision(z_real, named)
+    apart = pairwise(named, LABELS).mean() / pairwise(z_real, digits).mean()
     return {
-        "fd_teacher": frechet(z_everything, z_teacher),
-        "fd_real": frechet(torch.from_numpy(z), torch.from_numpy(z_real)),
+        "fd": frechet(z, teacher),
+        "fd_named": frechet(named, teacher[:n]),
+        "fd_any": frechet(unnamed, teacher[n:]),
+        "fd_real": frechet(named, z_real),
         "coverage": coverage,
         "density": density,
         "precision": precision,
-        "diversity": diversity(z, labels, z_real, real_labels.numpy()),
-        "class_tv": shift,
-        "accuracy": accuracy(x, labels),
+        "diversity": apart.item(),
+        "class_tv": (shares(unnamed) - shares(teacher[n:])).abs().sum().item() / 2,
+        "accuracy": (read(named) == LABELS).double().mean().item(),
     }
-
-
-def judge(x, teacher):
-    """`measure` of images x (1200, 64) of NUMBERS; teacher: {"reference": (1200, 64)}."""
-    n = len(LABELS)
-    return measure(x[:n], LABELS, teacher["reference"], x[n:])
 
 
 def coverage_density_precision(real, fake, k=5):
@@ -84,52 +95,16 @@ def coverage_density_precision(real, fake, k=5):
     coverage   the share of balls that hold a fake point (Naeem et al. 2020)
     density    in how many balls a fake point lies, on average, divided by k (the same)
     precision  the share of fake points (M, D) that lie in a ball (Kynkäänniemi et al. 2019)
-
-    They depend on the number of points: each is a mean over blocks of N fake ones, M being a
-    multiple of N.
     """
-    real = torch.as_tensor(real)
     # (N,); the nearest neighbour of a point is the point itself.
     radius = torch.cdist(real, real).kthvalue(k + 1).values
-    blocks = []
-    for block in np.split(fake, len(fake) // len(real)):
-        inside = torch.cdist(torch.as_tensor(block), real) < radius  # (N fake, N real)
-        coverage = inside.any(0).double().mean().item()
-        density = inside.sum(1).double().mean().item() / k
-        precision = inside.any(1).double().mean().item()
-        blocks.append((coverage, density, precision))
-    return np.mean(blocks, 0).tolist()
+    inside = torch.cdist(fake, real) < radius  # (M, N)
+    coverage = inside.any(0).double().mean().item()
+    density = inside.sum(1).double().mean().item() / k
+    precision = inside.any(1).double().mean().item()
+    return coverage, density, precision
 
 
-def diversity(z, labels, z_real, real_labels):
-    """How far images of a class lie apart, as a share of how far real ones do: 1 is as diverse.
-
-    z, z_real: (N, D), (M, D); labels (N,), (M,).
-    """
-    return spread(z, labels) / spread(z_real, real_labels)
-
-
-def spread(z, labels):
-    """Mean distance between two points (N, D) of the same label, averaged over the labels."""
-    classes = [torch.as_tensor(z[labels == label]) for label in np.unique(labels)]
-    return float(np.mean([torch.pdist(points).mean() for points in classes]))
-
-
-def class_tv(x, teacher):
-    """Total variation between the digits' shares among images and among the teacher's.
-
-    Both (N, 64), (M, 64), drawn with "a handwritten digit"; the classifier says what they show.
-    """
-    return float(np.abs(shares(x) - shares(teacher)).sum() / 2)
-
-
-def shares(x):
-    """(10,) shares of the digits among images (N, 64), by the classifier."""
-    _, classifier = features()
-    return np.bincount(classifier.predict(x), minlength=10) / len(x)
-
-
-def accuracy(x, labels):
-    """The share of images (N, 64) that the classifier takes for the digit of their prompt (N,)."""
-    _, classifier = features()
-    return float((classifier.predict(x) == labels).mean())
+def shares(z):
+    """(10,) shares of the digits among images z (N, 32)."""
+    return read(z).bincount(minlength=len(NAMES)) / len(z)

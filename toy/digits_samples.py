@@ -1,4 +1,4 @@
-"""Samples of the digits teacher and of its students, by which digits_measure.py measures them."""
+"""Images by the digits teacher and by its students, and the teacher's that all are measured by."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -14,21 +14,22 @@ from ode import Draw, student_sample, teacher_sample, with_guidance
 from runtime.files import read_json
 from runtime.folder import starting_point
 from runtime.settings import require
-from toy.digits_measure import NUMBERS, judge, pixels
+from toy.digits_measure import NUMBERS, look, measure
 from toy.digits_teacher import PROMPTS, write_readme
 
 RESULTS = Path(__file__).with_name("results")
 
 STAGE = 4  # of the noises' keys: other random numbers than in training
-GUIDANCE = 1.0  # CFG that is distilled: the default of data.py, adp.py and adm.py for this teacher
-SAMPLES = RESULTS / "digits-teacher.safetensors"  # of the teacher, which cost minutes
+GUIDANCE = 2.0  # CFG that is distilled: the default of data.py, adp.py and adm.py for this teacher
+SAMPLES = RESULTS / "digits-teacher.safetensors"  # what the CLIP sees of the teacher's: minutes
+REFERENCE = "reference"
 # {name: (key of the noises, steps, CFG scale)}. Students are drawn from the noises of key 0.
 KINDS = {
-    "reference": (1, 28, GUIDANCE),
+    REFERENCE: (1, 28, GUIDANCE),
     "teacher, 1 step": (0, 1, GUIDANCE),
-    "teacher, 1 step, CFG 2": (0, 1, 2.0),
+    "teacher, 4 steps": (0, 4, GUIDANCE),
     "teacher, 28 steps": (0, 28, GUIDANCE),
-    "teacher, 28 steps, CFG 2": (0, 28, 2.0),
+    "teacher, 28 steps, no CFG": (0, 28, 1.0),
 }
 
 
@@ -36,7 +37,7 @@ KINDS = {
 def sample(
     family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100, upto=None
 ):
-    """Images (N, 64) of PROMPTS[numbers], from noises that depend on `key` alone.
+    """Images (N, 3, 32, 32) of PROMPTS[numbers], from noises that depend on `key` alone.
 
     By the student's sampler, or with `guidance` by the teacher's PF-ODE. upto: how many of the
     student's steps are gone, default all.
@@ -50,7 +51,7 @@ def sample(
         draw = Draw((key, STAGE), range(at, at + len(some)))
         fresh = partial(draw.normal, family.latent_shape())
         here = {name: c[some] for name, c in cond.items()}  # (B, ...) each
-        x_T = fresh()  # (B, 1, 8, 8)
+        x_T = fresh()  # (B, 4, 8, 8)
         if guidance is None:
             predict = with_guidance(denoiser, here, None, 1)  # plainly conditional
             z = student_sample(predict, schedule, x_T, times, fresh)
@@ -58,13 +59,13 @@ def sample(
             none = {name: c[[len(PROMPTS)] * len(some)] for name, c in cond.items()}
             predict = with_guidance(denoiser, here, none, guidance)
             z = teacher_sample(predict, schedule, x_T, steps)
-        images.append(family.decode(vae, z))  # (B, 3, 8, 8)
-    return pixels(torch.cat(images))
+        images.append(family.decode(vae, z))  # (B, 3, 32, 32)
+    return torch.cat(images)
 
 
 @cache
 def opened(family):
-    """(conditioning {name: (12, ...)} of PROMPTS and then of the empty prompt, the VAE).
+    """(conditioning {name: (16, ...)} of PROMPTS and then of the empty prompt, the VAE).
 
     They are read once.
     """
@@ -79,8 +80,20 @@ def open_run(folder, family):
     return load_denoiser(family, folder=pipeline), schedule, len(student["times"])
 
 
+def of_teacher(family, name, numbers):
+    """Images (N, 3, 32, 32) of the teacher's of this name in KINDS."""
+    key, steps, guidance = KINDS[name]
+    denoiser = load_denoiser(family)
+    return sample(family, denoiser, family.schedule, steps, key, numbers, guidance)
+
+
+def judge(images, teacher):
+    """`measure` of images (1000, 3, 32, 32) of NUMBERS; teacher: what `teacher_samples` returns."""
+    return measure(look(images), teacher[REFERENCE])
+
+
 def teacher_samples(family):
-    """{name in KINDS: (1200, 64)} of NUMBERS, from the file that `samples` makes.
+    """{name in KINDS: (1000, 32)} of NUMBERS, what the CLIP sees: from the file of `samples`.
 
     Raises BadInput if it belongs to another teacher.
     """
@@ -88,17 +101,13 @@ def teacher_samples(family):
     with safe_open(SAMPLES, "pt") as f:
         of_this_teacher = f.metadata() == {"weights_sha256": family.weights_sha256}
         require(of_this_teacher, f"{SAMPLES} belongs to another teacher: {advice}")
-        return {name: f.get_tensor(name).double().numpy() for name in KINDS}
+        return {name: f.get_tensor(name) for name in KINDS}
 
 
 def samples():
     """Write the teacher's samples by which students are measured, and then its README."""
     family = load_teacher("digits")
-    denoiser = load_denoiser(family)
-    made = {}
-    for name, (key, steps, guidance) in KINDS.items():
-        x = sample(family, denoiser, family.schedule, steps, key, NUMBERS, guidance)
-        made[name] = torch.tensor(x, dtype=torch.float16)  # (1200, 64)
+    made = {name: look(of_teacher(family, name, NUMBERS)) for name in KINDS}  # (1000, 32) each
     save_file(made, SAMPLES, {"weights_sha256": family.weights_sha256})
     write_readme("\n".join(teacher_table(family)))
 
@@ -106,7 +115,8 @@ def samples():
 def teacher_table(family):
     """The lines of the table in the teacher's README: its own metrics."""
     teacher = teacher_samples(family)
-    rows = {name: judge(x, teacher) for name, x in teacher.items() if name != "reference"}
+    rows = {name: measure(z, teacher[REFERENCE]) for name, z in teacher.items()}
+    del rows[REFERENCE]
     return table(rows)
 
 

