@@ -20,10 +20,9 @@ to one set of noises:
 
 The experiment and the README's tables and pictures of it (hours):
 
-    python toy/digits.py speeds
     python toy/digits.py search         # or of one method: search adm
     python toy/digits.py experiment     # or of one seed: experiment 0
-    python toy/digits.py ablations
+    python toy/digits.py levers
     python toy/digits.py readme
     python toy/digits.py picture
 """
@@ -38,7 +37,7 @@ from runtime.script import quiet
 from runtime.settings import BadInput, require
 from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose, noises, steps_apart
-from toy.digits_experiment import METHODS, ablations, experiment, search, speeds
+from toy.digits_experiment import METHODS, experiment, levers, search
 from toy.digits_report import picture, readme
 from toy.digits_samples import samples
 from toy.digits_teacher import train
@@ -53,10 +52,9 @@ COMMANDS = {
     "diagnose": (diagnose, {"init": {}}),
     "steps": (steps_apart, {"folder": {}}),
     "noises": (noises, {"runs": ANY_NUMBER}),
-    "speeds": (speeds, {}),
     "search": (search, {"methods": {**ANY_NUMBER, "choices": METHODS}}),
     "experiment": (experiment, SEEDS),
-    "ablations": (ablations, SEEDS),
+    "levers": (levers, SEEDS),
     "readme": (readme, {}),
     "picture": (picture, {}),
 }

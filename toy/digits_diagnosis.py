@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import adm
 from families import load_teacher
 from models import LatentDiscriminator, accuracy, make_roles
-from ode import Draw, T
+from ode import Draw, T, with_guidance
 from runtime.files import read_json, write_json
 from runtime.folder import starting_point
 from toy.digits_experiment import HOME, execute, read_weights
-from toy.digits_measure import NUMBERS, judge
-from toy.digits_samples import RESULTS, open_run, opened, sample, table, teacher_samples
+from toy.digits_measure import NUMBERS
+from toy.digits_samples import RESULTS, judge, open_run, opened, sample, table, teacher_samples
 from toy.digits_teacher import PROMPTS
 
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
@@ -52,34 +52,37 @@ def alignment(folder, family, batch_size=200):
 
     margin    E[D(x_real) − D(x_fake)]
     accuracy  D's: the share of logits that are on their side of 0
-    cosine    of D's gradient in x̂_0 with the score difference that DMD reads off, a mean
+    cosine    of ∇D at x_fake with x_real − x_fake, which it is along where D is at its optimum and
+              its hinge linear: a mean over samples
+    length    of ∇D over that of x_real − x_fake: 1/2γ there, γ being --damping
     """
     cfg = SimpleNamespace(**read_json(folder / "config.json", "run", "config")["config"])
     net = players(folder, family, cfg)
     draw = Draw((cfg.seed, STAGE), range(batch_size))
     numbers = draw.integers(len(PROMPTS))
-    cond = {name: c[numbers] for name, c in opened(family)[0].items()}  # (B, ...) each
+    texts = opened(family)[0]
+    cond = {name: c[numbers] for name, c in texts.items()}  # (B, ...) each
+    uncond = {name: c[[len(PROMPTS)] * batch_size] for name, c in texts.items()}
     discriminator, schedule = net.discriminator, net.schedule
     with torch.no_grad():
-        x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 1, 8, 8)
+        x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 4, 8, 8)
         t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
         s = t - cfg.dt * T
-        x_t = schedule.add_noise(x0_hat, draw.normal(net.shape), t)  # (B, 1, 8, 8)
-        out_real = net.teacher(x_t, t, cond)[0]
+        x_t = schedule.add_noise(x0_hat, draw.normal(net.shape), t)  # (B, 4, 8, 8)
+        out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
         out_fake = net.fake(x_t, t, cond)[0]
         x_real = schedule.pf_ode_step(x_t, out_real, t, s)
         x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
-        x0 = adm.clean(net, x_t, t, x0_hat, out_real, out_fake)
-        difference = x0["teacher x0"] - x0["fake x0"]  # (B, 1, 8, 8)
         real = discriminator.logits(discriminator.features(x_real, s, cond))  # (B,)
-    x_fake.requires_grad_()  # its gradient is x̂_0's up to a factor, as straight-through has it
+    x_fake.requires_grad_()
     fake = discriminator.logits(discriminator.features(x_fake, s, cond))  # (B,)
     (gradient,) = torch.autograd.grad(fake.sum(), x_fake)
-    cosines = F.cosine_similarity(gradient.flatten(1), difference.flatten(1))  # (B,)
+    gradient, gap = gradient.flatten(1), (x_real - x_fake.detach()).flatten(1)  # (B, 256) each
     return {
         "margin": (real - fake).mean().item(),
         "accuracy": accuracy(real, fake).item(),
-        "cosine": cosines.mean().item(),
+        "cosine": F.cosine_similarity(gradient, gap).mean().item(),
+        "length": (gradient.norm(dim=1) / gap.norm(dim=1)).median().item(),
     }
 
 
@@ -109,13 +112,13 @@ def steps_apart(folder):
     student, schedule, steps = open_run(folder, family)
     rows = {}
     for k in range(1, steps + 1):
-        x = sample(family, student, schedule, steps, 0, NUMBERS, upto=k)  # (1200, 64)
+        x = sample(family, student, schedule, steps, 0, NUMBERS, upto=k)  # (1000, 3, 32, 32)
         rows[f"step {k} of {steps}"] = judge(x, teacher)
     print("\n".join(table(rows)))
 
 
 def noises(runs):
-    """Prints fd_teacher and coverage of runs on five sets of noises: mean ± standard deviation.
+    """Prints fd and coverage of runs on five sets of noises: mean ± standard deviation.
 
     It says how far one set of noises goes.
     """
@@ -126,7 +129,7 @@ def noises(runs):
         keys = (0, 2, 3, 4, 5)  # 1 is the reference's
         rows = [judge(sample(family, *student, key, NUMBERS), teacher) for key in keys]
         cells = []
-        for name in ("fd_teacher", "coverage"):
+        for name in ("fd", "coverage"):
             values = [row[name] for row in rows]
             cells.append(f"{name} {np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}")
         print(folder, *cells, sep="   ")

@@ -1,8 +1,8 @@
-"""The experiment on digits: every method from the same starts, in as many iterations, timed.
+"""The experiment on digits: every method from the same starts, in as many iterations, and timed.
 
-ADP comes first, and short, so that a second stage has work to do (ours). Every second stage has
-ITERATIONS iterations of its student, after the recipe's warm-up. The student's learning rate is the
-best of RATES by Fréchet distance to the teacher's images, tried on another seed in the same way.
+ADP comes first, and so short that a second stage has work to do (ours). Every second stage has
+ITERATIONS updates of its student, after the recipe's warm-up. The student's learning rate is the
+best of RATES by Fréchet distance to the teacher's images, tried on another seed in half as many.
 """
 
 import csv
@@ -23,19 +23,206 @@ from toy.digits_samples import RESULTS, judge, open_run, sample, teacher_samples
 HOME = Path("out/digits")  # of all runs
 SEARCH_JSON = RESULTS / "digits-search.json"
 DIGITS_JSON = RESULTS / "digits.json"
+LEVERS_JSON = RESULTS / "digits-levers.json"
 ITERATIONS = 400
 WARMUP = recipes.ADM["digits"]["warmup"]
 POINTS = 4  # of a curve, after its start
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 SEARCH_SEED = 100
-ADP_FIRST = "adp.py --iterations 150 --mse-iterations 120 --ema 0"
-AS_WRITTEN = "adm.py --paper --head-width 64"  # as in the paper, but for the width of the heads
-# {method: (its command, which of the others it has its rate from)}
+NOTHING = {"rates": {}, "trials": []}
+PAPER = "adm.py --paper --head-width 64"  # as written, but for the width of the heads
+ADP_FIRST = "adp.py --ema 0"  # so short that an average would still be its start
+LEVERS = ()
 METHODS = {
-    "adp, longer": (f"adp.py --iterations {ITERATIONS} --mse-iterations {ITERATIONS * 4 // 5}", None),
-    "adp+dmd": ("adm.py --loss dmd", None),
-    "adp+step": ("adm.py --loss step", None),
-    "adp+adm, as written": (AS_WRITTEN, None),
-    "adp+adm": ("adm.py", None),
+    "mse": "adp.py --loss mse",
+    "adp": "adp.py",
+    "adp+dmd": "adm.py --loss dmd",
+    "adp+step": "adm.py --loss step",
+    "adp+adm": "adm.py",
+    "adp+adm, the paper's": PAPER,
+    "dmd": "adm.py --loss dmd",
+    "step": "adm.py --loss step",
+    "adm": "adm.py",
+    "dmd, 4 steps": "adm.py --loss dmd",
+    "step, 4 steps": "adm.py --loss step",
+    "adm, 4 steps": "adm.py",
 }
+
+# --- One trial ------------------------------------------------------------------------------------
+
+
+def trial(method, seed, rate, iterations=ITERATIONS, more=""):
+    """One run of a method, measured: a row of digits.json, with `curve` along its last stage.
+
+    more: flags of that stage that differ.
+    """
+    flags = METHODS[method]
+    words = f"{method} {seed} {rate:g} {iterations} {more}".replace(",", "").replace("'s", "")
+    out = HOME / "-".join(words.replace("--", "").split())
+    if flags.startswith("adp.py"):
+        init, commands = "teacher", []
+        kind = f"{pairs_and_regression(iterations)} --lr-mse {rate:g}"
+    else:
+        steps = 4 if method.endswith("4 steps") else 1
+        init, commands = start(method, seed)
+        warmup = 0 if flags == PAPER else WARMUP
+        kind = f"--student-steps {steps} --iterations {iterations + warmup} --init {init}"
+        kind = f"{kind} --warmup {warmup} --lr-student {rate:g}"
+    line = f"python {flags} {kind} {more} {written(seed, out, iterations // POINTS)}"
+    commands.append(" ".join(line.split()))
+    for command in commands:
+        folder, log = execute(command)
+    points = curve(folder, init, log)
+    family = load_teacher("digits")
+    images = sample(family, *open_run(folder, family), 0, NUMBERS)  # (1000, 3, 32, 32)
+    return {
+        "method": method,
+        "seed": seed,
+        **judge(images, teacher_samples(family)),
+        "seconds": round(sum(float(row["seconds"]) for row in log), 1),
+        "iterations": len(log),
+        "rate": rate,
+        "flags": more,
+        "command": " && ".join(commands),
+        "curve": points,
+    }
+
+
+def start(method, seed):
+    """(--init of a second stage, the command lines that make it)."""
+    if not method.startswith("adp+"):
+        return "teacher", []
+    out = HOME / f"adp-first-{seed}"
+    kind = f"{pairs_and_regression(150)} {written(seed, out, 0)}"
+    return out, [f"python {ADP_FIRST} {kind}"]
+
+
+def pairs_and_regression(iterations):
+    """Flags of adp.py: of its iterations four in five are regression's."""
+    regression = iterations * 4 // 5
+    return f"--pairs {HOME}/pairs --iterations {iterations} --mse-iterations {regression}"
+
+
+def written(seed, out, every):
+    """Flags of a run: its seed, and what it writes where."""
+    checkpoints = f"--checkpoint-every {every} --keep-checkpoints {POINTS + 1}" if every else ""
+    return f"{checkpoints} --sample-every 0 --seed {seed} --out {out}".strip()
+
+
+def execute(command):
+    """Run this command line of adp.py or adm.py in this process, unless that has been done.
+
+    Returns (its folder, the rows of its log).
+    """
+    _, script, *argv = command.split()
+    folder = Path(argv[-1])
+    if not (folder / "pipeline").exists():
+        remove(folder)  # broken off
+        module = {"adp.py": adp, "adm.py": adm}[script]
+        run(module.main, module.Config, argv, prog=script)
+    with open(folder / "log.csv") as f:
+        return folder, list(csv.DictReader(f))
+
+
+def curve(folder, init, log):
+    """[[iteration, seconds, fd, fd_any, coverage], …] of a run.
+
+    At its start and at its checkpoints, the last of which is its end; of the average of the
+    student's weights, where there is one.
+    """
+    family = load_teacher("digits")
+    teacher = teacher_samples(family)
+    student, schedule, steps = open_run(folder, family)
+    first = load_denoiser(family) if init == "teacher" else open_run(init, family)[0]
+
+    def point(iteration, denoiser):
+        seconds = sum(float(row["seconds"]) for row in log[:iteration])
+        now = judge(sample(family, denoiser, schedule, steps, 0, NUMBERS), teacher)
+        return [iteration, round(seconds, 1), now["fd"], now["fd_any"], now["coverage"]]
+
+    points = [point(0, first)]
+    for checkpoint in sorted((Path(folder) / "checkpoints").iterdir()):
+        weights = checkpoint / "ema.safetensors"
+        if not weights.exists():
+            weights = checkpoint / "student.safetensors"
+        read_weights(student.own_parameters(), weights)
+        points.append(point(int(checkpoint.name), student))
+    return points
+
+
+def read_weights(parameters, file):
+    """Fill {name: parameter} from a checkpoint's file."""
+    saved = load_file(file)
+    for name, p in parameters.items():
+        p.data.copy_(saved[f"weight/{name}"])
+
+
+# --- The commands, in their order -----------------------------------------------------------------
+
+
+def pairs():
+    """The teacher's pairs, on which ADP and regression are trained; nothing if they are there."""
+    if not (HOME / "pairs").exists():
+        run(data.pairs, data.PairsConfig, ["--out", f"{HOME}/pairs"], prog="data.py pairs")
+
+
+def search(methods=()):
+    """results/digits-search.json: the best rate of these methods (default: all), and all trials."""
+    pairs()
+    for method in methods or METHODS:
+        trials = trials_of_rates(method)
+        # Two searches may go side by side.
+        plan = read_json(SEARCH_JSON, "search", "rates") if SEARCH_JSON.exists() else NOTHING
+        best = min(trials, key=lambda row: row["fd"])["rate"]
+        others = [row for row in plan["trials"] if row["method"] != method]
+        found = {"rates": {**plan["rates"], method: best}, "trials": [*others, *trials]}
+        write_json(SEARCH_JSON, found)
+
+
+def trials_of_rates(method):
+    """Rows of a method's trials: from 1e-5 down RATES, or else up, as long as it gets better."""
+    start = RATES.index(1e-5)
+
+    def tried(rate):
+        return trial(method, SEARCH_SEED, rate, ITERATIONS // 2)
+
+    trials = [tried(RATES[start])]
+    first = best = trials[0]["fd"]
+    for way in (RATES[start + 1 :], reversed(RATES[:start])):
+        for rate in way:
+            trials.append(tried(rate))
+            if trials[-1]["fd"] > best:
+                break
+            best = trials[-1]["fd"]
+        if best < first:
+            break
+    return trials
+
+
+def experiment(seeds=()):
+    """results/digits.json: every method with these seeds (default: SEEDS), beside other rows."""
+    for seed in seeds or SEEDS:
+        for method in METHODS:
+            keep(method, seed, DIGITS_JSON)
+
+
+def levers(seeds=()):
+    """results/digits-levers.json: each of LEVERS likewise."""
+    for seed in seeds or SEEDS:
+        for method, more in LEVERS:
+            keep(method, seed, LEVERS_JSON, more)
+
+
+def keep(method, seed, path, more=""):
+    """Run a trial at its method's rate, and put its row into the json file, for one like it."""
+    rate = read_json(SEARCH_JSON, "search", "rates")["rates"][method]
+    row = trial(method, seed, rate, more=more)
+    runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
+    others = [r for r in runs if kind(r) != kind(row)]
+    write_json(path, {"runs": [*others, row]})
+
+
+def kind(row):
+    """Rows of the same kind are of the same run."""
+    return row["method"], row["seed"], row["flags"]

@@ -5,76 +5,75 @@ from matplotlib.figure import Figure
 
 from families import load_teacher
 from runtime.files import read_json
-from toy.digits_experiment import DIGITS_JSON, METHODS
-from toy.digits_measure import METRICS, NUMBERS, judge, pixels
-from toy.digits_samples import RESULTS, open_run, sample, teacher_samples
-from toy.digits_teacher import scans
+from toy.digits_experiment import DIGITS_JSON, LEVERS_JSON, METHODS
+from toy.digits_measure import NUMBERS, measure
+from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
+from toy.digits_teacher import held_out
 
-# {where a comparison of ADM with DMD starts: (ADM's method, DMD's)}
+COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "class_tv", "accuracy")
+# {where a comparison of second stages starts: its methods}
 STAGE_2 = {
-    "one step, from ADP": ("adp+adm", "adp+dmd"),
-    "one step, from the teacher": ("adm", "dmd"),
-    "four steps, from the teacher": ("adm, 4 steps", "dmd, 4 steps"),
+    "one step, from ADP": ("adp+dmd", "adp+step", "adp+adm", "adp+adm, the paper's"),
+    "one step, from the teacher": ("dmd", "step", "adm"),
+    "four steps, from the teacher": ("dmd, 4 steps", "step, 4 steps", "adm, 4 steps"),
 }
+COLOURS = {"dmd": "C0", "step": "C2", "adm": "C3", "adm, the paper's": "C1"}
+SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
 
-def read_runs():
-    """The rows of results/digits.json."""
-    return read_json(DIGITS_JSON, "results", "runs")["runs"]
+def read_runs(path=DIGITS_JSON):
+    """The rows of one of the results."""
+    return read_json(path, "results", "runs")["runs"]
 
 
 def readme():
-    """Prints the README's tables of results/digits.json."""
-    runs = read_runs()
+    """Prints the README's tables of results/digits.json and digits-levers.json."""
     teacher = teacher_samples(load_teacher("digits"))
+    runs = read_runs()
     print("\n".join(table_of_methods(runs, teacher)))
     print()
-    print("\n".join(table_of_stage_2(runs)))
+    print("\n".join(table_of_levers(runs, read_runs(LEVERS_JSON))))
 
 
 def table_of_methods(runs, teacher):
     """Lines: the teacher's own rows, then each method's mean and range over seeds."""
-    names = METRICS[:-1]
     lines = [
-        f"| method | {' | '.join(names)} | iterations |",
-        "| --- " * (len(names) + 2) + "|",
+        f"| method | {' | '.join(COLUMNS)} | iterations | seconds |",
+        "| --- " * (len(COLUMNS) + 3) + "|",
     ]
-    for kind in ("teacher, 28 steps", "teacher, 1 step"):
-        row = judge(teacher[kind], teacher)
-        cells = " | ".join(f"{row[name]:.3g}" for name in names)
-        lines.append(f"| {kind} | {cells} | |")
+    for kind in ("teacher, 28 steps", "teacher, 4 steps", "teacher, 1 step"):
+        row = measure(teacher[kind], teacher[REFERENCE])
+        cells = " | ".join(f"{row[name]:.3g}" for name in COLUMNS)
+        lines.append(f"| {kind} | {cells} | | |")
     for method in METHODS:
         mine = [run for run in runs if run["method"] == method]
-        cells = []
-        for name in names:
-            values = [run[name] for run in mine]
-            cells.append(f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})")
-        lines.append(f"| {method} | {' | '.join(cells)} | {mine[0]['iterations']} |")
+        cells = [spread([run[name] for run in mine]) for name in COLUMNS]
+        seconds = np.median([run["seconds"] for run in mine])
+        lines.append(
+            f"| {method} | {' | '.join(cells)} | {mine[0]['iterations']} | {seconds:.0f} |"
+        )
     return lines
 
 
-def table_of_stage_2(runs):
-    """Lines: where ADM and DMD started and where each ended, seed by seed."""
-    runs = sorted(runs, key=lambda run: run["seed"])
-    lines = [
-        "| fd_teacher; coverage, of each seed | start | ADM | DMD |",
-        "| --- " * 4 + "|",
-    ]
-    for title, (adm, dmd) in STAGE_2.items():
-        of_adm = [run["curve"] for run in runs if run["method"] == adm]
-        of_dmd = [run["curve"] for run in runs if run["method"] == dmd]
-        starts = [curve[0] for curve in of_adm]
-        ends = [[curve[-1] for curve in curves] for curves in (of_adm, of_dmd)]
-        cells = " | ".join(distances_and_coverages(points) for points in (starts, *ends))
-        lines.append(f"| {title} | {cells} |")
+def spread(values):
+    """A cell: mean and range."""
+    return f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+
+
+def table_of_levers(runs, levers):
+    """Lines: what differs from a method as it is, and fd where it starts and ends."""
+    lines = ["| method | flags | fd | seconds |", "| --- " * 4 + "|"]
+    shown = {(run["method"], run["flags"]): [] for run in levers}
+    ordinary = {(method, ""): [] for method, _ in shown}
+    rows = {**ordinary, **shown}
+    for run in [*runs, *levers]:
+        if (run["method"], run["flags"]) in rows:
+            rows[run["method"], run["flags"]].append(run)
+    for (method, flags), mine in rows.items():
+        seconds = np.median([run["seconds"] for run in mine])
+        cell = spread([run["fd"] for run in mine])
+        lines.append(f"| {method} | `{flags}` | {cell} | {seconds:.0f} |".replace("``", ""))
     return lines
-
-
-def distances_and_coverages(points):
-    """A cell of points [iteration, fd_teacher, coverage] of curves, one a seed."""
-    distances = ", ".join(f"{distance:.1f}" for _, distance, _ in points)
-    coverages = ", ".join(f"{coverage:.3f}" for _, _, coverage in points)
-    return f"{distances}; {coverages}"
 
 
 def picture():
@@ -82,64 +81,70 @@ def picture():
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     runs = read_runs()
-    curves(runs, judge(teacher["teacher, 28 steps"], teacher))
-    rows = {"held-out scans": some_scans()}
+    curves(runs, measure(teacher["teacher, 28 steps"], teacher[REFERENCE]))
+    numbers = [NUMBERS[i] for i in SHOWN]
+    rows = {"held-out images": some_held_out()}
     for kind in ("teacher, 28 steps", "teacher, 1 step"):
-        rows[kind] = teacher[kind][:20]
-    order = list(METHODS)
-    for run in sorted(runs, key=lambda run: order.index(run["method"])):
-        if run["seed"] == 0:
-            student = open_run(run["command"].split()[-1], family)
-            rows[run["method"]] = sample(family, *student, 0, NUMBERS[:20])
+        rows[kind] = of_teacher(family, kind, numbers)
+    for method in METHODS:
+        (run,) = [run for run in runs if (run["method"], run["seed"]) == (method, 0)]
+        student = open_run(run["command"].split()[-1], family)
+        rows[method] = sample(family, *student, 0, numbers)
     sheet(rows, RESULTS / "digits.png")
 
 
-def some_scans():
-    """(20, 64): two held-out scans of each digit, 0 to 9 and again."""
-    images, labels = scans()[1]
-    places = [np.flatnonzero(labels == digit)[:2] for digit in range(10)]
-    return pixels(images[np.stack(places, 1).flatten()])
+def some_held_out():
+    """(18, 3, 32, 32): a held-out image of each digit, then others."""
+    images, labels = held_out()
+    first = [int(np.flatnonzero(labels == digit)[0]) for digit in range(10)]
+    others = np.random.default_rng(0).choice(len(labels), len(SHOWN) - 10, replace=False)
+    return images[[*first, *others.tolist()]]
 
 
 def sheet(rows, path):
-    """A picture with one row of images for each {label: (N, 64)}.
+    """A picture with one row of images for each {label: (N, 3, 32, 32)}.
 
-    The same prompts and noises stand in the same columns.
+    The same prompts and noises stand in the same columns: ten of one digit each, then "a
+    handwritten digit".
     """
-    figure = Figure(figsize=(11, 0.62 * len(rows)))
+    figure = Figure(figsize=(14, 0.72 * len(rows) + 0.3))
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, x) in zip(axes, rows.items(), strict=True):
-        gutters = ((0, 0), (1, 1), (1, 1))  # a white pixel on each side of each image
-        images = np.pad(x.reshape(-1, 8, 8), gutters)  # (N, 10, 10)
-        axis.imshow(np.concatenate(list(images), 1), cmap="gray_r", vmin=0, vmax=16)
+        grey = x.mean(1).clamp(-1, 1).numpy()  # (N, 32, 32)
+        images = np.pad(grey, ((0, 0), (1, 1), (1, 1)), constant_values=1)  # (N, 34, 34)
+        gap = np.ones((34, 12))
+        axis.imshow(np.concatenate([*images[:10], gap, *images[10:]], 1), cmap="gray")
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_frame_on(False)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
+    axes[0].set_title('"a handwritten zero" to "nine", then "a handwritten digit"', fontsize=11)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def curves(runs, teacher):
-    """results/digits-curves.png: fd_teacher and coverage along stage 2, one line a seed.
+    """results/digits-curves.png: fd along stage 2, one line a seed, by iterations and by time.
 
-    teacher: `judge`'s row of its own samples, dashed.
+    teacher: `measure`'s row of its own samples, dashed.
     """
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey="row")
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="col")
     shown = {}  # {label: line}, the same in every column
-    for (distance, coverage), (title, methods) in zip(axes.T, STAGE_2.items(), strict=True):
-        for name, method, colour in zip(("ADM", "DMD"), methods, ("C3", "C0"), strict=True):
-            style = {"color": colour, "lw": 1.2, "marker": ".", "ms": 4}
+    for (upper, lower), (title, methods) in zip(axes.T, STAGE_2.items(), strict=True):
+        for method in methods:
+            name = method.removeprefix("adp+").removesuffix(", 4 steps")
+            style = {"color": COLOURS[name], "lw": 1.2, "marker": ".", "ms": 5}
             for points in [run["curve"] for run in runs if run["method"] == method]:
-                iterations, distances, coverages = np.array(points).T  # (n,) each
-                share = iterations / iterations[-1]
-                (shown[name],) = distance.plot(share, distances, **style)
-                coverage.plot(share, coverages, **style)
+                iterations, seconds, distances, *_ = np.array(points).T  # (n,) each
+                (shown[name],) = upper.plot(iterations, distances, **style)
+                lower.plot(seconds, distances, **style)
         style = {"color": "black", "lw": 0.8, "ls": "--"}
-        shown["teacher, 28 steps"] = distance.axhline(teacher["fd_teacher"], **style)
-        coverage.axhline(teacher["coverage"], **style)
-        distance.set_title(title, fontsize=10)
-        distance.set_yscale("log")
-        coverage.set_xlabel("share of the stage's iterations")
-    axes[0, 0].set_ylabel("fd_teacher (less is nearer)")
-    axes[1, 0].set_ylabel("coverage")
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize=9)
+        for axis in (upper, lower):
+            shown["teacher, 28 steps"] = axis.axhline(teacher["fd"], **style)
+            axis.set_yscale("log")
+        upper.set_title(title, fontsize=12)
+        upper.set_xlabel("iterations")
+        lower.set_xlabel("seconds of them, one thread")
+    axes[0, 0].set_ylabel("fd (less is nearer)")
+    axes[1, 0].set_ylabel("fd (less is nearer)")
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=11)
     figure.savefig(RESULTS / "digits-curves.png", dpi=110)
