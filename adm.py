@@ -1,4 +1,4 @@
-"""Stage 2 of DMDX: Adversarial Distribution Matching (ADM), and DMD as its baseline.
+"""Stage 2 of DMDX: Adversarial Distribution Matching (ADM); DMD as its baseline.
 
 Lu et al., ICCV 2025, arXiv 2507.18569. A student G_θ makes x̂_0 in one or a few steps. It is noised
 to x_t; from that same x_t the frozen teacher F_φ (with CFG) and the fake score f_ψ (trained on the
@@ -52,7 +52,7 @@ def discriminator_loss(real, fake):
 
 
 def generator_loss(fake, weight=None):
-    """ADM's generator: −E[D(x_fake, t−Δt)] (arXiv 2507.18569). A weight in t is ours."""
+    """ADM's generator: −E[D(x_fake, t−Δt)] (arXiv 2507.18569). The weight is ours."""
     if weight is not None:
         fake = weight * fake
     return -fake.mean()
@@ -92,8 +92,7 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
     x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
 
     # 2. Re-diffuse it to t ~ U[t_min + Δt, t_max]; s = t − Δt is where both branches land.
-    t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
-    s = t - cfg.dt * T
+    t, s = step_times(cfg, draw)  # (B,) each
     x_t = schedule.add_noise(x0_hat, draw.normal(net.shape), t)  # (B, ...)
 
     # 3. One PF-ODE step from that same x_t: by the teacher with CFG, without gradient ...
@@ -111,7 +110,9 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
 
         # 4. Generator: the student learns to land where the teacher would.
         maps_fake = discriminator.features(x_fake, s, cond)
-        loss_g = generator_loss(discriminator.logits(maps_fake), weight_in_t(cfg, schedule, t))
+        latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
+        weight = generator_weight(cfg, schedule, s, latents)  # None, or with --gen-weight: ours
+        loss_g = generator_loss(discriminator.logits(maps_fake), weight)
         learn(loss_g)
 
     # 5. Discriminator: the heads learn to tell the two, on the same features of x_fake.
@@ -127,10 +128,15 @@ def adm_round(net, cfg, draw, cond, uncond, k, learn):
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)  # x̂_0, or with --fake-samples: ours
     loss_f = learn_fake(net, draw, cond, x0, learn)
 
-    latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
     losses = {"loss_generator": loss_g, "loss_discriminator": loss_d, "loss_fake": loss_f}
     right = {"d_accuracy": accuracy(logits_real, logits_fake)}
     return losses | right | figures(latents), latents
+
+
+def step_times(cfg, draw):
+    """t ~ U[t_min + Δt, t_max] and s = t − Δt, (B,) each: a PF-ODE step stays in [t_min, t_max]."""
+    t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
+    return t, t - cfg.dt * T
 
 
 def sample(net, draw, cond, k):
@@ -177,7 +183,7 @@ def figures(latents):
     return {"dmd_loss": loss.detach(), "x0_mean": x0_hat.mean(), "x0_std": spread}
 
 
-# --- DMD, the baseline ----------------------------------------------------------------------------
+# --- Without an adversary: DMD, and a plain step (ours) -------------------------------------------
 
 
 def dmd_loss(x0_hat, x0_real, x0_fake):
@@ -186,19 +192,20 @@ def dmd_loss(x0_hat, x0_real, x0_fake):
     g = (x0_fake − x0_real) / mean|x̂_0 − x0_real|, per sample. Its value is ½ mean g²; ADM's log
     shows it, and the paper's claim is that it falls though nobody descends it.
     """
-    distance = (x0_hat.detach() - x0_real).abs().flatten(1).mean(1).clamp(min=1e-5)  # (B,)
-    g = (x0_fake - x0_real) / per_sample(distance, x0_hat)  # (B, ...)
+    g = (x0_fake - x0_real) / per_sample(mean_distance(x0_hat, x0_real), x0_hat)  # (B, ...)
     return 0.5 * F.mse_loss(x0_hat, (x0_hat - g).detach())
+
+
+def mean_distance(x0_hat, x0_real):
+    """mean|x̂_0 − x0_real| of each sample, (B,): a constant, and never 0."""
+    return (x0_hat.detach() - x0_real).abs().flatten(1).mean(1).clamp(min=1e-5)
 
 
 def dmd_round(net, cfg, draw, cond, uncond, k, learn):
     """One round of DMD, as adm_round: the score difference itself, in place of an adversary's."""
     x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
     t = draw.uniform(cfg.t_min * T, cfg.t_max * T)  # (B,)
-    x_t = net.schedule.add_noise(x0_hat, draw.normal(net.shape), t)  # (B, ...)
-    with torch.no_grad():
-        out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
-        out_fake = net.fake(x_t, t, cond)[0]
+    x_t, out_real, out_fake = both_scores(net, draw, cond, uncond, x0_hat, t)  # (B, ...) each
     latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
     _, x0_real, x0_fake, _ = latents.values()
     loss_g = dmd_loss(x0_hat, x0_real, x0_fake)
@@ -208,11 +215,58 @@ def dmd_round(net, cfg, draw, cond, uncond, k, learn):
     return {"loss_generator": loss_g, "loss_fake": loss_f} | figures(latents), latents
 
 
+def step_loss(x_fake, x_real, weight=None):
+    """½ mean|x_fake − x_real|², x_real a constant (ours)."""
+    apart = (x_fake - x_real).square().flatten(1).mean(1)  # (B,)
+    if weight is not None:
+        apart = weight * apart
+    return 0.5 * apart.mean()
+
+
+def step_round(net, cfg, draw, cond, uncond, k, learn):
+    """One round of --loss step (ours), as dmd_round and at its cost: both PF-ODE steps in L2.
+
+    Where D is at its optimum in the hinge's linear part (small Δt, damping), ∇D is proportional to
+    x_real − x_fake: ADM's adversary then stands for this loss, and should at least match it. The
+    paper does not compare with it.
+    """
+    schedule = net.schedule
+    x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
+    t, s = step_times(cfg, draw)  # (B,) each
+    x_t, out_real, out_fake = both_scores(net, draw, cond, uncond, x0_hat, t)  # (B, ...) each
+    latents = clean(net, x_t, t, x0_hat, out_real, out_fake)
+    x_real = schedule.pf_ode_step(x_t, out_real, t, s)
+    x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
+    x_fake = straight_through(x_fake, x0_hat, schedule.alpha_sigma(s)[0])
+    loss_g = step_loss(x_fake, x_real, generator_weight(cfg, schedule, s, latents))
+    learn(loss_g)
+    x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
+    loss_f = learn_fake(net, draw, cond, x0, learn)
+    return {"loss_generator": loss_g, "loss_fake": loss_f} | figures(latents), latents
+
+
+@torch.no_grad()
+def both_scores(net, draw, cond, uncond, x0_hat, t):
+    """x_t of x̂_0, and what teacher (with CFG) and fake score say there: (B, ...) each."""
+    x_t = net.schedule.add_noise(x0_hat, draw.normal(net.shape), t)
+    out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
+    return x_t, out_real, net.fake(x_t, t, cond)[0]
+
+
 def fake_round(net, cfg, draw, cond, uncond, k, learn):
-    """A further round of DMD under TTUR: the fake score alone learns, on new samples."""
+    """A further round of DMD or step under TTUR: f_ψ alone learns, on new samples."""
     x0_hat, eps_hat = sample(net, draw, cond, k)  # (B, ...) each
     x0 = sampled_on(net, cfg, draw, cond, k, x0_hat, eps_hat)
     return {"loss_fake": learn_fake(net, draw, cond, x0, learn)}, {"student": x0_hat}
+
+
+def round_of(loss, r):
+    """(the function of round r of TTUR, the networks that learn in it beside the student)."""
+    if loss == "adm":
+        return adm_round, ("heads", "fake")
+    if r > 0:
+        return fake_round, ("fake",)
+    return (dmd_round if loss == "dmd" else step_round), ("fake",)
 
 
 # --- What the paper has not (ours): off, but where a recipe or a flag says so ---------------------
@@ -235,11 +289,26 @@ def straight_through(x_fake, x0_hat, alpha_s):
     return x_fake.detach() + per_sample(alpha_s, x0_hat) * (x0_hat - x0_hat.detach())
 
 
-def weight_in_t(cfg, schedule, t):
-    """(B,) of --t-weight, or None: 1/α_t takes out the factor α_t of dx_t/dx̂_0."""
-    if cfg.t_weight == "none":
+def generator_weight(cfg, schedule, s, latents):
+    """(B,) of --gen-weight, or None, from where the branches land and what they say is clean.
+
+    "1/alpha" takes out the factor α_t of dx_t/dx̂_0. "dmd" takes out all in which --loss step
+    differs from DMD. From one x_t a branch that says x_0 lands at
+
+        α_s x_0 + σ_s ε,  ε = (x_t − α_t x_0) / σ_t
+
+    and so x_real − x_fake = κ (x0_real − x0_fake), κ = α_s − σ_s α_t / σ_t. The student's gradient
+    is that times dx_fake/dx̂_0 = α_s, where DMD's has 1 / mean|x̂_0 − x0_real|.
+    """
+    x0_hat, x0_real, _, t = latents.values()
+    if cfg.gen_weight == "none":
         return None
-    return 1 / schedule.alpha_sigma(t)[0].clamp(min=1e-3)
+    alpha_t, sigma_t = schedule.alpha_sigma(t)  # (B,) each
+    if cfg.gen_weight == "1/alpha":
+        return 1 / alpha_t.clamp(min=1e-3)
+    alpha_s, sigma_s = schedule.alpha_sigma(s)  # (B,) each
+    kappa = alpha_s - sigma_s * alpha_t / sigma_t  # (B,)
+    return 1 / ((alpha_s * kappa).clamp(min=1e-6) * mean_distance(x0_hat, x0_real))
 
 
 def damping(discriminator, cfg, draw, cond, s, judged):
@@ -287,8 +356,11 @@ class Config(TrainingConfig):
         "UTF-8 text file, one prompt a line, or a folder made by `data.py encode`",
         "what to distil",
     )
-    loss: Literal["adm", "dmd"] = option(
-        "adm", "how the student learns: the paper's adversary, or DMD's reverse KL", "the method"
+    loss: Literal["adm", "dmd", "step"] = option(
+        "adm",
+        "how the student learns: the paper's adversary, DMD's reverse KL, or the L2 distance of "
+        "the two PF-ODE steps (ours)",
+        "the method",
     )
     ttur: int = option(
         1, "discriminator and fake-score updates for each generator update", "the method"
@@ -299,7 +371,9 @@ class Config(TrainingConfig):
         "it (ours)",
         "the method",
     )
-    dt: float = option(1 / 64, "ADM: length of the PF-ODE step, as a fraction of T", "the method")
+    dt: float = option(
+        1 / 64, "adm, step: length of the PF-ODE step, as a fraction of T", "the method"
+    )
     t_min: float = option(
         0.02,
         "least time that a PF-ODE step lands on, DMD's least t, as a fraction of T (ours)",
@@ -311,15 +385,17 @@ class Config(TrainingConfig):
         "the method",
     )
     fake_gradient: Literal["exact", "straight-through"] = option(
-        "exact", "through the frozen fake network, or around it (ours: cheaper)", "the method"
+        "exact", "adm: through the frozen fake network, or around it (ours: cheaper)", "the method"
     )
     fake_samples: Literal["each", "last"] = option(
         "each",
         "several steps: fake learns x̂_0 of the step that trains, or the last's (ours)",
         "the method",
     )
-    t_weight: Literal["none", "1/alpha"] = option(
-        "none", "weight of the generator loss in t (ours)", "the method"
+    gen_weight: Literal["none", "1/alpha", "dmd"] = option(
+        "none",
+        "adm, step: weight of a sample in the generator's loss: 1/α_t, or as DMD weighs (ours)",
+        "the method",
     )
     damping: float = option(
         0.0,
@@ -341,7 +417,7 @@ class Config(TrainingConfig):
 STAGE = 2  # of the seeds' keys: other random numbers than in adp.py (1) and data.py (0)
 OF_GENERATOR = ("loss_generator", "dmd_loss", "x0_mean", "x0_std")
 COLUMNS = {  # of log.csv, beside those of every run (runtime/folder.py): means over the batch
-    "loss_generator": "hinge: −E[D(x_fake)]; DMD: its own loss",
+    "loss_generator": "hinge: −E[D(x_fake)]; dmd, step: their own loss",
     "loss_discriminator": "hinge: 2 (1 − total variation) at D's optimum; 2 where it knows nothing",
     "loss_fake": "diffusion loss of the fake score on the student's samples",
     "dmd_loss": "what DMD would minimise, from the same passes: the paper's claim is that it falls",
@@ -363,7 +439,7 @@ def check(cfg):
     times = f"--t-min {cfg.t_min} --t-max {cfg.t_max}"
     require(0 <= cfg.t_min < cfg.t_max <= 1, f"{times}: 0 <= t_min < t_max <= 1")
     most = cfg.t_max - cfg.t_min
-    if cfg.loss == "adm":
+    if cfg.loss != "dmd":
         require(0 < cfg.dt < most, f"--dt {cfg.dt}: between 0 and t_max - t_min = {most:g}")
 
 
@@ -430,10 +506,7 @@ def main(cfg):
         # none is trained on what another's step has changed.
         for r in range(cfg.ttur):
             learns = r == 0 and iteration >= cfg.warmup  # the student
-            if cfg.loss == "adm":
-                algorithm, trained = adm_round, ("heads", "fake")
-            else:
-                algorithm, trained = (fake_round if r else dmd_round), ("fake",)
+            algorithm, trained = round_of(cfg.loss, r)
             # The student's step that trains is the same on all ranks.
             k = int(common(cfg.seed, STAGE, iteration, r).integers(steps))
             for samples in parts:

@@ -69,7 +69,7 @@ ADM_PAPER = {
     "dt": 1 / 64,
     "fake_gradient": "exact",
     "fake_samples": "each",
-    "t_weight": "none",
+    "gen_weight": "none",
     "damping": 0.0,
     "head_width": 256,
     "ema": 0.0,

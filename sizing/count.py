@@ -281,8 +281,9 @@ def generator_pass(family, parts, cfg, x, t, cond):
     x0_hat = parts.student(x, t, cond)[0]  # (B, ...) float32
     yield "student", x0_hat
     x_fake = x0_hat.bfloat16()  # (B, ...)
-    if parts.fake and cfg.loss == "adm":
-        with torch.set_grad_enabled(cfg.fake_gradient == "exact"):
+    if parts.fake:
+        through = cfg.loss == "adm" and cfg.fake_gradient == "exact"
+        with torch.set_grad_enabled(through):
             x_fake = x_fake + parts.fake(x_fake, t, cond)[0].bfloat16()
         yield "fake", x_fake
     if cfg.loss in ADVERSARIAL:

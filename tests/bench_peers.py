@@ -306,10 +306,7 @@ class Ours:
                 backward(loss)
 
         for r in range(cfg.ttur):
-            if cfg.loss == "adm":
-                algorithm, trained = adm.adm_round, ("heads", "fake")
-            else:
-                algorithm, trained = (adm.fake_round if r else adm.dmd_round), ("fake",)
+            algorithm, trained = adm.round_of(cfg.loss, r)
             draw = Draw((0, adm.STAGE, self.iteration, r), range(B))
             with frozen(*([self.net.student] if r else [])):
                 algorithm(self.net, cfg, draw, ground.cond, ground.uncond, 0, learn)

@@ -80,7 +80,7 @@ def variance_preserving(alphas_cumprod):
 def adm(model, critic, theta, phi, psi, tau, process, student_process, c, draws, k, first):
     """One round: {what is logged or descended: scalar}. k is the student's step that trains.
 
-    Of TTUR's rounds the student learns in the `first`; in the others DMD needs f_ψ's loss alone.
+    Of TTUR's rounds the student learns in the `first`; without D the others need f_ψ's loss alone.
     """
     B, prompt = len(draws.x_T), draws.prompt
 
@@ -107,11 +107,11 @@ def adm(model, critic, theta, phi, psi, tau, process, student_process, c, draws,
     t, eps = process.t_noise * draws.u_fake, draws.eps_fake
     said = model(psi, process.mixed(x_0, eps, t), t, prompt)
     out = {"loss_fake": (said - process.target(x_0, eps, t)).square().mean()}
-    if c.loss == "dmd" and not first:
+    if c.loss != "adm" and not first:
         return out
 
     # Re-diffuse, to where a step of length Δt stays within [t_min, t_max]; DMD takes none.
-    least = c.t_min + (c.dt if c.loss == "adm" else 0)
+    least = c.t_min + (c.dt if c.loss != "dmd" else 0)
     t = T * (least + draws.u * (c.t_max - least))
     s = t - T * c.dt
     x_t = process.mixed(x0_hat, draws.eps, t)
@@ -130,14 +130,25 @@ def adm(model, critic, theta, phi, psi, tau, process, student_process, c, draws,
     if c.loss == "dmd":
         return out | {"loss_generator": out["dmd_loss"]}
 
+    # The weight of a sample in the generator's loss (ours). "dmd": DMD's over the step's own, for
+    # a branch that says another x_0 lands `moves` times as far away, and dx_fake/dx̂_0 is α_s.
+    alpha_s, weight = process.alpha_sigma(s)[0], 1
+    if c.gen_weight == "1/alpha":
+        weight = 1 / process.alpha_sigma(t)[0]
+    elif c.gen_weight == "dmd":
+        alpha_t, sigma_t = process.alpha_sigma(t)
+        moves = alpha_s - process.alpha_sigma(s)[1] * alpha_t / sigma_t
+        weight = 1 / scale / moves / alpha_s
+
     # ADM: both take a step of Δt, and D_τ tells where they land, at s.
     x_real = process.pf_ode_step(x_t, said_real, t, s).detach()
     x_fake = process.pf_ode_step(x_t, said_fake, t, s)
-    if c.fake_gradient == "straight-through":  # ours: dx_fake/dx̂_0 = α_s, true where f_ψ is right
-        alpha_s = like(process.alpha_sigma(s)[0], x_fake)
-        x_fake = x_fake.detach() + alpha_s * (x0_hat - x0_hat.detach())
+    if c.fake_gradient == "straight-through" or c.loss == "step":  # ours: dx_fake/dx̂_0 = α_s
+        x_fake = x_fake.detach() + like(alpha_s, x_fake) * (x0_hat - x0_hat.detach())
+    if c.loss == "step":  # ours: no D_τ, half the squared distance of where they land
+        halves = torch.stack([(x_fake[i] - x_real[i]).square().mean() / 2 for i in range(B)])
+        return out | {"loss_generator": (weight * halves).mean()}
     real, fake = (critic(tau, x, s, prompt) for x in (x_real, x_fake))
-    weight = 1 / process.alpha_sigma(t)[0] if c.t_weight == "1/alpha" else 1  # ours
     out["loss_generator"] = -(weight * fake).mean()
     out["loss_discriminator"] = out["descended_by_heads"] = hinge(real, fake)
     out["d_accuracy"] = accuracy(real, fake)

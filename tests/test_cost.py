@@ -113,9 +113,10 @@ def test_an_iteration_makes_no_pass_twice(model, fake_gradient, passes_of):
     assert passes_of(model, "--fake-gradient", fake_gradient) == expected
 
 
-def test_dmd_runs_teacher_and_fake_branch_where_the_student_learns_alone(passes_of):
+@pytest.mark.parametrize("loss", ["dmd", "step"])
+def test_without_a_discriminator_both_branches_run_where_the_student_learns(loss, passes_of):
     """In TTUR's further rounds the fake score trains on new samples, and nothing else runs."""
-    assert passes_of("tiny-sd3", "--loss", "dmd", "--ttur", 3) == Counter(
+    assert passes_of("tiny-sd3", "--loss", loss, "--ttur", 3) == Counter(
         {
             ("forward", "student", B, True, True, "all"): 1,
             ("backward", "student", B, True, True, "all"): 1,

@@ -1,7 +1,10 @@
 """The losses of adm.py and adp.py against hand values and finite differences."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from test_ode import ALL
 from torch.testing import assert_close
 
 import adm
@@ -79,6 +82,64 @@ def test_dmd_descends_towards_the_real_score():
         x0_hat, torch.ones(1, 1), -torch.ones(1, 1)
     ).backward()  # real says 1, fake says −1
     assert x0_hat.grad.item() < 0  # a step against the gradient moves up, to what the teacher wants
+
+
+# --- The step -------------------------------------------------------------------------------------
+
+
+def test_step_loss_by_hand():
+    x_fake, x_real = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 2.0], [0.0, 4.0]])
+    assert adm.step_loss(x_fake, x_real) == 2.5  # ½ (2 + 8)/2
+    assert adm.step_loss(x_fake, x_real, torch.tensor([1.0, 0.5])) == 1.5  # ½ (2 + 4)/2
+
+
+@pytest.mark.parametrize("dt", [1 / 64, 1 / 8, 1 / 2])
+@pytest.mark.parametrize("name", ALL)  # SDXL, also with v, CogVideoX (no signal at T) and SD3
+def test_with_dmds_weight_the_steps_gradient_is_dmds(name, dt):
+    """In x̂_0, of whole rounds, whatever the networks say: each sample has its own t."""
+    schedule = ALL[name]
+    draw = ode.Draw((0,), range(64))
+    weights = draw.normal((3, 5))[:5]  # (5, 3, 5)
+    says = [lambda x, t, cond, A=A: (torch.tanh(x @ A), None) for A in weights.unbind(1)]
+    student, teacher, fake = says
+    free = torch.zeros(64, 5, requires_grad=True)  # what trains
+    net = adm.Players(
+        teacher,
+        lambda x, t, cond: (student(x, t, cond)[0] + free, None),
+        fake,
+        discriminator=None,
+        schedule=schedule,
+        student_schedule=ode.StudentLine(),
+        times=torch.tensor([999.0]),
+        shape=(5,),
+        guidance=1,
+    )
+    cfg = SimpleNamespace(t_min=0.02, t_max=0.98, dt=dt, gen_weight="dmd", fake_samples="each")
+    losses = []
+    _, latents = adm.step_round(net, cfg, draw, {}, {}, 0, losses.append)
+    x0_hat, x0_real, x0_fake, _ = latents.values()
+    (ours,) = torch.autograd.grad(losses[0], x0_hat, retain_graph=True)  # (64, 5)
+    (dmds,) = torch.autograd.grad(adm.dmd_loss(x0_hat, x0_real, x0_fake), x0_hat)
+    # x_real − x_fake is a small difference of float32 numbers where Δt is small.
+    assert_close(ours, dmds, rtol=1e-3, atol=1e-3 * float(dmds.abs().max()))
+
+
+def test_a_step_teaches_student_and_fake_score_alone():
+    """The teacher's parameters get no gradient, nor does the fake score by the student's loss."""
+    teacher, student, fake = (torch.nn.Linear(5, 5) for _ in range(3))
+    says = [lambda x, t, cond, net=net: (net(x), None) for net in (teacher, student, fake)]
+    line = ode.FlowSchedule()
+    net = adm.Players(*says, None, line, line, torch.tensor([1000.0]), (5,), 1)
+    cfg = SimpleNamespace(t_min=0.02, t_max=0.98, dt=0.1, gen_weight="none", fake_samples="each")
+    learnt = []  # after each loss, who has a gradient
+
+    def learn(loss):
+        loss.backward()
+        learnt.append([role.weight.grad is not None for role in (teacher, student, fake)])
+        student.zero_grad()
+
+    adm.step_round(net, cfg, ode.Draw((0,), range(4)), {}, {}, 0, learn)
+    assert learnt == [[False, True, False], [False, False, True]]
 
 
 # --- What the paper has not -----------------------------------------------------------------------

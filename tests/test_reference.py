@@ -447,7 +447,7 @@ ADM = {  # for every family: every step k of four, and every value of every sett
     "k=2": {
         "seed": seed_that_trains(2, 4),
         "ttur": 3,
-        "t-weight": "1/alpha",
+        "gen-weight": "1/alpha",
         "fake-samples": "last",
         "warmup": 1,
         **STRONG,
@@ -463,7 +463,7 @@ ADM = {  # for every family: every step k of four, and every value of every sett
     "one step": {
         "student-steps": 1,
         "fake-gradient": "straight-through",
-        "t-weight": "1/alpha",
+        "gen-weight": "dmd",
         "t-min": 0.3,
         "t-max": 0.6,
         "gradient-checkpointing": True,
@@ -476,8 +476,18 @@ ADM = {  # for every family: every step k of four, and every value of every sett
         "dt": 0.25,
         "ema": 0.8,
     },
+    "step": {
+        "loss": "step",
+        "seed": seed_that_trains(1, 4),
+        "ttur": 2,
+        "fake-samples": "last",
+        "gen-weight": "dmd",
+        "dt": 0.25,
+    },
 }
 MORE_ADM = {  # for one of them
+    "step lora": {"loss": "step", "student-steps": 1, "lora-rank": 2, "accumulate": 2, "dt": 0.1},
+    "step, warm-up": {"loss": "step", "warmup": 2, "gen-weight": "1/alpha"},
     "warm-up": {"warmup": 2, "ttur": 3, "lora-rank": 2, "damping": 0.1, "clip": 1e-3, "dt": 0.25},
     "dmd lora": {
         "loss": "dmd",

@@ -92,6 +92,17 @@ RUNS = {
         "adm",
         {"model": "tiny-sd3", "loss": "dmd", "ttur": 2, "lr_student": 1e-3, "lr_fake": 1e-3},
     ),
+    "step": (
+        "adm",
+        {
+            "model": "tiny-sd3",
+            "loss": "step",
+            "gen_weight": "dmd",
+            "dt": 0.25,
+            "lr_student": 1e-3,
+            "lr_fake": 1e-3,
+        },
+    ),
     # Of one rank the embeddings are cached.
     "live": ("adm", {"model": "tiny-sd3", "embed": "live", "sample_every": 2}),
 }
@@ -156,7 +167,7 @@ def are_one(one, two, name):
     """Two runs of other numbers of ranks: the same log, moments and students, to rounding."""
     stage, changes = RUNS[name]
     same_log(one, two, atol=1e-4, rtol=1e-3)
-    for network in ("student", "fake" if name == "dmd" else "heads"):
+    for network in ("student", "fake" if name in ("dmd", "step") else "heads"):
         a, b = saved(one, 2, network), saved(two, 2, network)
         kinds_a, kinds_b = ({key: (x.shape, x.dtype) for key, x in c.items()} for c in (a, b))
         assert kinds_a == kinds_b

@@ -171,9 +171,12 @@ def test_planned_activations_are_what_autograd_saves():
     assert counted.bytes == pytest.approx(planned()["student"], rel=0.02)
 
 
-def test_dmd_and_regression_have_no_adversary():
-    dmd = plan_of(config(adm.Config, "--model", "tiny-sd3", "--loss", "dmd"), 1)
-    assert set(dmd.waiting["generator"]) == {"student"} and "gradients" not in dmd.rows["heads"]
+def test_dmd_step_and_regression_have_no_adversary():
+    for loss in ("dmd", "step"):
+        alone = plan_of(config(adm.Config, "--model", "tiny-sd3", "--loss", loss), 1)
+        waiting = alone.waiting["generator"]
+        assert set(waiting) == {"student", "fake"} and waiting["fake"] == 0 < waiting["student"]
+        assert "gradients" not in alone.rows["heads"]
     mse = plan_of(config(adp.Config, "--model", "tiny-sd3", "--loss", "mse"), 1)
     assert set(mse.waiting["generator"]) == {"student"} and "VAE, encoder" not in mse.rows
 

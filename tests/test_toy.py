@@ -7,6 +7,7 @@ modes of a small mixture, and DMD's gradient is the score difference.
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -22,7 +23,7 @@ from ode import Draw, T
 from runtime.script import run
 from toy import claims, gmm, plot
 from toy.gmm import LINE, Mixture
-from toy.run import Config, World, one_step, train
+from toy.run import Config, World, train
 
 torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
 
@@ -207,6 +208,23 @@ def test_every_method_runs_and_trains_only_the_student(tiny, method):
         assert p.grad is None and torch.equal(p, q)
 
 
+@pytest.mark.parametrize("method", ["dmd", "adm", "step"])
+def test_a_student_of_two_steps_trains_and_samples_in_both(tiny, method):
+    """One step on its own would be shown T alone."""
+    cfg, world = tiny
+    shown = set()
+    forward = toy.MLP.forward
+
+    def spy(self, x_t, t, *args, **kwargs):
+        if self.training and t.unique().numel() == 1:  # fake score and D see many times
+            shown.add((float(t[0]), torch.is_grad_enabled() and x_t.requires_grad is False))
+        return forward(self, x_t, t, *args, **kwargs)
+
+    with mock.patch.object(toy.MLP, "forward", spy), mock.patch.object(toy, "SAMPLES", 1000):
+        train(replace(cfg, student_steps=2), method, world)
+    assert {t for t, trains in shown if trains} == {1000.0, 750.0}
+
+
 def test_a_seed_does_not_depend_on_its_neighbours(tiny):
     cfg, world = tiny
     alone = Config(**{**TINY, "seeds": 1, "first_seed": 1})
@@ -218,10 +236,14 @@ def test_a_seed_does_not_depend_on_its_neighbours(tiny):
 def test_gradients_of_a_seed_are_those_of_its_own_mean(tiny):
     cfg, world = tiny
     student = deepcopy(world.mlp).requires_grad_(True)
-    x_T = toy.Noise((0,), world.seeds, 16).normal((2,))
-    toy.add_gradient(cfg.seeds, one_step(student, x_T).square().mean())
+
+    def emitted(network):
+        noise = toy.Noise((0,), world.seeds, 16)
+        return toy.emitted(network, toy.ONE_STEP, noise)  # (2·16, 2)
+
+    toy.add_gradient(cfg.seeds, emitted(student).square().mean())
     half = deepcopy(world.mlp).requires_grad_(True)
-    one_step(half, x_T)[:16].square().mean().backward()  # the first seed's mean alone
+    emitted(half)[:16].square().mean().backward()  # the first seed's mean alone
     for p, q in zip(student.parameters(), half.parameters(), strict=True):
         assert_close(p.grad[0], q.grad[0], rtol=1e-4, atol=1e-6)
 
@@ -233,6 +255,7 @@ def test_gradients_of_a_seed_are_those_of_its_own_mean(tiny):
         (adm, "adm_round", "adm"),
         (adm, "dmd_round", "dmd"),
         (adm, "dmd_round", "dmd2"),
+        (adm, "step_round", "step"),
     ],
 )
 def test_students_learn_from_what_trains_the_big_models(tiny, file, name, method):
@@ -297,6 +320,7 @@ def test_bad_mixture_files(tmp_path, capsys, fields, word):
     [
         (("--methods", "adm,gan"), "gan"),
         (("--seeds", "0"), "seeds"),
+        (("--student-steps", "0"), "student-steps"),
         (("--mixture", "nowhere.json"), "nowhere"),
         (("--separation", "-1"), "separation"),
         (("--separation", "5,far"), "far"),

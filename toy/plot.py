@@ -34,6 +34,8 @@ COLOUR = {
     "adp+dmd": "tab:purple",
     "adp+adm": "tab:blue",
     "dmd2": "tab:pink",
+    "step": "tab:olive",
+    "adp+step": "tab:cyan",
 }
 # Where lines coincide, a broken one shows what is under it.
 STYLE = {"mse": "-", "adp": "--", "adp+dmd": "-", "adp+adm": (0, (2, 2)), "dmd2": "-."}
@@ -45,6 +47,8 @@ TITLE = {
     "adp+dmd": "ADP + DMD (B3)",
     "adp+adm": "DMDX: ADP + ADM (B4)",
     "dmd2": "DMD2",
+    "step": "step (ours)",
+    "adp+step": "ADP + step (ours)",
 }
 
 

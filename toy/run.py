@@ -1,14 +1,15 @@
 """A 2-D experiment that could refute the paper: one-step students of a Gaussian mixture.
 
-Seven methods; letters are rows of the paper's ablation table (Lu et al., ICCV 2025, arXiv
+Nine methods; letters are rows of the paper's ablation table (Lu et al., ICCV 2025, arXiv
 2507.18569):
 
     mse (A1)   adp (A5)   dmd (B2)   adm (B1)   adp+dmd (B3)   adp+adm (B4, DMDX)
     dmd2       DMD and a GAN on the teacher's samples
+    step, adp+step      adm.py --loss step: ADM's two branches in L2, without a discriminator (ours)
 
 What trains the big models trains these: an iteration is adp.py's adp_iteration or adm.py's
-adm_round, dmd_round or fake_round, the noise process ode.py's. Networks are MLPs; every seed is one
-slice of a batched network, trained beside the others and independent of them.
+adm_round, dmd_round, step_round or fake_round, the noise process ode.py's. Networks are MLPs; every
+seed is one slice of a batched network, trained beside the others and independent of them.
 
     python toy/run.py --iterations 600                            # a quick look, 2 seeds: 2 minutes
     python toy/run.py --mixture ring8-rare --methods dmd,adm,adp+dmd,adp+adm --seeds 5
@@ -40,13 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adm
 import adp
 from models import Discriminator, frozen
-from ode import Draw, T, student_sample, teacher_sample, with_guidance
+from ode import Draw, FlowSchedule, T, common, student_sample, teacher_sample, with_guidance
 from runtime.flags import option
 from runtime.script import run
 from runtime.settings import BadInput, at_least, flag, require
 from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
 
-METHODS = ("mse", "adp", "dmd", "adm", "adp+dmd", "adp+adm", "dmd2")
+METHODS = ("mse", "adp", "dmd", "adm", "adp+dmd", "adp+adm", "dmd2", "step", "adp+step")
+FEW_STEPS = ("dmd", "adm", "step")  # of these --student-steps may make several
 SAMPLES = 100_000  # of each student, for its metrics
 TEACHER = 3000  # iterations of the teacher MLP's fit, batch 512
 POOL = 20_000  # ODE pairs of each seed
@@ -60,6 +62,8 @@ RATES = {  # of the student, by method: `python toy/claims.py search` chose them
     "adp+dmd": 0.0003,  # of the second stage, as the next
     "adp+adm": 3e-05,
     "dmd2": 0.003,
+    "step": 0.001,
+    "adp+step": 0.0003,
 }
 
 
@@ -99,21 +103,28 @@ class Config:
     schedule: Literal["cubic", "uniform"] = option(
         "cubic", "where on the line ADP's student trains (paper: cubic)", "the method"
     )
+    student_steps: int = option(
+        1, "of dmd, adm and step from the teacher; all others take one step", "the method"
+    )
     ttur: int = option(
         1,
         "discriminator and fake-score updates for each student update (paper: 1; dmd2: always 5)",
         "the method",
     )
     dt: float = option(
-        1 / 64, "ADM: length of the PF-ODE step, as a fraction of T (paper: 1/64)", "the method"
+        1 / 64,
+        "adm, step: length of the PF-ODE step, as a fraction of T (paper: 1/64)",
+        "the method",
     )
     fake_gradient: Literal["exact", "straight-through"] = option(
         "exact",
         "through the frozen fake network, as in the paper, or around it (ours)",
         "the method",
     )
-    t_weight: Literal["none", "1/alpha"] = option(
-        "none", "weight of ADM's generator loss in t (ours; the paper has none)", "the method"
+    gen_weight: Literal["none", "1/alpha", "dmd"] = option(
+        "none",
+        "adm, step: weight of a sample in the generator's loss: 1/α_t, or as DMD weighs (ours)",
+        "the method",
     )
     damping: float = option(
         0.1,
@@ -133,11 +144,11 @@ class Config:
     )
     out: str = option("out/toy", "folder to write", "output")
 
-    # What adm.py reads too and nobody varies here, as by its own default.
+    # What adm.py reads too and nobody varies here; the first three as by its own default.
     t_min: ClassVar = 0.02
     t_max: ClassVar = 0.98
     damping_sigma: ClassVar = 0.01
-    fake_samples: ClassVar = "each"
+    fake_samples: ClassVar = "last"  # which matters in several steps: see toy/README.md
 
 
 # What of it shapes ADP as a first stage.
@@ -316,9 +327,21 @@ class Noise:
         return [pool.gather(1, rows.expand(-1, -1, 2)).flatten(0, 1) for pool in pools]
 
 
-def one_step(student, x_T):
-    """The student's x̂_0 = G_θ(x_T, T), (S·B, 2)."""
-    return student_sample(with_guidance(student, {}, {}, 1), LINE, x_T, torch.tensor([T]), None)
+def times_of(steps):
+    """Times of a student's steps, (steps,), spaced as SD3's: 1000, 900, 750, 500 of four."""
+    return FlowSchedule(shift=3).timesteps(steps)[:-1]
+
+
+ONE_STEP = times_of(1)
+
+
+def emitted(student, times, draw):
+    """What the student makes of noise in its steps, at times (n,) from T on: (S·B, 2)."""
+
+    def fresh():
+        return draw.normal((2,))  # (S·B, 2)
+
+    return student_sample(with_guidance(student, {}, {}, 1), LINE, fresh(), times, fresh)
 
 
 class Curves:
@@ -326,16 +349,17 @@ class Curves:
 
     total       iterations of the whole run, of which there will be HISTORY points
     here        how many of them this object counts
+    times       (n,) of the student's steps
     """
 
-    def __init__(self, world, name, total, here):
+    def __init__(self, world, name, total, here, times=ONE_STEP):
         self.mixture = world.mixture
         self.seeds = world.seeds
         self.points = [[] for _ in world.seeds]
         self.done = 0
         self.every = max(1, total // HISTORY)
         self.bar = tqdm(total=here, desc=name, leave=False, disable=None)
-        self.x_T = Noise((9,), self.seeds, 4096).normal((2,))  # (S·4096, 2)
+        self.times = times
 
     def due(self):
         """Counts one iteration; True where a point is wanted."""
@@ -346,7 +370,8 @@ class Curves:
     @torch.no_grad()
     def add(self, student, **more):
         """One point: how the student does, and more={name: S numbers}."""
-        samples = one_step(student, self.x_T).chunk(len(self.seeds))  # S times (4096, 2)
+        noise = Noise((9,), self.seeds, 4096)  # the same for each point
+        samples = emitted(student, self.times, noise).chunk(len(self.seeds))  # S times (4096, 2)
         for i, x in enumerate(samples):
             point = {"iteration": self.done, "tv": round(mode_tv(self.mixture, x), 4)}
             point["modes_covered"] = modes_covered(self.mixture, x)
@@ -464,7 +489,10 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
 
 
 def distil(cfg, loss, world, student, iterations, rate, curves):
-    """Stage 2, by adm.py, from x_T in one step. loss: "adm", "dmd" or "dmd2"."""
+    """Stage 2, by adm.py, of a student of curves.times; returns its Players.
+
+    loss: "adm", "dmd", "step" or "dmd2".
+    """
     fake = deepcopy(world.mlp).requires_grad_(True)
     discriminator = NoisyDiscriminator(Draw((5,), world.seeds), world.mlp, cfg.head_width)
     net = adm.Players(
@@ -474,26 +502,25 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
         discriminator,
         schedule=LINE,
         student_schedule=LINE,
-        times=torch.tensor([T]),
+        times=curves.times,
         shape=(2,),
         guidance=1,
     )
     optimizer = Optimizer(student, rate)
     others = [Optimizer(fake, cfg.lr_fake)]
-    if loss != "dmd":
+    if loss in ("adm", "dmd2"):
         others.append(Optimizer(discriminator.heads, cfg.lr_heads))
     learn = partial(add_gradient, cfg.seeds)
     for iteration in range(iterations):
         for r in range(5 if loss == "dmd2" else cfg.ttur):  # the student learns in round 0
             draw = Noise((6, iteration, r), world.seeds, cfg.batch_size)
+            k = int(common(6, iteration, r).integers(len(net.times)))  # the step that trains
             with frozen(*([] if r == 0 else [student])):
-                if loss == "adm":
-                    _, latents = adm.adm_round(net, cfg, draw, {}, {}, 0, learn)
-                elif loss == "dmd":
-                    algorithm = adm.fake_round if r else adm.dmd_round
-                    _, latents = algorithm(net, cfg, draw, {}, {}, 0, learn)
-                else:
+                if loss == "dmd2":
                     latents = dmd2_round(net, cfg, draw, r, world.x_0, learn)
+                else:
+                    algorithm, _ = adm.round_of(loss, r)
+                    _, latents = algorithm(net, cfg, draw, {}, {}, k, learn)
             if r == 0:
                 seen = latents
                 optimizer.step(iteration / iterations)
@@ -503,6 +530,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
             of_seeds = zip(*(x.detach().chunk(cfg.seeds) for x in seen.values()), strict=True)
             dmd_losses = [adm.dmd_loss(*x_0s) for *x_0s, _ in of_seeds]  # also where unused
             curves.add(student, grad_norm=optimizer.grad_norms(), dmd_loss=dmd_losses)
+    return net
 
 
 def dmd2_round(net, cfg, draw, r, pool, learn):
@@ -511,7 +539,7 @@ def dmd2_round(net, cfg, draw, r, pool, learn):
     Samples of the student and of the pool (S, P, 2) are told apart at diffused samples. The student
     learns both in round 0, fake score and discriminator in each. Returns DMD's latents.
     """
-    algorithm = adm.fake_round if r else adm.dmd_round
+    algorithm, _ = adm.round_of("dmd", r)
     losses = []
     _, latents = algorithm(net, cfg, draw, {}, {}, 0, losses.append)
 
@@ -553,7 +581,8 @@ def train(cfg, method, world):
         student = deepcopy(world.mlp).requires_grad_(True)
         points, done = [[] for _ in world.seeds], 0
     iterations = cfg.iterations - done
-    curves = Curves(world, method, cfg.iterations, iterations)
+    times = times_of(cfg.student_steps if method in FEW_STEPS else 1)
+    curves = Curves(world, method, cfg.iterations, iterations, times)
     curves.points, curves.done = points, done
     rate = RATES[method] if cfg.lr_student is None else cfg.lr_student
     if last == "mse":
@@ -566,7 +595,7 @@ def train(cfg, method, world):
     curves.bar.close()
     seconds = time.perf_counter() - began
 
-    samples = sample(world, student)  # (S, SAMPLES, 2)
+    samples = sample(world, student, times)  # (S, SAMPLES, 2)
     results = []
     for i, (seed, x) in enumerate(zip(world.seeds, samples, strict=True)):
         what = {"method": method, "mixture": cfg.mixture, "separation": world.mixture.separation}
@@ -592,12 +621,12 @@ def rounded(x):
 
 
 @torch.no_grad()
-def sample(world, student):
+def sample(world, student, times=ONE_STEP):
     """(S, SAMPLES, 2), in chunks."""
     chunks = []
     for i in range(10):
-        x_T = Noise((10, i), world.seeds, SAMPLES // 10).normal((2,))  # (S·SAMPLES/10, 2)
-        chunks.append(one_step(student, x_T).unflatten(0, (len(world.seeds), -1)))
+        x = emitted(student, times, Noise((10, i), world.seeds, SAMPLES // 10))
+        chunks.append(x.unflatten(0, (len(world.seeds), -1)))  # (S, SAMPLES/10, 2)
     return torch.cat(chunks, 1)
 
 
@@ -625,7 +654,7 @@ def check(cfg):
     """Raises BadInput for settings without meaning, before anything is computed or written."""
     unknown = ", ".join(repr(m) for m in cfg.methods.split(",") if m not in METHODS)
     require(not unknown, f"--methods: unknown {unknown}; there are {', '.join(METHODS)}")
-    at_least(1, cfg, "seeds", "iterations", "batch_size", "ttur")
+    at_least(1, cfg, "seeds", "iterations", "batch_size", "student_steps", "ttur")
     at_least(0, cfg, "first_seed", "damping")
     at_least(8, cfg, "width", "head_width")
     for name in ("adp_share", "mse_share"):
