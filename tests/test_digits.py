@@ -27,6 +27,7 @@ from toy.digits_measure import LABELS, METRICS, NUMBERS, look, measure, read
 from toy.digits_samples import (
     GUIDANCE,
     KINDS,
+    REFERENCE,
     RESULTS,
     judge,
     of_teacher,
@@ -141,16 +142,17 @@ def test_captions_are_true():
 
 
 def test_the_teachers_command_makes_that_folder(tmp_path, capsys):
-    """In a few iterations on the held-out images: all but its weights, and their shapes."""
+    """In a few iterations on some held-out images: all but its weights, and their shapes."""
+    few = [part[::10] for part in held_out()]
     with torch.random.fork_rng(devices=[]):
-        train(tmp_path, held_out(), iterations=2, vae_iterations=2)
+        train(tmp_path, few, iterations=2, vae_iterations=2)
     made, committed = tree(tmp_path), tree(families.DIGITS)
     assert set(made) == set(committed) - {"README.md"}
     weights = [name for name in made if name.endswith(".safetensors")]
     for name in weights:
         one, other = (load_file(folder / name) for folder in (tmp_path, families.DIGITS))
         assert {k: w.shape for k, w in one.items()} == {k: w.shape for k, w in other.items()}
-    assert [name for name in made if made[name] != committed[name]] == [*weights, "vae/config.json"]
+    assert {name for name in made if made[name] != committed[name]} == {*weights, "vae/config.json"}
 
 
 def test_help_shows_the_defaults_that_hold(capsys):
@@ -263,7 +265,7 @@ def test_a_lost_class_shows_in_class_tv(real):
     without_threes = z.clone()
     threes = torch.nonzero(read(z[500:]) == 3).flatten() + 500
     zeros = torch.nonzero(read(z[500:]) == 0).flatten() + 500
-    without_threes[threes] = z[zeros[: len(threes)]]
+    without_threes[threes] = z[zeros[0]]
     assert measure(without_threes, z)["class_tv"] == pytest.approx(len(threes) / 500)
 
 
@@ -271,12 +273,12 @@ def test_a_lost_class_shows_in_class_tv(real):
 
 
 def test_short_adp_and_adm_beat_the_teacher_in_one_step(family, teacher, distilled):
-    """By a wide margin: a fifth of its Fréchet distance to the teacher's samples (about 300)."""
-    limit = judge(teacher["teacher, 1 step"], teacher)["fd_teacher"] / 5
+    """By a wide margin: a fifth of its Fréchet distance to the teacher's images (about 33)."""
+    limit = measure(teacher["teacher, 1 step"], teacher[REFERENCE])["fd"] / 5
     for name in ("adp", "adm"):
         row = judge(drawn(distilled / name, family), teacher)
         assert all(np.isfinite(v) for v in row.values())
-        assert row["fd_teacher"] < limit and row["coverage"] > 0.7
+        assert row["fd"] < limit and row["coverage"] > 0.5
         for column in read_log(distilled / name).values():
             assert all(np.isfinite(v) for v in column if v is not None)
 
@@ -352,10 +354,12 @@ def test_curve_and_steps_of_a_run(distilled, family, teacher, capsys):
     In the warm-up the student rests.
     """
     rows = [judge(drawn(distilled / name, family), teacher) for name in ("adp", "adm")]
-    first, last = ([row["fd_teacher"], row["coverage"]] for row in rows)
-    points = curve({"command": f"python adm.py --out {distilled / 'adm'}"})
-    iterations, (start, rested, trained, end) = zip(*((i, now) for i, *now in points), strict=True)
+    first, last = ([row[name] for name in ("fd", "fd_any", "coverage")] for row in rows)
+    points = curve(distilled / "adm")
+    iterations, seconds, *_ = zip(*points, strict=True)
+    start, rested, trained, end = (now for _, _, *now in points)
     assert iterations == (0, 8, 16, 20)
+    assert seconds[0] == 0 and list(seconds) == sorted(seconds)
     assert start == rested == first
     assert end == last
     assert trained not in (first, last)
@@ -379,13 +383,12 @@ def test_committed_results_are_whole():
     rates = json.loads((RESULTS / "digits-search.json").read_text())["rates"]
     assert sorted((r["method"], r["seed"]) for r in runs) == sorted(product(METHODS, SEEDS))
     for row in runs:
-        keys = {*METRICS, "method", "seed", "seconds", "iterations", "rate", "command", "curve"}
+        keys = {*METRICS, "flags", "method", "seed", "seconds", "iterations", "rate", "command", "curve"}
         assert keys <= set(row)
         assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
         assert row["rate"] == rates[row["method"]]
         assert f"--seed {row['seed']} " in row["command"]
-        budgets = [int(n) for n in re.findall(r" --iterations (\d+)", row["command"])]
+        (budget,) = re.findall(r" --iterations (\d+) [^&]*$", row["command"])
         first, last = row["curve"][0], row["curve"][-1]
-        assert row["iterations"] == sum(budgets)
-        assert (first[0], last[0]) == (0, budgets[-1])
-        assert last[1:] == pytest.approx([row["fd_teacher"], row["coverage"]])
+        assert row["iterations"] == int(budget) == last[0] and first[:2] == [0, 0]
+        assert last[2:] == pytest.approx([row["fd"], row["fd_any"], row["coverage"]])

@@ -98,7 +98,7 @@ def test_the_demos_commands_are_accepted_and_each_reads_what_one_before_it_wrote
             elif "/" in word:
                 assert (ROOT / word).exists(), word
         written.append(out)
-    assert len(commands) == 10 and written[-1].endswith("/scores")
+    assert len(commands) == 11 and written[-1].endswith("/scores")
 
 
 def test_offline_commands_run_in_order_and_the_result_opens(tmp_path):
@@ -191,11 +191,11 @@ def test_the_toys_table_is_what_its_script_prints(tmp_path):
 
 def test_the_digits_rows_are_those_of_the_long_table():
     long = Path(ROOT / "toy" / "README.md").read_text()
-    columns = ("method", "fd_teacher", "fd_real", "coverage", "iterations")
+    columns = ("method", "fd", "fd_any", "coverage", "iterations")
 
     def rows(text):
         """{method: {column: cell}} of the table in which the digits are measured."""
-        lines = text[text.index("| method | fd_teacher") :].split("\n\n")[0].splitlines()
+        lines = text[text.index("| method | fd |") :].split("\n\n")[0].splitlines()
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
 

@@ -29,8 +29,9 @@ HOME = Path("out/broken")
 PAIRS = HOME / "pairs"
 PICTURE = Path(__file__).resolve().parent.parent / "runtime" / "broken.png"
 SEEDS = (0, 1)
-ADM = "adm.py --iterations 300"
-FAR = "adm.py --iterations 300 --student-steps 1 --dt 0.75"  # one step: far from the teacher
+# Without CFG: so dmd_loss is 0 where the fake score is the teacher.
+ADM = "adm.py --iterations 300 --guidance 1"
+FAR = f"{ADM} --student-steps 1 --dt 0.75"  # one step: far from the teacher
 ADP = "adp.py --iterations 300 --mse-iterations 150"
 BROKEN = (  # a healthy run, and what breaks it
     (ADM, "--lr-student 1e-3"),

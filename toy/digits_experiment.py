@@ -2,7 +2,8 @@
 
 ADP comes first, and so short that a second stage has work to do (ours). Every second stage has
 ITERATIONS updates of its student, after the recipe's warm-up. The student's learning rate is the
-best of RATES by Fréchet distance to the teacher's images, tried on another seed in half as many.
+best of RATES by Fréchet distance to the teacher's images, tried on another seed in half as many;
+that of regression alone, and of ADP, is their recipe's.
 """
 
 import csv
@@ -24,16 +25,16 @@ HOME = Path("out/digits")  # of all runs
 SEARCH_JSON = RESULTS / "digits-search.json"
 DIGITS_JSON = RESULTS / "digits.json"
 LEVERS_JSON = RESULTS / "digits-levers.json"
-ITERATIONS = 400
+FIRST = 150  # iterations of the ADP that adp+… begin with
+ITERATIONS = 300
 WARMUP = recipes.ADM["digits"]["warmup"]
-POINTS = 4  # of a curve, after its start
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+POINTS = 3  # of a curve, after its start
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 SEARCH_SEED = 100
 NOTHING = {"rates": {}, "trials": []}
 PAPER = "adm.py --paper --head-width 64"  # as written, but for the width of the heads
 ADP_FIRST = "adp.py --ema 0"  # so short that an average would still be its start
-LEVERS = ()
 METHODS = {
     "mse": "adp.py --loss mse",
     "adp": "adp.py",
@@ -44,36 +45,47 @@ METHODS = {
     "dmd": "adm.py --loss dmd",
     "step": "adm.py --loss step",
     "adm": "adm.py",
-    "dmd, 4 steps": "adm.py --loss dmd",
-    "step, 4 steps": "adm.py --loss step",
-    "adm, 4 steps": "adm.py",
 }
+LEVERS = (  # a method, and flags of it that differ
+    ("adp+step", "--dt 0.015625"),
+    ("adp+step", "--dt 0.015625 --gen-weight dmd"),
+    ("adp+step", "--dt 0.0625"),
+    ("adp+step", "--dt 0.5"),
+    ("adp+adm", "--dt 0.015625"),
+    ("adp+adm", "--dt 0.0625"),
+    ("adp+adm", "--dt 0.5"),
+    ("adp+adm", "--gen-weight dmd"),
+    ("adp+adm", "--damping 0"),
+    ("adp+adm", "--lr-heads 1e-3"),
+    ("adp+adm", "--head-width 256"),
+    ("adp+adm", "--ttur 4"),
+    ("adp+adm", "--batch-size 64"),
+)
+SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
 # --- One trial ------------------------------------------------------------------------------------
 
 
 def trial(method, seed, rate, iterations=ITERATIONS, more=""):
-    """One run of a method, measured: a row of digits.json, with `curve` along its last stage.
+    """One run of a method, measured: a row of digits.json but for its curve.
 
     more: flags of that stage that differ.
     """
     flags = METHODS[method]
-    words = f"{method} {seed} {rate:g} {iterations} {more}".replace(",", "").replace("'s", "")
+    words = f"{method} {seed} {rate or ''} {iterations} {more}".replace(",", "").replace("'s", "")
     out = HOME / "-".join(words.replace("--", "").split())
     if flags.startswith("adp.py"):
-        init, commands = "teacher", []
-        kind = f"{pairs_and_regression(iterations)} --lr-mse {rate:g}"
+        iterations += FIRST
+        commands, kind = [], pairs_and_regression(iterations)
     else:
-        steps = 4 if method.endswith("4 steps") else 1
         init, commands = start(method, seed)
         warmup = 0 if flags == PAPER else WARMUP
-        kind = f"--student-steps {steps} --iterations {iterations + warmup} --init {init}"
+        kind = f"--student-steps 1 --iterations {iterations + warmup} --init {init}"
         kind = f"{kind} --warmup {warmup} --lr-student {rate:g}"
     line = f"python {flags} {kind} {more} {written(seed, out, iterations // POINTS)}"
     commands.append(" ".join(line.split()))
     for command in commands:
         folder, log = execute(command)
-    points = curve(folder, init, log)
     family = load_teacher("digits")
     images = sample(family, *open_run(folder, family), 0, NUMBERS)  # (1000, 3, 32, 32)
     return {
@@ -85,7 +97,6 @@ def trial(method, seed, rate, iterations=ITERATIONS, more=""):
         "rate": rate,
         "flags": more,
         "command": " && ".join(commands),
-        "curve": points,
     }
 
 
@@ -94,7 +105,7 @@ def start(method, seed):
     if not method.startswith("adp+"):
         return "teacher", []
     out = HOME / f"adp-first-{seed}"
-    kind = f"{pairs_and_regression(150)} {written(seed, out, 0)}"
+    kind = f"{pairs_and_regression(FIRST)} {written(seed, out, 0)}"
     return out, [f"python {ADP_FIRST} {kind}"]
 
 
@@ -121,16 +132,23 @@ def execute(command):
         remove(folder)  # broken off
         module = {"adp.py": adp, "adm.py": adm}[script]
         run(module.main, module.Config, argv, prog=script)
+    return folder, read_log(folder)
+
+
+def read_log(folder):
+    """The rows of a run's log, {column: text} each."""
     with open(folder / "log.csv") as f:
-        return folder, list(csv.DictReader(f))
+        return list(csv.DictReader(f))
 
 
-def curve(folder, init, log):
+def curve(folder):
     """[[iteration, seconds, fd, fd_any, coverage], …] of a run.
 
     At its start and at its checkpoints, the last of which is its end; of the average of the
     student's weights, where there is one.
     """
+    log = read_log(folder)
+    init = read_json(folder / "config.json", "run", "config")["config"].get("init", "teacher")
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     student, schedule, steps = open_run(folder, family)
@@ -142,7 +160,7 @@ def curve(folder, init, log):
         return [iteration, round(seconds, 1), now["fd"], now["fd_any"], now["coverage"]]
 
     points = [point(0, first)]
-    for checkpoint in sorted((Path(folder) / "checkpoints").iterdir()):
+    for checkpoint in sorted((folder / "checkpoints").iterdir()):
         weights = checkpoint / "ema.safetensors"
         if not weights.exists():
             weights = checkpoint / "student.safetensors"
@@ -168,9 +186,9 @@ def pairs():
 
 
 def search(methods=()):
-    """results/digits-search.json: the best rate of these methods (default: all), and all trials."""
+    """results/digits-search.json: the best rate of these methods (default: all), and the trials."""
     pairs()
-    for method in methods or METHODS:
+    for method in methods or SECOND_STAGES:
         trials = trials_of_rates(method)
         # Two searches may go side by side.
         plan = read_json(SEARCH_JSON, "search", "rates") if SEARCH_JSON.exists() else NOTHING
@@ -216,8 +234,9 @@ def levers(seeds=()):
 
 def keep(method, seed, path, more=""):
     """Run a trial at its method's rate, and put its row into the json file, for one like it."""
-    rate = read_json(SEARCH_JSON, "search", "rates")["rates"][method]
+    rate = read_json(SEARCH_JSON, "search", "rates")["rates"].get(method)
     row = trial(method, seed, rate, more=more)
+    row["curve"] = curve(Path(row["command"].split()[-1]))
     runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
     others = [r for r in runs if kind(r) != kind(row)]
     write_json(path, {"runs": [*others, row]})

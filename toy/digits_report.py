@@ -1,11 +1,13 @@
 """What the README shows of the experiment on digits: tables and pictures of its results."""
 
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from families import load_teacher
 from runtime.files import read_json
-from toy.digits_experiment import DIGITS_JSON, LEVERS_JSON, METHODS
+from toy.digits_experiment import DIGITS_JSON, LEVERS_JSON, METHODS, curve
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
@@ -148,3 +150,27 @@ def curves(runs, teacher):
     axes[1, 0].set_ylabel("fd (less is nearer)")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=11)
     figure.savefig(RESULTS / "digits-curves.png", dpi=110)
+
+
+def gain(first, second, out):
+    """Draws fd along a run of adp.py and the run of adm.py that begins with it, in the file out.
+
+    At their starts and their checkpoints; on a log scale, beside the teacher's own.
+    """
+    teacher = teacher_samples(load_teacher("digits"))
+    own = measure(teacher["teacher, 28 steps"], teacher[REFERENCE])["fd"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    done = 0
+    for folder, label in ((first, "ADP"), (second, "ADM, from there")):
+        points = curve(Path(folder))
+        iterations = [done + point[0] for point in points]
+        axis.plot(iterations, [point[2] for point in points], marker="o", label=label)
+        done = iterations[-1]
+    axis.axhline(own, color="black", ls="--", lw=1, label="the teacher in 28 steps, other noises")
+    axis.set_yscale("log")
+    axis.set_xlabel("iterations")
+    axis.set_ylabel("Fréchet distance to the teacher's images")
+    axis.legend()
+    figure.savefig(out, dpi=110)
+    print(f"{out}: the distance of a one-step student to its teacher, as it trains")
