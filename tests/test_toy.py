@@ -8,12 +8,13 @@ modes of a small mixture, and DMD's gradient is the score difference.
 import json
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import ROOT, script
 from torch.testing import assert_close
 
 import adm
@@ -21,7 +22,7 @@ import adp
 import toy.run as toy
 from ode import Draw, T
 from runtime.script import run
-from toy import claims, gmm, plot
+from toy import claims, gmm, plot, why
 from toy.gmm import LINE, Mixture
 from toy.run import Config, World, train
 
@@ -438,3 +439,60 @@ def test_total_variation_is_bounded_where_reverse_kl_is_not():
         kl, tv = gmm.divergences(Mixture([[0.0]], [1], 1.0), Mixture([[m]], [1], 1.0), x)
         assert kl == pytest.approx(m * m / 2, rel=1e-3)
         assert tv == pytest.approx(2 * float(torch.special.ndtr(torch.tensor(m / 2))) - 1, rel=1e-3)
+
+
+# --- Why ------------------------------------------------------------------------------------------
+
+
+def test_the_pages_tables_are_what_the_command_prints(tmp_path):
+    page = (ROOT / "toy" / "WHY.md").read_text()
+    done = script(tmp_path, "toy/why.py", "readme")
+    tables = done.stdout.strip().split("\n\n")
+    assert done.returncode == 0 and len(tables) == 5, done.stderr
+    for table in tables:
+        assert len(table.splitlines()) > 4 and table in page, table
+
+
+def test_the_curves_of_weight_are_the_steps_own():
+    """α_s κ is what DMD's weight of the generator's loss divides by, beside the distance."""
+    t = torch.linspace(300, 900, 5)  # (5,)
+    x0_hat, x0_real = torch.zeros(5, 2), torch.full((5, 2), 3.0)
+    latents = {"student": x0_hat, "real": x0_real, "fake": x0_real, "t": t}
+    cfg = SimpleNamespace(gen_weight="dmd")
+    weight = adm.generator_weight(cfg, LINE, t - 250, latents)  # (5,)
+    assert_close(why.line_weight(t / T, 0.25), 1 / (3 * weight), rtol=1e-4, atol=0)
+
+
+def test_how_a_discriminator_follows_is_measured(tiny):
+    """Of one that is linear and climbs along the gap, which is the same everywhere here."""
+    cfg, world = tiny
+    gap = torch.tensor([0.2, -0.1])  # x_real − x_fake = (v_fake − v_real) Δt / T
+    net = adm.Players(
+        lambda x, t, cond: (torch.zeros_like(x), []),
+        world.mlp,
+        lambda x, t, cond: (gap.expand_as(x) / cfg.dt, []),
+        SimpleNamespace(features=lambda x, t, cond: x, logits=lambda x: 0.01 * x @ (3 * gap)),
+        LINE,
+        LINE,
+        toy.ONE_STEP,
+        (2,),
+        1,
+    )
+    seen = why.followed(net, cfg, world)
+    assert seen["cosine"] == pytest.approx(1, abs=1e-3)
+    assert seen["length"] == pytest.approx(0.03, rel=1e-2)
+    assert seen["linear"] == 1 and 0.5 < seen["accuracy"] < 0.6
+
+
+@pytest.mark.parametrize(
+    "tvs, best",
+    [
+        ([0.9, 0.8, 0.3, 0.2, 0.4, 0.1, 0.6, 0.7, 0.9], 3e-4),  # down first, and no further
+        ([0.9, 0.9, 0.9, 0.8, 0.7, 0.6, 0.5, 0.55, 0.9], 1e-2),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.0], 1e-5),  # not round the end
+    ],
+)
+def test_a_rate_is_searched_until_it_gets_worse(tvs, best):
+    trials = {f"{rate:g}": [tv, tv] for rate, tv in zip(why.RATES, tvs, strict=True)}
+    found = {why.key("ADM", 4, 16): trials}
+    assert why.best_rate(found, None, "ADM", 4, 16) == best

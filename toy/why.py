@@ -1,0 +1,394 @@
+"""Why ADM behaves as it does: Δt, damping and the weight in t, beside DMD: toy/WHY.md's figures.
+
+    python toy/why.py run        # toy/results/why.json, 40 minutes; goes on where it was
+    python toy/why.py picture    # toy/results/why.png
+    python toy/why.py readme     # prints WHY.md's tables
+
+ring8-rare, students of one and of four steps from the teacher's weights, 600 updates. Rates are
+searched for each method, on seeds of their own.
+"""
+
+import argparse
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import adm
+import toy.run as toy
+from models import accuracy
+from ode import T
+from runtime.files import aside, read_json, write_json
+from runtime.settings import BadInput
+from toy.claims import paired
+from toy.gmm import LINE, density_tv, mode_tv, modes_covered
+from toy.run import Config, Curves, Noise, World
+
+RESULTS = Path(__file__).parent / "results"
+FILE = RESULTS / "why.json"
+
+METHODS = {  # name: (loss of adm.py, what differs from toy/run.py's defaults)
+    "DMD": ("dmd", {}),
+    "step": ("step", {}),
+    "step, DMD's weight": ("step", {"gen_weight": "dmd"}),
+    "ADM": ("adm", {"damping": 0.0}),  # the paper's own
+    "ADM, damping 0.1": ("adm", {"damping": 0.1}),
+}
+DAMPED = {"damping": 0.1}
+LEVERS = {  # of the last of them, in four steps at Δt = T/4: what could make D follow, or help
+    "ADM, damping 0.1, TTUR 4": ("adm", {**DAMPED, "ttur": 4}),
+    "ADM, damping 0.1, heads at 5e-3": ("adm", {**DAMPED, "lr_heads": 5e-3}),
+    "ADM, damping 0.1, DMD's weight": ("adm", {**DAMPED, "gen_weight": "dmd"}),
+}
+PARTS = (256, 128, 64, 32, 16, 8, 4, 2)  # Δt = T/256 to T/2
+STEPS = (1, 4)  # of the student
+SEEDS = {"seeds": 5, "first_seed": 0}
+SEARCH_SEEDS = {"seeds": 2, "first_seed": 100}
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the student
+# The closest race once more, at rates in between: both methods' best is taken on the same seeds.
+FINER = (2e-4, 3e-4, 6e-4, 1e-3)
+RACES = {4: (("DMD", 64), ("step", 2)), 1: (("DMD", 64), ("step", 4))}  # by steps
+SAMPLES = 20_000  # of each student
+
+
+# --- The runs -------------------------------------------------------------------------------------
+
+
+def trained(world, seeds, name, steps, part, rate):
+    """(Players after training, samples (S, SAMPLES, 2), the settings)."""
+    loss, changes = (METHODS | LEVERS)[name]
+    cfg = Config(**seeds, iterations=600, dt=1 / part, student_steps=steps, **changes)
+    times = toy.times_of(steps)
+    student = deepcopy(world.mlp).requires_grad_(True)
+    curves = Curves(world, name, cfg.iterations, cfg.iterations, times)
+    curves.every = cfg.iterations + 1  # no points
+    net = toy.distil(cfg, loss, world, student, cfg.iterations, rate, curves)
+    curves.bar.close()
+    return net, drawn(world, student, times), cfg
+
+
+def searched_at(name, part):
+    """The Δt, T/part, at which the rate for this one was searched: small, middling or large."""
+    if name == "DMD" or part >= 32:
+        return 64
+    return 16 if part >= 8 else 4
+
+
+def best_rate(found, world, name, steps, part):
+    """The rate of least mean TV, after trials in `found`, which grows.
+
+    They go on from 1e-3, down or else up, until it gets worse or RATES end.
+    """
+    trials = found.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
+
+    def tv(i):
+        rate = f"{RATES[i]:g}"
+        if rate not in trials:
+            _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, RATES[i])
+            trials[rate] = [round(mode_tv(world.mixture, of_seed), 4) for of_seed in x]
+            print("search", key(name, steps, part), rate, trials[rate], flush=True)
+        return np.mean(trials[rate])
+
+    i = RATES.index(1e-3)
+    for way in (-1, 1):
+        while 0 <= i + way < len(RATES) and tv(i + way) < tv(i):
+            i += way
+    return RATES[i]
+
+
+def key(name, steps, part):
+    return f"{name}; {steps} step{'s' * (steps > 1)}; T/{part}"
+
+
+def wanted():
+    """(method, steps, part) of every run."""
+    for steps in STEPS:
+        for name in METHODS:
+            for part in PARTS if name != "DMD" else (64,):
+                yield name, steps, part
+    for name in LEVERS:
+        yield name, 4, 4
+
+
+def run():
+    """Searches and runs what results/why.json does not hold yet."""
+    results = {"search": {}, "untrained": {}, "runs": {}, "finer": {}}
+    if FILE.exists():
+        results = read_json(FILE, "results", *results)
+    missing = [what for what in wanted() if key(*what) not in results["runs"]]
+    world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
+    for name, steps, part in missing:
+        start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
+        results["untrained"][f"{steps}"] = measured(world, start)
+        rate = best_rate(results["search"], of_search, name, steps, searched_at(name, part))
+        net, x, cfg = trained(world, SEEDS, name, steps, part, rate)
+        row = {"method": name, "steps": steps, "part": part, "rate": rate, **measured(world, x)}
+        if name.startswith("ADM"):
+            row |= followed(net, cfg, world)
+        if name == "DMD":
+            row["weight"] = dmd_weight(net, world)
+        results["runs"][key(name, steps, part)] = row
+        write_json(FILE, results)
+        print(row, flush=True)
+    for steps, race in RACES.items():
+        for name, part in race:
+            found = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
+            for rate in FINER:
+                if f"{rate:g}" not in found:
+                    _, x, _ = trained(world, SEEDS, name, steps, part, rate)
+                    found[f"{rate:g}"] = measured(world, x)["mode_tv"]
+                    write_json(FILE, results)
+                    print("finer", key(name, steps, part), rate, found, flush=True)
+
+
+def measured(world, x):
+    """{metric: its value for each seed} of samples x (S, SAMPLES, 2)."""
+    values = {}
+    for metric in (mode_tv, density_tv, modes_covered):
+        values[metric.__name__] = [round(metric(world.mixture, of_seed), 4) for of_seed in x]
+    return values
+
+
+@torch.no_grad()
+def drawn(world, student, times):
+    """(S, SAMPLES, 2): what the student makes of noise."""
+    x = toy.emitted(student, times, Noise((10, 0), world.seeds, SAMPLES))  # (S·SAMPLES, 2)
+    return x.unflatten(0, (len(world.seeds), -1))
+
+
+def followed(net, cfg, world):
+    """How a trained D follows x_real − x_fake, "the gap", on 4,096 new samples of each seed.
+
+    cosine   of ∇D with it, mean
+    length   of ∇D in units of it: the factor by which it is nearest
+    linear   share of logits within (−1, 1), where the hinge is linear
+    accuracy d_accuracy
+    """
+    _, t, x_t = diffused(net, world, (cfg.t_min + cfg.dt) * T, cfg.t_max * T)
+    s = t - cfg.dt * T  # (n,)
+    with torch.no_grad():
+        x_real, x_fake = (
+            LINE.pf_ode_step(x_t, role(x_t, t, {})[0], t, s) for role in (net.teacher, net.fake)
+        )
+        logits_real = net.discriminator.logits(net.discriminator.features(x_real, s, {}))  # (n,)
+    x_fake.requires_grad_()
+    logits = net.discriminator.logits(net.discriminator.features(x_fake, s, {}))  # (n,)
+    (slope,) = torch.autograd.grad(logits.sum(), x_fake)  # (n, 2)
+    gap = x_real - x_fake.detach()  # (n, 2)
+    said = torch.cat([logits_real, logits.detach()])
+    values = {
+        "cosine": torch.cosine_similarity(slope, gap).mean(),
+        "length": (slope * gap).sum() / gap.square().sum(),
+        "linear": (said.abs() < 1).float().mean(),
+        "accuracy": accuracy(logits_real, logits.detach()),
+    }
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+@torch.no_grad()
+def diffused(net, world, low, high):
+    """(x̂_0 (n, 2), t (n,) ~ U[low, high], x_t (n, 2)) of 4,096 new samples of each seed."""
+    draw = Noise((11,), world.seeds, 4096)
+    x_0 = toy.emitted(net.student, net.times, draw)  # (n, 2)
+    t = draw.uniform(low, high)  # (n,)
+    return x_0, t, LINE.add_noise(x_0, draw.normal((2,)), t)
+
+
+@torch.no_grad()
+def dmd_weight(net, world):
+    """[[t/T, mean 1/mean|x̂_0 − x0_real|], …]: at the middle of 24 even parts of [0.02, 0.98]."""
+    x_0, t, x_t = diffused(net, world, 0.02 * T, 0.98 * T)
+    x0_real, _ = LINE.to_x0_eps(x_t, net.teacher(x_t, t, {})[0], t)  # (n, 2)
+    weight = 1 / adm.mean_distance(x_0, x0_real)  # (n,)
+    edges = torch.linspace(0.02, 0.98, 25)  # (25,)
+    part = torch.bucketize(t / T, edges[1:-1])  # (n,)
+    rows = []
+    for i in range(24):
+        middle = float(edges[i : i + 2].mean())
+        rows.append([round(middle, 4), float(f"{weight[part == i].mean():.4g}")])
+    return rows
+
+
+# --- The picture and the tables -------------------------------------------------------------------
+
+LOOK = {  # name: (colour, how far its points are moved aside)
+    "step": ("tab:green", 0.94),
+    "step, DMD's weight": ("tab:blue", 0.98),
+    "ADM": ("tab:red", 1.02),
+    "ADM, damping 0.1": ("tab:orange", 1.06),
+}
+
+
+def rows_of(name, steps):
+    """Its rows of results/why.json, in the order of PARTS."""
+    runs = read_json(FILE, "results", "runs")["runs"]
+    return [runs[key(name, steps, part)] for part in PARTS if key(name, steps, part) in runs]
+
+
+def picture():
+    """results/why.png: TV against Δt in four steps, and the weights that it implies."""
+    plt.rcParams["font.size"] = 13
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.4))
+    of_tv(left)
+    of_weights(right)
+    for ax in (left, right):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    figure.tight_layout()
+    with aside(RESULTS / "why.png") as partial:
+        figure.savefig(partial, format="png", dpi=80)
+
+
+def of_tv(ax):
+    """Mean and standard deviation of TV over the seeds; DMD, which has no Δt, as a band."""
+    (dmd,) = rows_of("DMD", 4)
+    mean, sd = np.mean(dmd["mode_tv"]), np.std(dmd["mode_tv"], ddof=1)
+    ax.axhspan(mean - sd, mean + sd, color="black", alpha=0.2, lw=0, label="DMD")
+    start = np.mean(read_json(FILE, "results", "untrained")["untrained"]["4"]["mode_tv"])
+    ax.axhline(start, color="black", ls=":", label="before training")
+    for name, (colour, beside) in LOOK.items():
+        rows = rows_of(name, 4)
+        dts = [beside / row["part"] for row in rows]
+        means = [np.mean(row["mode_tv"]) for row in rows]
+        sds = [np.std(row["mode_tv"], ddof=1) for row in rows]
+        ax.errorbar(dts, means, sds, marker="o", capsize=4, lw=2, color=colour, label=name)
+    ticks = [1 / part for part in PARTS]
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"T/{part}" for part in PARTS])
+    ax.minorticks_off()
+    ax.set(xlabel="Δt", ylabel="TV (0 is perfect)", ylim=(0, None))
+    ax.set_title("Four steps from the teacher: mean ± sd of 5 seeds")
+
+
+def of_weights(ax):
+    """Of the score difference in the student's gradient, each with mean 1 over its range of t."""
+    shades = plt.cm.viridis(np.linspace(0.9, 0, 5))
+    for part, shade in zip((256, 64, 16, 4, 2), shades, strict=True):
+        t = np.linspace(0.02 + 1 / part, 0.98, 200)  # of T
+        weight = line_weight(t, 1 / part)
+        ax.plot(t, weight / weight.mean(), color=shade, lw=2.5, label=f"step, Δt = T/{part}")
+    (dmd,) = rows_of("DMD", 4)
+    t, weight = np.array(dmd["weight"]).T  # (24,) each
+    ax.plot(t, weight / weight.mean(), "k--", lw=2.5, label="DMD, measured")
+    ax.set(yscale="log", xlim=(0, 1), xlabel="t / T, from data to noise", ylabel="weight, mean 1")
+    ax.set_title("How much the score difference at t counts")
+
+
+def line_weight(t, dt):
+    """α_s κ on the straight line, times in units of T, s = t − Δt: (1 − s) Δt / t."""
+    return (1 - (t - dt)) * dt / t
+
+
+def tables():
+    """toy/WHY.md's tables, as text."""
+    return "\n\n".join(
+        "\n".join(lines) for lines in (*map(tv, (4, 1)), followers(), races(), levers())
+    )
+
+
+def header(*cells):
+    return [f"| {' | '.join(cells)} |", "| --- " * len(cells) + "|"]
+
+
+def tv(steps):
+    """TV by method and Δt."""
+    start = read_json(FILE, "results", "untrained")["untrained"][f"{steps}"]["mode_tv"]
+    lines = header(f"TV, {many(steps)}", *(f"T/{part}" for part in PARTS))
+    lines.append(f"| before training | {pm(start)} |" + " |" * (len(PARTS) - 1))
+    for name in METHODS:
+        cells = [pm(row["mode_tv"]) for row in rows_of(name, steps)]
+        cells += [""] * (len(PARTS) - len(cells))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def followers():
+    """How D follows, by method and Δt."""
+    lines = header("cosine, length, linear", *(f"T/{part}" for part in PARTS))
+    for steps in (4, 1):
+        for name in ("ADM", "ADM, damping 0.1"):
+            cells = []
+            for row in rows_of(name, steps):
+                length = f"{row['length']:.2g}"
+                cells.append(f"{row['cosine']:.2f}, {length}, {row['linear']:.2f}")
+            lines.append(f"| {name}; {many(steps)} | {' | '.join(cells)} |")
+    return lines
+
+
+def races():
+    """TV at rates in between, and the paired verdict of best against best."""
+    finer = read_json(FILE, "results", "finer")["finer"]
+    lines = header("TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best")
+    for steps, race in RACES.items():
+        dmds = None
+        for name, part in race:
+            found = finer[key(name, steps, part)]  # {rate: TVs}
+            best = min(found.values(), key=np.mean)
+            cells = [pm(values) for values in found.values()]
+            what = name if name == "DMD" else f"{name}, T/{part}"
+            dmds = dmds or best  # the first of a race
+            lines.append(f"| {what}; {many(steps)} | {' | '.join(cells)} | {against(best, dmds)} |")
+    return lines
+
+
+def levers():
+    """What could make D follow, at Δt = T/4."""
+    lines = header("four steps, Δt = T/4", "TV", "modes", "cosine", "rate", "against DMD")
+    (dmd,) = rows_of("DMD", 4)
+    for name in ("DMD", "step", "ADM", "ADM, damping 0.1", *LEVERS):
+        (row,) = [r for r in rows_of(name, 4) if r["part"] == 4 or name == "DMD"]
+        cosine = f"{row['cosine']:.2f}" if "cosine" in row else ""
+        modes = ", ".join(f"{n}" for n in row["modes_covered"])
+        verdict = against(row["mode_tv"], dmd["mode_tv"])
+        cells = (name, pm(row["mode_tv"]), modes, cosine, f"{row['rate']:g}", verdict)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def many(steps):
+    return "one step" if steps == 1 else "four steps"
+
+
+def against(values, others):
+    """The verdict on TVs paired by seed, a t test at 95%."""
+    if values == others:
+        return ""
+    verdict = paired(np.array(values), np.array(others))
+    return {"holds": "less", "does not hold": "more", "tie": "a tie"}[verdict]
+
+
+def pm(values):
+    """Mean ± sd over the seeds."""
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+def readme():
+    """Prints toy/WHY.md's tables."""
+    print(tables())
+
+
+COMMANDS = {f.__name__: f for f in (run, picture, readme)}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    command = COMMANDS[parser.parse_args(argv).command]
+    try:
+        command()
+    except BadInput as e:
+        parser.exit(2, f"why.py: {e}\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
+    main(sys.argv[1:])
