@@ -20,12 +20,15 @@ from toy.digits_teacher import PROMPTS
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
 VARIANTS = {  # of adm.py's flags, beside the recipe's
     "paper: Δt = T/64, no damping": "--dt 0.015625 --damping 0",
-    "the same, β1 = 0": "--dt 0.015625 --damping 0 --beta1 0",
-    "the same, heads' rate 1e-3": "--dt 0.015625 --damping 0 --lr-heads 1e-3",
     "Δt = T/64": "--dt 0.015625",
     "Δt = T/4, no damping": "--damping 0",
     "recipe: Δt = T/4": "",
     "Δt = T/2": "--dt 0.5",
+    "β1 = 0": "--beta1 0",
+    "heads' rate 1e-3": "--lr-heads 1e-3",
+    "heads of width 256": "--head-width 256",
+    "batch 64": "--batch-size 64",
+    "TTUR 4": "--ttur 4",
 }
 
 
