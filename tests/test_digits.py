@@ -383,10 +383,10 @@ def test_committed_results_are_whole():
     rates = json.loads((RESULTS / "digits-search.json").read_text())["rates"]
     assert sorted((r["method"], r["seed"]) for r in runs) == sorted(product(METHODS, SEEDS))
     for row in runs:
-        keys = {*METRICS, "flags", "method", "seed", "seconds", "iterations", "rate", "command", "curve"}
-        assert keys <= set(row)
+        about = {"method", "seed", "flags", "seconds", "iterations", "rate", "command", "curve"}
+        assert {*METRICS, *about} <= set(row)
         assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
-        assert row["rate"] == rates[row["method"]]
+        assert row["rate"] == rates.get(row["method"])
         assert f"--seed {row['seed']} " in row["command"]
         (budget,) = re.findall(r" --iterations (\d+) [^&]*$", row["command"])
         first, last = row["curve"][0], row["curve"][-1]

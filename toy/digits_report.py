@@ -58,19 +58,23 @@ def table_of_methods(runs, teacher):
 
 
 def spread(values):
-    """A cell: mean and range."""
+    """A cell: mean and range, or the one value."""
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
     return f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
 def table_of_levers(runs, levers):
-    """Lines: what differs from a method as it is, and fd where it starts and ends."""
+    """Lines: methods as they are, of the levers' seeds, then with flags that differ."""
     lines = ["| method | flags | fd | seconds |", "| --- " * 4 + "|"]
-    shown = {(run["method"], run["flags"]): [] for run in levers}
-    ordinary = {(method, ""): [] for method, _ in shown}
-    rows = {**ordinary, **shown}
+    seeds = {run["seed"] for run in levers}
+    different = {(run["method"], run["flags"]): [] for run in levers}
+    ordinary = {(method, ""): [] for method, _ in different}
+    rows = {**ordinary, **different}
     for run in [*runs, *levers]:
-        if (run["method"], run["flags"]) in rows:
-            rows[run["method"], run["flags"]].append(run)
+        name = run["method"], run["flags"]
+        if name in rows and run["seed"] in seeds:
+            rows[name].append(run)
     for (method, flags), mine in rows.items():
         seconds = np.median([run["seconds"] for run in mine])
         cell = spread([run["fd"] for run in mine])
