@@ -24,10 +24,7 @@ VARIANTS = {  # of adm.py's flags, beside the recipe's
     "Δt = T/4, no damping": "--damping 0",
     "recipe: Δt = T/4": "",
     "Δt = T/2": "--dt 0.5",
-    "β1 = 0": "--beta1 0",
     "heads' rate 1e-3": "--lr-heads 1e-3",
-    "heads of width 256": "--head-width 256",
-    "batch 64": "--batch-size 64",
     "TTUR 4": "--ttur 4",
 }
 

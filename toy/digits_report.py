@@ -17,7 +17,6 @@ COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "clas
 STAGE_2 = {
     "one step, from ADP": ("adp+dmd", "adp+step", "adp+adm", "adp+adm, the paper's"),
     "one step, from the teacher": ("dmd", "step", "adm"),
-    "four steps, from the teacher": ("dmd, 4 steps", "step, 4 steps", "adm, 4 steps"),
 }
 COLOURS = {"dmd": "C0", "step": "C2", "adm": "C3", "adm, the paper's": "C1"}
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
@@ -132,12 +131,12 @@ def curves(runs, teacher):
 
     teacher: `measure`'s row of its own samples, dashed.
     """
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3, sharey="col")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="col")
     shown = {}  # {label: line}, the same in every column
     for (upper, lower), (title, methods) in zip(axes.T, STAGE_2.items(), strict=True):
         for method in methods:
-            name = method.removeprefix("adp+").removesuffix(", 4 steps")
+            name = method.removeprefix("adp+")
             style = {"color": COLOURS[name], "lw": 1.2, "marker": ".", "ms": 5}
             for points in [run["curve"] for run in runs if run["method"] == method]:
                 iterations, seconds, distances, *_ = np.array(points).T  # (n,) each
@@ -149,7 +148,7 @@ def curves(runs, teacher):
             axis.set_yscale("log")
         upper.set_title(title, fontsize=12)
         upper.set_xlabel("iterations")
-        lower.set_xlabel("seconds of them, one thread")
+        lower.set_xlabel("seconds of them, one thread, on shared cores")
     axes[0, 0].set_ylabel("fd (less is nearer)")
     axes[1, 0].set_ylabel("fd (less is nearer)")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=11)
