@@ -171,7 +171,7 @@ def test_the_experiment_has_its_tables_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(broken, "PICTURE", tmp_path / "broken.png")
     rows = [line.split(" | ") for line in broken.table()[2:]]
     assert [row[0] for row in rows] == [
-        "| `adm.py --lr-student 1e-3`",
+        "| `adm.py --guidance 1 --lr-student 1e-3`",
         "| `adp.py --mse-iterations 150 --lr-student 1e-3`",
     ]
     assert all(row[1].startswith("x0_std went from") for row in rows)

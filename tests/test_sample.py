@@ -86,7 +86,7 @@ def test_the_manifest_says_how_each_image_was_made(sampled):
 def test_steps_and_guidance_are_the_students_own(sampled):
     for row in manifest(sampled)["images"]:
         assert (row["steps"], row["guidance"]) == (3, 1.0)
-    assert manifest(sampled)["call"]["max_sequence_length"] == 4
+    assert manifest(sampled)["call"]["max_sequence_length"] == 5
 
 
 def test_an_image_is_that_of_the_stock_call_with_its_seed(student, sampled):
@@ -134,18 +134,19 @@ def test_student_and_teacher_begin_with_the_same_noise(digits_prompts, tmp_path)
     """In one step the teacher and its copy, whose scheduler is the student's, make the same."""
     student = exported(tmp_path / "pipeline", 1)
     a = draw(tmp_path / "student", digits_prompts, "--pipeline", student)
-    b = draw(tmp_path / "teacher", digits_prompts, "--pipeline", "digits", "--steps", 1)
+    plain = ("--pipeline", "digits", "--steps", 1, "--guidance", 1)
+    b = draw(tmp_path / "teacher", digits_prompts, *plain)
     assert_same_pictures(a, b)
 
 
 def test_a_teacher_is_sampled_as_its_pipeline_or_recipe_says(digits_prompts, tmp_path):
-    """28 steps are the stock pipeline's, no guidance the recipe's, 4 tokens the tokenizer's."""
+    """28 steps are the stock pipeline's, CFG 2 is the recipe's, 5 tokens are the tokenizer's."""
     out = draw(tmp_path / "out", digits_prompts, "--pipeline", "digits", "--count", 1)
     call_made = manifest(out)["call"]
     assert call_made == {
         "num_inference_steps": 28,
-        "guidance_scale": 1.0,
-        "max_sequence_length": 4,
+        "guidance_scale": 2.0,
+        "max_sequence_length": 5,
     }
 
 
