@@ -38,7 +38,7 @@ from runtime.script import quiet
 from runtime.settings import BadInput, require
 from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose, noises, steps_apart
-from toy.digits_experiment import METHODS, experiment, levers, search
+from toy.digits_experiment import SECOND_STAGES, experiment, levers, search
 from toy.digits_report import gain, picture, readme
 from toy.digits_samples import samples
 from toy.digits_teacher import train
@@ -54,7 +54,7 @@ COMMANDS = {
     "steps": (steps_apart, {"folder": {}}),
     "noises": (noises, {"runs": ANY_NUMBER}),
     "gain": (gain, {"first": {}, "second": {}, "out": {}}),
-    "search": (search, {"methods": {**ANY_NUMBER, "choices": METHODS}}),
+    "search": (search, {"methods": {**ANY_NUMBER, "choices": SECOND_STAGES}}),
     "experiment": (experiment, SEEDS),
     "levers": (levers, SEEDS),
     "readme": (readme, {}),

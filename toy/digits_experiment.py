@@ -2,8 +2,8 @@
 
 ADP comes first, and so short that a second stage has work to do (ours). Every second stage has
 ITERATIONS updates of its student, after the recipe's warm-up. The student's learning rate is the
-best of RATES by Fréchet distance to the teacher's images, tried on another seed;
-that of regression alone, and of ADP, is their recipe's.
+best of RATES by Fréchet distance to the teacher's images, tried on another seed; that of regression
+alone, and of ADP, is their recipe's.
 """
 
 import csv
@@ -196,7 +196,7 @@ def search(methods=()):
 
 
 def trials_of_rates(method):
-    """Rows of a method's trials: from 1e-5 down RATES, or else up, as long as it gets better."""
+    """Rows of a method's trials: from 1e-5 up RATES, or else down, as long as it gets better."""
     start = RATES.index(1e-5)
 
     def tried(rate):
