@@ -1,17 +1,20 @@
-"""The paper's claims, registered, run and judged: writes toy/CLAIMS.md from toy/results/.
+"""When does ADM beat DMD? Claims, registered before their runs, and judged: toy/CLAIMS.md.
 
-python toy/claims.py            # everything but the search, within the hour on two idle cores
-python toy/claims.py judge      # toy/CLAIMS.md again, from results that are there
-python toy/claims.py readme     # prints the README's table
-python toy/claims.py search     # the learning rates in run.RATES: results/search.json
-python toy/claims.py grid25 judge --methods dmd,adp+dmd      # these methods' rows alone
-python toy/claims.py search --methods step                   # this method's rate alone
+    python toy/claims.py run                     # all regimes, goes on where it was
+    python toy/claims.py run headline small      # these alone
+    python toy/claims.py judge                   # toy/CLAIMS.md, from results that are there
+    python toy/claims.py readme                  # prints the README's table
+    python toy/claims.py run headline --mixture mine.json --results out/mine
+    python toy/claims.py judge --mixture mine.json --results out/mine     # prints it
+
+A regime is a file of --results: the rates tried for each method on seeds of their own, and the runs
+at the best of them. With another mixture the rates are those that are committed.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,185 +23,182 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import toy.run as toy
-from toy.gmm import Mixture, divergences
-from toy.run import Config, World, train
+from runtime.files import aside, read_json
+from runtime.settings import BadInput, require
+from toy.gmm import load_mixture
+from toy.run import Config, World
 
 RESULTS = Path(__file__).parent / "results"
+MIXTURE = "ring8-rare"
 
-# Four rates a method, about a factor of three apart (regression: two). Methods that start from the
-# teacher's weights have further to go than those that start from ADP, and regression is steadier
-# than a game, so the middles differ (ours).
-FROM_TEACHER = (1e-4, 3e-4, 1e-3, 3e-3)
-FROM_ADP = (3e-5, 1e-4, 3e-4, 1e-3)
-GRID = {
-    "mse": (1e-2, 2e-2, 4e-2, 8e-2),
-    "adp": (1e-5, 3e-5, 1e-4, 3e-4),
-    "adp+dmd": FROM_ADP,
-    "adp+adm": FROM_ADP,
-    "dmd": FROM_TEACHER,
-    "adm": FROM_TEACHER,
-    "dmd2": FROM_TEACHER,
-    "step": FROM_TEACHER,
-    "adp+step": FROM_ADP,
+# --- The regimes ----------------------------------------------------------------------------------
+
+SEEDS = {"seeds": 5, "first_seed": 20}  # fresh: no earlier run of this project has had them
+SEARCH_SEEDS = {"seeds": 2, "first_seed": 100}
+# A factor of about three apart. A search starts in the middle and goes on as long as it gets
+# better, so that its choice lies inside, unless the best is hardly to train at all.
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+START = 3e-4
+
+FROM_TEACHER = ("dmd", "step", "adm-paper", "adm-recipe")
+FROM_ADP = ("adp+dmd", "adp+step", "adp+adm-paper", "adp+adm-recipe")
+ONE_STEP = ("mse", "adp", *FROM_TEACHER, *FROM_ADP)
+
+
+@dataclass
+class Regime:
+    """What differs from toy/run.py's defaults, and the methods that are compared in it.
+
+    rates: the regime whose rates it takes over; "" searches its own.
+    runs: {name of a run: (method, what differs more)}, beside the methods as they are.
+    """
+
+    about: str
+    settings: dict = field(default_factory=dict)
+    methods: tuple = ONE_STEP
+    rates: str = ""
+    runs: dict = field(default_factory=dict)
+
+
+def separated(separation):
+    about = f"one step, modes {separation}σ from the centre"
+    settings = {"separation": str(separation)}
+    return Regime(about, settings, (*ONE_STEP, "dmd2"), rates="headline")
+
+
+REGIMES = {
+    "headline": Regime(
+        "one step, 1,000 updates, modes 26.7σ from the centre",
+        methods=(*ONE_STEP, "dmd2"),
+        runs={
+            "adp, uniform": ("adp", {"schedule": "uniform"}),
+            "adp+adm-paper, TTUR 4": ("adp+adm-paper", {"ttur": 4}),
+            "adp+adm-paper, TTUR 8": ("adp+adm-paper", {"ttur": 8}),
+            "adm-recipe, TTUR 4": ("adm-recipe", {"ttur": 4}),
+            "adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4}),
+        },
+    ),
+    "separation-5": separated(5),
+    "separation-10": separated(10),
+    "separation-20": separated(20),
+    "separation-40": separated(40),
+    "four-steps": Regime(
+        "four steps from the teacher",
+        {"student_steps": 4},
+        FROM_TEACHER,
+        runs={"adm-recipe, TTUR 4": ("adm-recipe", {"ttur": 4})},
+    ),
+    "two-steps": Regime("two steps from the teacher", {"student_steps": 2}, FROM_TEACHER),
+    "pairs-128": Regime(
+        "16 dimensions, 128 ODE pairs",
+        {"dim": 16, "pairs": 128},
+        ("mse", "adp", *FROM_ADP),
+        runs={"adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4})},
+    ),
+    "pairs-1024": Regime(
+        "16 dimensions, 1,024 ODE pairs",
+        {"dim": 16, "pairs": 1024},
+        ("mse", "adp", *FROM_ADP),
+        runs={"adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4})},
+    ),
+    "missing": Regime(
+        "no ODE pairs of two modes, of weight 1/16 and 4/16",
+        {"missing": "2,7"},
+        ("mse", "adp", *FROM_ADP),
+    ),
+    "small": Regime("a student of width 16", {"student_width": 16}),
+    "long": Regime("ten times the headline's updates", {"iterations": 10_000}, rates="headline"),
 }
 
 
-def search(methods=None):
-    """Each method's student rate by least mean TV, on seeds that no claim uses.
+def run(names, mixture, folder):
+    """Searches and runs what the regimes' files do not hold yet."""
+    for name in names:
+        regime = REGIMES[name]
+        results = opened(folder, name)
+        cfg = Config(**SEEDS, **{"mixture": mixture, **regime.settings})
+        if mixture != MIXTURE:
+            results["rates"] = opened(RESULTS, regime.rates or name)["rates"]
+        elif regime.rates:
+            results["rates"] = opened(folder, regime.rates)["rates"]
+        else:
+            search(results, regime, cfg, folder / f"{name}.json")
+        rates = results["rates"]
+        wanted = {method: (method, {}) for method in regime.methods} | regime.runs
+        there = {r["name"] for r in results["runs"]}
+        missing = {label: how for label, how in wanted.items() if label not in there}
+        world = World(cfg) if missing else None
+        for label, (method, more) in missing.items():
+            require(method in rates, f"{name}: no rate for {method}: run {regime.rates} first")
+            rows, _ = toy.train(replace(cfg, **more), method, world, rates)
+            results["runs"] += [{"name": label, **kept(row, name)} for row in rows]
+            results["config"] = vars(cfg)
+            write(folder / f"{name}.json", results)
+            print(name, label, [round(row["tv"], 3) for row in rows], flush=True)
 
-    At a third of the iterations (dmd2, whose iterations cost five times as much: at a tenth). A
-    stage takes the rates found for the stages before it.
+
+def kept(row, name):
+    """A run's row; points and curves are drawn of the headline alone."""
+    if name == "headline":
+        return row
+    return {key: value for key, value in row.items() if key not in ("history", "points")}
+
+
+def opened(folder, name):
+    """A regime's file, or an empty one."""
+    path = folder / f"{name}.json"
+    empty = {"search": {}, "rates": {}, "runs": []}
+    return empty | read_json(path, "regime", "runs") if path.exists() else empty
+
+
+def write(path, results):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as partial:
+        partial.write_text(json.dumps(results) + "\n")
+
+
+def search(results, regime, cfg, path):
+    """Fills results["rates"]: each method's rate of least mean TV, on seeds that no claim uses.
+
+    Regression comes first, then ADP, for what begins with ADP takes their rates.
     """
-    cfg = Config(seeds=2, first_seed=100, iterations=1000)
-    world = World(cfg)
-    rows = []
-    if methods:
-        rows = [row for row in read("search.json")["rows"] if row["method"] not in methods]
-    for method in methods or GRID:
-        rates = GRID[method]
-        found = []  # (mean TV, rate)
-        for rate in rates:
-            iterations = 300 if method == "dmd2" else cfg.iterations
-            runs, _ = train(replace(cfg, lr_student=rate, iterations=iterations), method, world)
-            row = {"method": method, "lr_student": rate, "iterations": iterations}
-            row["tv"] = [round(r["tv"], 4) for r in runs]
-            row["modes_covered"] = [r["modes_covered"] for r in runs]
-            rows.append(row)
-            found.append((np.mean(row["tv"]), rate))
-            print(row, flush=True)
-        toy.RATES[method] = min(found)[1]
-    write("search.json", {"config": vars(cfg), "chosen": toy.RATES, "rows": rows})
+    cfg = replace(cfg, **SEARCH_SEEDS)
+    missing = [method for method in regime.methods if method not in results["rates"]]
+    world = World(cfg) if missing else None
+    for method in missing:
+        trials = results["search"].setdefault(method, {})  # {rate: TV of each seed}
+
+        def tried(rate, method=method, trials=trials):
+            key = f"{rate:g}"
+            if key not in trials:
+                rates = {**results["rates"], method: rate}
+                rows, _ = toy.train(cfg, method, world, rates)
+                trials[key] = [round(row["tv"], 4) for row in rows]
+                write(path, results)
+                print("search", path.stem, method, key, trials[key], flush=True)
+            return np.mean(trials[key])
+
+        results["rates"][method] = least(tried, RATES, START)
+        write(path, results)
 
 
-# --- The runs that the claims and the pictures need -----------------------------------------------
-
-SEEDS = 5
-SEPARATIONS = (5.0, 10.0, 20.0, 40.0)  # and the headline's own 26.7
-DMDX_RATE = toy.RATES["adp+adm"]
-# name: (method, what differs from the defaults), at half of the headline's iterations.
-ABLATIONS = {
-    "DMDX": ("adp+adm", {}),
-    "TTUR 4": ("adp+adm", {"ttur": 4}),
-    "TTUR 8": ("adp+adm", {"ttur": 8}),
-    "no ADP": ("adm", {"iterations": 375}),
-    "no ADP, TTUR 4": ("adm", {"iterations": 375, "ttur": 4}),
-    "no ADP, TTUR 8": ("adm", {"iterations": 375, "ttur": 8}),
-    "uniform schedule": ("adp+adm", {"schedule": "uniform"}),
-    "dt T/4": ("adp+adm", {"dt": 1 / 4}),
-    "dt T/16": ("adp+adm", {"dt": 1 / 16}),
-    "dt T/256": ("adp+adm", {"dt": 1 / 256}),
-    "no damping": ("adp+adm", {"damping": 0.0}),
-    "weight 1/alpha": ("adp+adm", {"gen_weight": "1/alpha"}),
-    "student rate x 3": ("adp+adm", {"lr_student": 3 * DMDX_RATE}),
-    "student rate / 3": ("adp+adm", {"lr_student": DMDX_RATE / 3}),
-    "straight-through": ("adp+adm", {"fake_gradient": "straight-through"}),
-    "ADP, cubic": ("adp", {}),
-    "ADP, uniform": ("adp", {"schedule": "uniform"}),
-}
+def least(tried, rates, start):
+    """The rate at which tried(rate) is least, searched from `start`, down or else up."""
+    i = rates.index(start)
+    for way in (-1, 1):
+        while 0 <= i + way < len(rates) and tried(rates[i + way]) < tried(rates[i]):
+            i += way
+    return rates[i]
 
 
-def measured(name, cfg, methods, separations=(None,)):
-    """The runs of a results file: cfg.methods at each separation.
+# --- What is measured, and when a claim holds -----------------------------------------------------
 
-    Where `methods` names some, they alone are run, and the others' rows are the file's.
-    """
-    wanted = methods or cfg.methods.split(",")
-    runs = []
-    if methods:
-        runs = [r for r in read(name)["runs"] if r["method"] not in wanted]
-    for separation in separations:
-        world = World(cfg, separation)
-        for method in wanted:
-            results, _ = train(cfg, method, world)
-            print(name, method, [round(r["tv"], 3) for r in results], flush=True)
-            runs += results
-    return sorted(runs, key=lambda r: toy.METHODS.index(r["method"]))
+T_CRITICAL = {2: 4.303, 4: 2.776}  # two-sided 95% of Student's t, by degrees of freedom
 
 
-def headline(methods=None):
-    """All methods but dmd2 in the hard regime."""
-    cfg = Config(seeds=SEEDS, methods="mse,adp,dmd,adm,adp+dmd,adp+adm")
-    runs = measured("headline.json", cfg, methods)
-    write("headline.json", {"runs": runs, "config": vars(cfg), "target": target(cfg)})
-
-
-def dmd2():
-    """The headline's last method; apart, for it takes as long as all the others together."""
-    headline(["dmd2"])
-
-
-def grid25(methods=None):
-    """Four methods on 25 modes."""
-    cfg = Config(seeds=SEEDS, mixture="grid25", methods="dmd,adp,adp+dmd,adp+adm")
-    runs = measured("grid25.json", cfg, methods)
-    write("grid25.json", {"runs": runs, "config": vars(cfg), "target": target(cfg)})
-
-
-def phase(methods=None):
-    """Fewer seeds and a fifth of the iterations.
-
-    It shows where each method begins to lose modes, not how well it ends.
-    """
-    cfg = Config(seeds=2, iterations=600, methods="mse,adp,dmd,adm,adp+dmd,adp+adm,dmd2")
-    runs = measured("phase.json", cfg, methods, (*SEPARATIONS, None))
-    write("phase.json", {"runs": lean(runs), "config": vars(cfg)})
-
-
-def ablations():
-    """One variable at a time, see ABLATIONS."""
-    cfg = Config(seeds=SEEDS, iterations=1500)
-    world = World(cfg)
-    runs = []
-    for name, (method, changes) in ABLATIONS.items():
-        results, _ = train(replace(cfg, **changes), method, world)
-        runs += [{"name": name, **r} for r in results]
-        print(name, [round(r["tv"], 3) for r in results], flush=True)
-        write("ablations.json", {"runs": lean(runs), "config": vars(cfg)})
-
-
-def target(cfg):
-    """1,000 draws of the mixture, for pictures."""
-    return toy.rounded(toy.fresh(toy.load_mixture(cfg.mixture), 0)[:1000])
-
-
-def lean(runs):
-    """Without what only the headline's pictures draw."""
-    return [{k: v for k, v in r.items() if k not in ("history", "points")} for r in runs]
-
-
-def read(name):
-    return json.loads((RESULTS / name).read_text())
-
-
-def write(name, contents):
-    (RESULTS / name).write_text(json.dumps(contents) + "\n")
-
-
-# --- The claims -----------------------------------------------------------------------------------
-# Each returns (quantity, threshold, mean ± sd, verdict), from the runs of headline, grid25 and
-# ablations. All thresholds were written before the runs.
-
-T_CRITICAL = {4: 2.776}  # two-sided 95% of Student's t, by degrees of freedom: seeds − 1
-
-
-def column(runs, field, **where):
-    """(S,) values of a field, in the order of seeds, of the runs that match."""
-    chosen = [r for r in runs if all(r[k] == v for k, v in where.items())]
-    chosen.sort(key=lambda r: r["seed"])
-    return np.array([r[field] for r in chosen])
-
-
-def pm(*values):
-    """Mean ± sd of each."""
-    return ", ".join(f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in values)
-
-
-def paired(better, worse, gap=0.0):
-    """Is `better` below `worse`, seed by seed, by more than `gap`?
-
-    A t test on the differences: holds, tie, does not hold.
-    """
-    d = worse - better - gap
+def paired(better, worse):
+    """Is `better` below `worse`, both (seeds,), seed by seed? A t test on the differences."""
+    d = worse - better
     sd = d.std(ddof=1) / len(d) ** 0.5
     if abs(d.mean()) <= T_CRITICAL[len(d) - 1] * sd or not d.any():
         return "tie"
@@ -209,307 +209,309 @@ def yes(condition):
     return "holds" if condition else "does not hold"
 
 
-def claim_a(head, grid, ablation):
-    """Started badly (the teacher's weights, in one step), DMD loses modes that DMDX keeps"""
-    dmd, dmdx = (column(head, "modes_covered", method=m) for m in ("dmd", "adp+adm"))
-    verdict = paired(-dmdx, -dmd)
-    return "modes covered: DMD, DMDX", "DMDX covers more, paired", pm(dmd, dmdx), verdict
+def less(first, second):
+    """first < second, paired"""
+    return paired(first, second)
 
 
-def claim_a_tv(head, grid, ablation):
-    """The same by total variation"""
-    dmd, dmdx = (column(head, "tv", method=m) for m in ("dmd", "adp+adm"))
-    verdict = yes(dmdx.mean() <= dmd.mean() / 2)
-    return "TV: DMD, DMDX", "DMDX's mean at most half of DMD's", pm(dmd, dmdx), verdict
+def more(first, second):
+    """first > second, paired"""
+    return paired(-first, -second)
 
 
-def in_stage_2(runs, method, field):
-    """(S, points) of the training curves' second stage, the only one that logs a DMD loss."""
-    histories = column(runs, "history", method=method)
-    return np.array([[p[field] for p in h if "dmd_loss" in p] for h in histories])
+def alike(first, *others):
+    """means within 0.02 of the first"""
+    return yes(all(abs(x.mean() - first.mean()) <= 0.02 for x in others))
 
 
-def rises(runs, method):
-    """(S,) mean rise of TV from one point of the curve in stage 2 to the next, falls as 0."""
-    return np.diff(in_stage_2(runs, method, "tv")).clip(0).mean(1)
+def half(share):
+    """at least 1/2 in every seed"""
+    return yes((share >= 0.5).all())
 
 
-def claim_b(head, grid, ablation):
-    """ADM is more stable with ADP before it than without"""
-    alone, after = rises(head, "adm"), rises(head, "adp+adm")
-    quantity = "mean rise of TV between points of the curve: ADM, ADP + ADM"
-    return quantity, "less after ADP, paired", pm(alone, after), paired(after, alone)
+def thirds(row):
+    """Mean DMD loss in the first and in the last third of stage 2, which alone has one."""
+    losses = [point["dmd_loss"] for point in row["history"] if "dmd_loss" in point]
+    third = max(1, len(losses) // 3)
+    return np.mean(losses[:third]), np.mean(losses[-third:])
 
 
-def claim_c(head, grid, ablation):
-    """After ADP, ADM ends no worse than DMD"""
-    dmd, adm = (column(head, "tv", method=m) for m in ("adp+dmd", "adp+adm"))
-    return "TV: ADP + DMD, ADP + ADM", "ADM's is less, paired", pm(dmd, adm), paired(adm, dmd)
+def least_share(row):
+    """The least share of a mode over its weight; 1 is perfect."""
+    weights = load_mixture(row["mixture"]).weights.numpy()  # (K,)
+    return (np.array(row["shares"][:-1]) / weights).min()
 
 
-def dmd_loss_falls(head, method):
-    """As a claim: the mean DMD loss over the first and the last third of stage 2."""
-    curves = in_stage_2(head, method, "dmd_loss")
-    third = max(1, curves.shape[1] // 3)
-    first, last = curves[:, :third].mean(1), curves[:, -third:].mean(1)  # (S,) each
-    quantity = "DMD loss: first, last third"
-    return quantity, "last is less, paired", pm(first, last), paired(last, first)
-
-
-def claim_d(head, grid, ablation):
-    """ADM, which never optimises the DMD loss, makes it fall (ADM from the teacher's weights)"""
-    return dmd_loss_falls(head, "adm")
-
-
-def claim_d_adp(head, grid, ablation):
-    """The same after ADP"""
-    return dmd_loss_falls(head, "adp+adm")
-
-
-def ttur(ablation, *names):
-    """(mean ± sd of TV at TTUR 1, 4, 8, how far the means of 4 and 8 are from that of 1)."""
-    one, four, eight = (column(ablation, "tv", name=n) for n in names)
-    apart = max(abs(x.mean() - one.mean()) for x in (four, eight))
-    return pm(one, four, eight), apart
-
-
-def claim_e(head, grid, ablation):
-    """After ADP, more discriminator and fake-score updates (TTUR 4, 8) hardly matter"""
-    values, apart = ttur(ablation, "DMDX", "TTUR 4", "TTUR 8")
-    return "TV at TTUR 1, 4, 8", "means within 0.02 of TTUR 1", values, yes(apart <= 0.02)
-
-
-def claim_e_without(head, grid, ablation):
-    """Without ADP they matter more"""
-    values, apart = ttur(ablation, "no ADP", "no ADP, TTUR 4", "no ADP, TTUR 8")
-    return "TV at TTUR 1, 4, 8", "a mean differs by more than 0.02", values, yes(apart > 0.02)
-
-
-def least_share(runs, weights, **where):
-    """(S,): the least share of a mode over its weight; 1 is perfect."""
-    of_seeds = column(runs, "shares", **where)  # (S, K + 1)
-    return (of_seeds[:, :-1] / weights).min(1)
-
-
-RARE = np.array([1, 2, 1, 4, 1, 2, 1, 4]) / 16
-
-
-def claim_f(head, grid, ablation):
-    """ADP's cubic schedule covers modes better than a uniform one"""
-    names = ("ADP, cubic", "ADP, uniform")
-    cubic, uniform = (least_share(ablation, RARE, name=n) for n in names)
-    quantity = "least share over weight: uniform, cubic"
-    return quantity, "cubic's is more, paired", pm(uniform, cubic), paired(-cubic, -uniform)
-
-
-def slide():
-    """[(distance m, reverse KL, TV)] of a student N(m, 0.5²).
-
-    It leaves the target ½ N(−2, 0.5²) + ½ N(2, 0.5²).
-    """
-    target = Mixture([[-2.0], [2.0]], [1, 1], 0.5)
-    x = torch.linspace(-10, 40, 20001)[:, None]
-    rows = []
-    for m in np.linspace(0, 30, 61).tolist():
-        rows.append((m, *divergences(target, Mixture([[m]], [1], 0.5), x)))
-    return rows
-
-
-def claim_g(head, grid, ablation):
-    """Total variation is bounded where reverse KL explodes"""
-    _, kl, tv = slide()[-1]
-    quantity = "reverse KL, TV of a student 28 from the nearest mode (1-D quadrature)"
-    verdict = yes(kl > 100 and tv <= 1 + 1e-6)
-    return quantity, "KL > 100, TV <= 1", f"{kl:.0f}, {tv:.4f}", verdict
-
-
-def claim_h(head, grid, ablation):
-    """Regression alone (A1) is not enough: DMDX ends nearer the target"""
-    mse, dmdx = (column(head, "tv", method=m) for m in ("mse", "adp+adm"))
-    return "TV: MSE, DMDX", "DMDX's is less, paired", pm(mse, dmdx), paired(dmdx, mse)
-
-
-def claim_i(head, grid, ablation):
-    """Rare modes survive under DMDX"""
-    least = least_share(head, RARE, method="adp+adm")
-    quantity = "least share of a mode over its weight"
-    return quantity, "at least 1/2 in every seed", pm(least), yes((least >= 0.5).all())
-
-
-def target_1(head, grid, ablation):
-    """Target: DMDX covers 8 of 8 in each seed"""
-    covered = column(head, "modes_covered", method="adp+adm")
-    return "modes covered", "8 in every seed", pm(covered), yes((covered == 8).all())
-
-
-def target_2(head, grid, ablation):
-    """Target: DMDX's mean TV is at most 0.10"""
-    tv = column(head, "tv", method="adp+adm")
-    return "TV", "mean <= 0.10", pm(tv), yes(tv.mean() <= 0.10)
-
-
-def target_3(head, grid, ablation):
-    """Target: DMDX is no worse than ADP alone"""
-    adp, dmdx = (column(head, "tv", method=m) for m in ("adp", "adp+adm"))
-    return "TV: ADP, DMDX", "DMDX's is not more, paired", pm(adp, dmdx), paired(dmdx, adp)
-
-
-def target_4(head, grid, ablation):
-    """Target: DMDX covers 25 of 25 on grid25 in each seed"""
-    covered = column(grid, "modes_covered", method="adp+adm")
-    return "modes covered", "25 in every seed", pm(covered), yes((covered == 25).all())
-
-
-def seen_grid(head, grid, ablation):
-    """Seen afterwards, not registered: claim a with many modes, on grid25"""
-    return claim_a(grid, grid, ablation)
-
-
-def seen_density(head, grid, ablation):
-    """Seen afterwards, not registered: DMD narrows the modes, ADM less (density TV sees it)"""
-    dmd, adm = (column(head, "density_tv", method=m) for m in ("adp+dmd", "adp+adm"))
-    quantity = "density TV: ADP + DMD, ADP + ADM"
-    return quantity, "ADM's is less, paired", pm(dmd, adm), paired(adm, dmd)
-
-
-CLAIMS = {
-    "a": claim_a,
-    "a, TV": claim_a_tv,
-    "b": claim_b,
-    "c": claim_c,
-    "d": claim_d,
-    "d, ADP": claim_d_adp,
-    "e": claim_e,
-    "e, no ADP": claim_e_without,
-    "f": claim_f,
-    "g": claim_g,
-    "h": claim_h,
-    "i": claim_i,
-    "1": target_1,
-    "2": target_2,
-    "3": target_3,
-    "4": target_4,
-    "a, grid25": seen_grid,
-    "density": seen_density,
+MEASURES = {  # what a table calls it: of a run's row
+    "TV": lambda row: row["tv"],
+    "density TV": lambda row: row["density_tv"],
+    "modes covered": lambda row: row["modes_covered"],
+    "least share": least_share,
+    "DMD loss, first third": lambda row: thirds(row)[0],
+    "DMD loss, last third": lambda row: thirds(row)[1],
+    "fd": lambda row: row["fd"],
+    "fd_any": lambda row: row["fd_any"],
 }
 
-
-def judge():
-    """toy/CLAIMS.md from results/."""
-    names = ("headline", "grid25", "ablations")
-    head, grid, ablation = (read(f"{name}.json")["runs"] for name in names)
-    lines = [INTRODUCTION]
-    lines.append("| | claim | measured | threshold | mean ± sd | verdict |")
-    lines.append("| --- " * 6 + "|")
-    for name, claim in CLAIMS.items():
-        quantity, threshold, value, verdict = claim(head, grid, ablation)
-        said = f"{claim.__doc__} | {quantity} | {threshold} | {value}"
-        lines.append(f"| {name} | {said} | **{verdict}** |")
-    if not any(r["method"] == "dmd2" for r in head):
-        lines += ["", "Not run at this budget: dmd2 (`python toy/claims.py dmd2 judge` adds it)."]
-    lines += ["", "## All methods, hard regime", "", *markdown(head, "method")]
-    lines += ["", "## grid25", "", *markdown(grid, "method")]
-    lines += ["", "## One variable at a time", "", ABLATION_NOTE, ""]
-    lines += markdown(ablation, "name", verdicts(ablation))
-    (RESULTS.parent / "CLAIMS.md").write_text("\n".join(lines) + "\n")
+# --- The claims -----------------------------------------------------------------------------------
 
 
-def markdown(runs, by, verdict=None):
-    """A table of every metric, one line a value of `by`, and if it is given, of its verdict."""
-    heads = [by, "modes covered", "in mode", "TV", "density TV", "energy"]
-    if verdict:
-        heads.append("verdict")
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for value in dict.fromkeys(r[by] for r in runs):
-        cells = [value, *(pm(column(runs, name, **{by: value})) for name in toy.COLUMNS[:5])]
-        if verdict:
-            cells.append(verdict[value])
-        lines.append("| " + " | ".join(cells) + " |")
+@dataclass
+class Claim:
+    """A row of the table. `runs` are named as in the regime's file, or "regime/run" of another.
+
+    holds: of the measure of each run, (seeds,) each; its docstring is the threshold.
+    """
+
+    said: str
+    regime: str
+    runs: tuple
+    measure: str = "TV"
+    holds: callable = less
+    measures: tuple = ()  # one for each run, where they differ
+
+
+DMDX = "adp+adm-paper"
+RIVALS = {"adm-paper": "ADM as published", "adm-recipe": "ADM by our recipe", "step": "step (ours)"}
+
+
+def beats(regime, first="", measure="TV"):
+    """Three claims: that each of RIVALS does better than DMD. first: "adp+" for after ADP."""
+    start = "After ADP, " if first else ""
+    claims = []
+    for rival, name in RIVALS.items():
+        said = f"{start}{name} beats DMD"
+        claims.append(Claim(said, regime, (first + rival, first + "dmd"), measure))
+    return claims
+
+
+def beyond_adp(regime):
+    """Two claims: stage 2 is worth its while."""
+    return [
+        Claim("DMDX beats regression alone", regime, (DMDX, "mse")),
+        Claim("DMDX beats ADP alone", regime, (DMDX, "adp")),
+    ]
+
+
+PHASE = ("separation-5", "separation-10", "separation-20", "headline", "separation-40")
+FEW_STEPS = ("four-steps", "two-steps")
+FEW_PAIRS = ("pairs-128", "pairs-1024")
+KEEPS = "DMDX keeps modes that DMD from the teacher loses"
+LOSES = "ADM as published loses modes that DMD keeps"
+HELPS = "TTUR 4 helps ADM by our recipe"
+FALLS = "ADM, which never optimises the DMD loss, makes it fall"
+
+
+def registered():
+    """All claims, by the letters of the regimes: their order in the table."""
+    # (a) One step from the teacher, and the modes' distance.
+    for regime in PHASE:
+        yield from beats(regime)
+        yield Claim(KEEPS, regime, (DMDX, "dmd"), "modes covered", more)
+    # (b) Several steps from the teacher: the paper's setting for SD3 and CogVideoX.
+    for regime in FEW_STEPS:
+        yield from beats(regime)
+        yield Claim(LOSES, regime, ("adm-paper", "dmd"), "modes covered")
+    yield Claim(HELPS, "four-steps", ("adm-recipe, TTUR 4", "adm-recipe"))
+    # (c) Few pairs in 16 dimensions.
+    for regime in FEW_PAIRS:
+        yield from beyond_adp(regime)
+        yield from beats(regime, "adp+")
+        yield Claim(HELPS, regime, ("adp+adm-recipe, TTUR 4", "adp+adm-recipe"))
+    # (d) Modes that the pairs lack.
+    yield from beyond_adp("missing")
+    yield from beats("missing", "adp+")
+    found = "DMDX finds modes that ADP lacks"
+    yield Claim(found, "missing", (DMDX, "adp"), "modes covered", more)
+    # (e) A student too small for the map.
+    yield from beyond_adp("small")
+    yield from beats("small")
+    yield from beats("small", "adp+")
+    # (f) After ADP, in the headline.
+    yield from beyond_adp("headline")
+    yield from beats("headline", "adp+")
+    yield from beats("headline", "adp+", "density TV")
+    # (g) The digits: three seeds. Their one step had been seen when this was registered.
+    seen = "(seen before) "
+    for claim in (*beats("digits", "adp+", "fd"), *beats("digits", "adp+", "fd_any")):
+        yield replace(claim, said=seen + claim.said)
+    for rival in ("adm-recipe", "step"):
+        yield Claim(f"{seen}{RIVALS[rival]} beats DMD", "digits", (rival, "dmd"), "fd")
+    for rival, name in RIVALS.items():
+        runs = (f"{rival}, four steps", "dmd, four steps")
+        yield Claim(f"{name} beats DMD in four steps", "digits", runs, "fd")
+    # (h) Ten times longer.
+    yield from beyond_adp("long")
+    yield from beats("long")
+    yield from beats("long", "adp+")
+    yield from beats("long", "adp+", "density TV")
+    narrows = "DMD narrows the modes as training goes on"
+    yield Claim(narrows, "long", ("adp+dmd", "headline/adp+dmd"), "density TV", more)
+    # (i) The paper's other claims.
+    last_and_first = ("DMD loss, last third", "DMD loss, first third")
+    for method in ("adm-paper", "adm-recipe", DMDX, "adp+adm-recipe"):
+        yield Claim(FALLS, "headline", (method, method), measures=last_and_first)
+    hardly = "After ADP, TTUR hardly matters (1, 4, 8)"
+    yield Claim(hardly, "headline", (DMDX, f"{DMDX}, TTUR 4", f"{DMDX}, TTUR 8"), holds=alike)
+    yield Claim(HELPS, "headline", ("adm-recipe, TTUR 4", "adm-recipe"))
+    cubic = "ADP's cubic schedule keeps rare modes better than a uniform one"
+    yield Claim(cubic, "headline", ("adp", "adp, uniform"), "least share", more)
+    yield Claim("Rare modes survive under DMDX", "headline", (DMDX,), "least share", half)
+
+
+CLAIMS = list(registered())
+
+
+def judged(claim, folder):
+    """(means ± sd, verdict) of a claim, or None where a run is not there."""
+    values = []
+    measures = claim.measures or [claim.measure] * len(claim.runs)
+    for name, measure in zip(claim.runs, measures, strict=True):
+        regime, _, label = name.rpartition("/")
+        rows = rows_of(folder, regime or claim.regime, label)
+        if not rows:
+            return None
+        values.append(np.array([MEASURES[measure](row) for row in rows]))  # (seeds,)
+    return pm(*values), claim.holds(*values)
+
+
+def rows_of(folder, regime, label):
+    """A run's rows, in the order of their seeds. Those of digits are toy/digits.py's."""
+    key = "method" if regime == "digits" else "name"
+    rows = [row for row in opened(folder, regime)["runs"] if row[key] == label]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def pm(*values):
+    """Mean ± sd of each."""
+    return ", ".join(f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in values)
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def table_of_claims(folder):
+    """Lines: claim · regime · methods · measured · threshold · verdict."""
+    lines = header("claim", "regime", "methods", "measured", "mean ± sd", "threshold", "verdict")
+    for claim in CLAIMS:
+        values, verdict = judged(claim, folder) or ("not run", "")
+        methods = ", ".join(dict.fromkeys(claim.runs))
+        what = ", ".join(claim.measures) or claim.measure
+        threshold = claim.holds.__doc__
+        cells = (claim.said, claim.regime, methods, what, values, threshold, f"**{verdict}**")
+        lines.append(row_of(cells))
     return lines
 
 
-def verdicts(ablation):
-    """{name: one line}: its TV against its own baseline's, paired."""
+def matrix(folder):
+    """Lines: against DMD in each regime, by TV."""
+    lines = header("regime", "start", "DMD's TV", *(f"{name}'s" for name in RIVALS.values()))
     said = {"holds": "better", "does not hold": "worse", "tie": "a tie"}
-    result = {}
-    for name in ABLATIONS:
-        base = "DMDX"
-        if name.startswith("no ADP"):
-            base = "no ADP"
-        elif name.startswith("ADP"):
-            base = "ADP, cubic"
-        mine, its = (column(ablation, "tv", name=n) for n in (name, base))
-        result[name] = f"{said[paired(mine, its)]}: {mine.mean() - its.mean():+.3f} TV"
-        if name == base:
-            result[name] = "baseline"
-    return result
+    for regime in REGIMES:
+        for first in ("", "adp+"):
+            dmd = [row["tv"] for row in rows_of(folder, regime, f"{first}dmd")]
+            if not dmd:
+                continue
+            cells = [pm(dmd)]
+            for rival in RIVALS:
+                rows = rows_of(folder, regime, first + rival)
+                tv = np.array([row["tv"] for row in rows])
+                cells.append(f"{pm(tv)}: {said[less(tv, np.array(dmd))]}" if rows else "not run")
+            start = "after ADP" if first else "the teacher"
+            lines.append(row_of((REGIMES[regime].about, start, *cells)))
+    return lines
 
 
-ABLATION_NOTE = """\
-As in the headline, but 1,500 iterations (no ADP: 375, all of them stage 2, as many as others have
-of it). A verdict compares TV with the baseline's: DMDX, ADP alone, or ADM without ADP at TTUR 1.
-Without ADP, 375 iterations leave ADM collapsed at every TTUR (a TV of 0.75 is one heavy mode), so
-those rows, and the claim that rests on them, say little."""
-
-INTRODUCTION = """# What of the paper's claims holds in two dimensions
-
-Written by `python toy/claims.py` from toy/results/, which the same command makes; the iterations
-are adp.py's and adm.py's own, and toy/gmm.py defines the words of the tables. Five seeds (0 to 4),
-none left out. Regime: `ring8-rare`, radius 8, σ 0.3, 3,000 student updates of batch 256 for every
-method, its own learning rate from the search over four (`results/search.json`, other seeds). A
-comparison is paired by seed: "holds" and "does not hold" need a t test at 95%, anything else is a
-tie. Claims are the paper's in our words (arXiv 2507.18569); thresholds stand in toy/claims.py and
-were set before the runs. Numbers 1 to 4 are targets of this project, not claims of the paper.
-
-Two things to bear in mind. The search's choice lies on the edge of its grid for ADP and DMDX (the
-least rate) and for DMD2 (the greatest), so a rate beyond might do better. And after these updates
-DMD covers all 8 modes too, so claim a is a tie: that DMDX keeps modes which DMD loses is seen after
-fewer updates (600 in `results/phase.png`) and on grid25.
-
-Two things changed after a first run, and the search was not repeated for either. At regression's
-rate of 0.04, the search's choice, a spike undid two of five seeds of MSE and one of ADP at full
-length: regression's gradients are clipped since (norm 1, as in adp.py); DMD and ADM from the
-teacher's weights are not touched by it. And DMD's t was drawn from t_min + Δt on, as ADM's; it is
-drawn from t_min on since, as in adm.py, and the rows of DMD, ADP + DMD and DMD2 are measured anew.
-"""
+COLUMNS = {
+    "modes covered": "modes_covered",
+    "in mode": "in_mode",
+    "TV": "tv",
+    "density TV": "density_tv",
+    "energy": "energy",
+}
 
 
-def readme():
+def table_of_runs(folder, regime):
+    """Lines: every metric of each run, and the rate of its student."""
+    results = opened(folder, regime)
+    lines = header("run", *COLUMNS, "rate", "rates tried")
+    for label in dict.fromkeys(row["name"] for row in results["runs"]):
+        rows = rows_of(folder, regime, label)
+        cells = [pm([row[name] for row in rows]) for name in COLUMNS.values()]
+        method = rows[0]["method"]
+        tried = sorted(results["search"].get(method, {}), key=float)
+        rates = ", ".join(tried) or REGIMES[regime].rates
+        lines.append(row_of((label, *cells, f"{results['rates'][method]:g}", rates)))
+    return lines
+
+
+def header(*cells):
+    return [row_of(cells), "| --- " * len(cells) + "|"]
+
+
+def row_of(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def page(folder):
+    """CLAIMS.md below its first words, as text."""
+    parts = [
+        ["## Against DMD", "", *matrix(folder)],
+        ["## The claims", "", *table_of_claims(folder)],
+    ]
+    for name, regime in REGIMES.items():
+        if opened(folder, name)["runs"]:
+            parts.append([f"## {name}: {regime.about}", "", *table_of_runs(folder, name)])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+PAGE = Path(__file__).parent / "CLAIMS.md"
+TABLES = "## Against DMD\n"  # where the page's tables begin, below what is written by hand
+
+
+def judge(folder):
+    """The tables of toy/CLAIMS.md anew; of other results, printed."""
+    if folder.resolve() != RESULTS:
+        print(page(folder))
+        return
+    words, _, _ = PAGE.read_text().partition(TABLES)
+    PAGE.write_text(words + page(folder) + "\n")
+
+
+def readme(folder):
     """Prints the README's table."""
-    print("\n".join(markdown(read("headline.json")["runs"], "method")))
+    lines = header("method", *COLUMNS)
+    for method in REGIMES["headline"].methods:
+        rows = rows_of(folder, "headline", method)
+        lines.append(row_of((method, *(pm([row[c] for row in rows]) for c in COLUMNS.values()))))
+    print("\n".join(lines))
 
 
-RUN = (headline, grid25, ablations, phase, dmd2, judge)  # in this order
-STEPS = {f.__name__: f for f in (*RUN, search, readme)}
-PARTLY = ("headline", "grid25", "phase", "search")  # take --methods
-
-
-def main():
+def main(argv):
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**about)
-    everything = [f.__name__ for f in RUN]
+    parser.add_argument("command", choices=("run", "judge", "readme"))
+    parser.add_argument("regimes", nargs="*", help=f"of {', '.join(REGIMES)}; default: all")
+    parser.add_argument("--mixture", default=MIXTURE, help="as of toy/run.py")
     parser.add_argument(
-        "steps", nargs="*", help=f"of {', '.join(STEPS)}; default: all but the last two"
+        "--results", type=Path, default=RESULTS, help="folder of the regimes' files"
     )
-    parser.add_argument(
-        "--methods",
-        help=f"{', '.join(PARTLY)}: measure these alone, keep the others' rows; comma-separated",
-    )
-    args = parser.parse_intermixed_args()
-    steps = args.steps or everything
-    unknown = ", ".join(name for name in steps if name not in STEPS)
-    if unknown:
-        parser.error(f"unknown step {unknown}; there are {', '.join(STEPS)}")
-    methods = args.methods.split(",") if args.methods else None
-    strange = ", ".join(name for name in methods or () if name not in toy.METHODS)
-    if strange:
-        parser.error(f"unknown method {strange}; there are {', '.join(toy.METHODS)}")
-    for name in steps:
-        if methods and name in PARTLY:
-            STEPS[name](methods)
+    args = parser.parse_intermixed_args(argv)
+    try:
+        unknown = ", ".join(name for name in args.regimes if name not in REGIMES)
+        require(not unknown, f"unknown regime {unknown}; there are {', '.join(REGIMES)}")
+        own = args.mixture == MIXTURE
+        require(own or args.results != RESULTS, "--mixture: give it --results of its own, too")
+        if args.command == "run":
+            run(args.regimes or list(REGIMES), args.mixture, args.results)
+        elif args.command == "judge":
+            judge(args.results)
         else:
-            STEPS[name]()
+            readme(args.results)
+    except BadInput as e:
+        parser.exit(2, f"claims.py: {e}\n")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
+    main(sys.argv[1:])

@@ -10,6 +10,7 @@ Shapes: x (B, d) float32; t (B,) in [0, T], as everywhere in this project.
 import json
 
 import torch
+import torch.nn.functional as F
 
 from ode import FlowSchedule
 from runtime.settings import BadInput, require
@@ -129,17 +130,20 @@ class Mixture:
         return torch.einsum("bk,bkd->bd", slope, off) - p @ self.means
 
 
-def load_mixture(name, separation=None):
+def load_mixture(name, separation=None, dim=2):
     """A named mixture, or a JSON file {"means": [[x, y], …], "weights": […], "std": 0.3}.
 
     separation moves the modes along their rays, at the same σ, until the farthest is that many σ
-    from the origin. Raises BadInput for a file that is missing, no JSON, or no mixture.
+    from the origin. Beyond its own dimensions and up to dim it is N(0, σ²). Raises BadInput for a
+    file that is missing, no JSON, or no mixture.
     """
     mixture = Mixture(*NAMED[name], STD) if name in NAMED else mixture_of_file(name)
     if separation is not None:
         possible = 0 < separation < float("inf") and mixture.separation > 0
         require(possible, f"--separation {separation}: a positive number")
         mixture.means = mixture.means * (separation / mixture.separation)
+    more = max(0, dim - mixture.means.shape[1])
+    mixture.means = F.pad(mixture.means, (0, more))  # (K, dim)
     return mixture
 
 

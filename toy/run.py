@@ -1,11 +1,12 @@
 """A 2-D experiment that could refute the paper: one-step students of a Gaussian mixture.
 
-Nine methods; letters are rows of the paper's ablation table (Lu et al., ICCV 2025, arXiv
-2507.18569):
+Methods; letters are rows of the paper's ablation table (Lu et al., ICCV 2025, arXiv 2507.18569):
 
-    mse (A1)   adp (A5)   dmd (B2)   adm (B1)   adp+dmd (B3)   adp+adm (B4, DMDX)
-    dmd2       DMD and a GAN on the teacher's samples
-    step, adp+step      adm.py --loss step: ADM's two branches in L2, without a discriminator (ours)
+    mse (A1)   adp (A5)   dmd (B2)   adp+dmd (B3)
+    adm-paper (B1)    adp+adm-paper (B4, DMDX)      ADM as published
+    adm-recipe        adp+adm-recipe                as our recipe for digits has it: see RECIPE
+    step              adp+step     adm.py --loss step: its two branches in L2, without a D (ours)
+    dmd2              DMD and a GAN on the teacher's samples
 
 What trains the big models trains these: an iteration is adp.py's adp_iteration or adm.py's
 adm_round, dmd_round, step_round or fake_round, the noise process ode.py's. Networks are MLPs; every
@@ -24,7 +25,7 @@ import math
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -47,23 +48,43 @@ from runtime.script import run
 from runtime.settings import BadInput, at_least, flag, require
 from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
 
-METHODS = ("mse", "adp", "dmd", "adm", "adp+dmd", "adp+adm", "dmd2", "step", "adp+step")
-FEW_STEPS = ("dmd", "adm", "step")  # of these --student-steps may make several
+# Where no flag says otherwise: ADM as published, and what this project makes of it (ours). Warm-up
+# is what our recipes give to DMD and step as well.
+PUBLISHED = {"dt": 1 / 64, "damping": 0.0, "ttur": 1, "warmup": 0}
+WARM = {"warmup": 100}
+LONG_STEP = {**WARM, "dt": 1 / 4}
+RECIPE = {**LONG_STEP, "damping": 0.1}
+METHODS = {  # name: (the loss of its last stage, what differs from PUBLISHED)
+    "mse": ("mse", {}),
+    "adp": ("adp", {}),
+    "dmd": ("dmd", WARM),
+    "step": ("step", LONG_STEP),
+    "adm-paper": ("adm", {}),
+    "adm-recipe": ("adm", RECIPE),
+    "dmd2": ("dmd2", {"ttur": 5, "damping": 0.1}),
+    "adp+dmd": ("dmd", WARM),
+    "adp+step": ("step", LONG_STEP),
+    "adp+adm-paper": ("adm", {}),
+    "adp+adm-recipe": ("adm", RECIPE),
+}
+FEW_STEPS = ("dmd", "step", "adm-paper", "adm-recipe")  # these may take several (--student-steps)
 SAMPLES = 100_000  # of each student, for its metrics
 TEACHER = 3000  # iterations of the teacher MLP's fit, batch 512
 POOL = 20_000  # ODE pairs of each seed
 HISTORY = 40  # points of a training curve
 GAN_WEIGHT = 0.1  # of dmd2's adversary beside DMD
-RATES = {  # of the student, by method: `python toy/claims.py search` chose them
-    "mse": 0.04,
-    "adp": 1e-05,
-    "dmd": 0.001,
-    "adm": 0.0003,
-    "adp+dmd": 0.0003,  # of the second stage, as the next
-    "adp+adm": 3e-05,
-    "dmd2": 0.003,
-    "step": 0.001,
-    "adp+step": 0.0003,
+RATES = {  # of the student's last stage: `python toy/claims.py run headline` chose them
+    "mse": 0.03,
+    "adp": 1e-5,
+    "dmd": 1e-3,
+    "step": 1e-3,
+    "adm-paper": 3e-4,
+    "adm-recipe": 3e-4,
+    "dmd2": 3e-3,
+    "adp+dmd": 3e-4,
+    "adp+step": 3e-4,
+    "adp+adm-paper": 3e-5,
+    "adp+adm-recipe": 3e-5,
 }
 
 
@@ -80,22 +101,32 @@ class Config:
         "default: as the mixture is",
         "the target",
     )
+    dim: int = option(
+        2,
+        "dimensions: the mixture lies in the first two, where it is measured, and is N(0, σ²) in "
+        "all others",
+        "the target",
+    )
     teacher: Literal["exact", "mlp"] = option(
         "exact", "the closed-form velocity, or an MLP fitted to it", "the target"
     )
+    pairs: int = option(POOL, "ODE pairs of each seed", "the target")
+    missing: str | None = option(
+        None, "modes, by number from 0, of which there are no pairs; comma-separated", "the target"
+    )
     methods: str = option(
-        "mse,adp,dmd,adm,adp+dmd,adp+adm,dmd2",
+        ",".join(METHODS),
         "which to compare, comma-separated; adp+… is ADP first, then the other",
         "what to train",
     )
     seeds: int = option(2, "students of each method, all else alike", "what to train")
     first_seed: int = option(0, "their numbers start here", "what to train")
     iterations: int = option(
-        3000, "student updates of each method, ADP's included", "what to train"
+        1000, "student updates of each method, ADP's included", "what to train"
     )
     batch_size: int = option(256, "samples of each seed in an update", "what to train")
     adp_share: float = option(
-        0.75, "share of the iterations that adp+dmd and adp+adm spend on ADP", "the method"
+        0.75, "share of the iterations that adp+… spends on ADP", "the method"
     )
     mse_share: float = option(
         0.9, "share of ADP's iterations that are regression, before its adversary", "the method"
@@ -104,16 +135,24 @@ class Config:
         "cubic", "where on the line ADP's student trains (paper: cubic)", "the method"
     )
     student_steps: int = option(
-        1, "of dmd, adm and step from the teacher; all others take one step", "the method"
+        1, f"of {', '.join(FEW_STEPS)}; all others take one step", "the method"
     )
-    ttur: int = option(
-        1,
-        "discriminator and fake-score updates for each student update (paper: 1; dmd2: always 5)",
+    ttur: int | None = option(
+        None,
+        "discriminator and fake-score updates for each student update; default: the method's own "
+        "(1; dmd2's 5)",
         "the method",
     )
-    dt: float = option(
-        1 / 64,
-        "adm, step: length of the PF-ODE step, as a fraction of T (paper: 1/64)",
+    warmup: int | None = option(
+        None,
+        "first updates of discriminator and fake score, in which the student rests (ours); "
+        "default: the method's own (paper: none)",
+        "the method",
+    )
+    dt: float | None = option(
+        None,
+        "adm, step: length of the PF-ODE step, as a fraction of T; default: the method's own "
+        "(paper: 1/64)",
         "the method",
     )
     fake_gradient: Literal["exact", "straight-through"] = option(
@@ -126,12 +165,16 @@ class Config:
         "adm, step: weight of a sample in the generator's loss: 1/α_t, or as DMD weighs (ours)",
         "the method",
     )
-    damping: float = option(
-        0.1,
-        "weight of a zero-centred gradient penalty on the discriminator (ours; paper: none)",
+    damping: float | None = option(
+        None,
+        "weight of a zero-centred gradient penalty on stage 2's discriminator (ours); default: the "
+        "method's own (paper: none)",
         "the method",
     )
     width: int = option(128, "of every hidden layer", "networks and rates")
+    student_width: int | None = option(
+        None, "of the student's; default: as all others'", "networks and rates"
+    )
     head_width: int = option(32, "of the discriminator's heads", "networks and rates")
     lr_student: float | None = option(
         None,
@@ -154,7 +197,7 @@ class Config:
 # What of it shapes ADP as a first stage.
 STAGE_1 = (
     *("iterations", "adp_share", "mse_share", "batch_size"),
-    *("head_width", "schedule", "damping", "lr_heads"),
+    *("head_width", "schedule", "lr_heads"),
 )
 
 
@@ -181,25 +224,29 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """A denoiser as models.Denoiser is; its prediction is a velocity ε − x_0."""
+    """A denoiser as models.Denoiser is; its prediction is a velocity ε − x_0.
 
-    def __init__(self, draw, width, spread):
+    shape: of a sample, (d,).
+    """
+
+    def __init__(self, draw, width, spread, dim=2):
         super().__init__()
+        self.shape = (dim,)
         # Of x_0: the network sees x_t, and returns a velocity, in units of their own size.
         self.spread = spread
         self.register_buffer("frequencies", torch.arange(8) * torch.pi)
-        inputs = 2 + len(self.frequencies)
+        inputs = dim + len(self.frequencies)
         self.hidden = nn.ModuleList(Linear(draw, n, width) for n in (inputs, width, width))
-        self.out = Linear(draw, width, 2)
+        self.out = Linear(draw, width, dim)
 
     def forward(self, x_t, t, cond=None, want="prediction"):
-        """x_t (S·B, 2), t (S·B,) → (v (S·B, 2), or None; hidden layers, each (S·B, width)).
+        """x_t (S·B, d), t (S·B,) → (v (S·B, d), or None; hidden layers, each (S·B, width)).
 
         want: "prediction" or "features", which stops before the output layer.
         """
         alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))  # (S·B, 1) each
         size = ((alpha * self.spread) ** 2 + sigma**2).sqrt()  # (S·B, 1)
-        h = torch.cat([x_t / size, (sigma * self.frequencies).cos()], 1)  # (S·B, 2 + 8)
+        h = torch.cat([x_t / size, (sigma * self.frequencies).cos()], 1)  # (S·B, d + 8)
         maps = []
         for layer in self.hidden:
             h = F.silu(layer(h))
@@ -230,31 +277,6 @@ class NoisyDiscriminator(Discriminator):
 
     def features(self, x_t, t, cond):
         return self.backbone(x_t, t, cond, want="features")[1]
-
-
-class DampedDiscriminator(NoisyDiscriminator):
-    """D_τ1 of stage 1, which remembers an iteration: adp.py has no gradient penalty (here: ours).
-
-    points and said: what it was shown and what it said of it, each in the order of the calls.
-    """
-
-    def forget(self):
-        self.points, self.said = [], []
-
-    def features(self, x_t, t, cond):
-        self.points.append((x_t.detach(), t))
-        return super().features(x_t, t, cond)
-
-    def logits(self, maps):
-        self.said.append(super().logits(maps))
-        return self.said[-1]
-
-    def penalty(self, cfg, draw):
-        """adm.py's damping of the adp_iteration that it remembers, ()."""
-        (x_fake, t), (x_real, _) = self.points
-        _, real, fake = self.said  # the first was said to the generator
-        pairs = ((x_real, real), (x_fake, fake))
-        return adm.damping(self, cfg, draw, {}, t, pairs)
 
 
 # --- Optimizer steps, random numbers, and what is written down ------------------------------------
@@ -321,10 +343,14 @@ class Noise:
         return low + (high - low) * torch.special.ndtr(self.normal(()))
 
     def pick(self, *pools):
-        """The same random rows of each pool (S, P, 2), as (S·B, 2)."""
+        """The same random rows of each pool (S, P, d), as (S·B, d)."""
         n = pools[0].shape[1]
         rows = self.uniform(0, n).long().clamp(max=n - 1).view(-1, self.batch, 1)  # (S, B, 1)
-        return [pool.gather(1, rows.expand(-1, -1, 2)).flatten(0, 1) for pool in pools]
+        picked = []
+        for pool in pools:
+            of_seeds = pool.gather(1, rows.expand(-1, -1, pool.shape[2]))  # (S, B, d)
+            picked.append(of_seeds.flatten(0, 1))
+        return picked
 
 
 def times_of(steps):
@@ -336,10 +362,10 @@ ONE_STEP = times_of(1)
 
 
 def emitted(student, times, draw):
-    """What the student makes of noise in its steps, at times (n,) from T on: (S·B, 2)."""
+    """What the student makes of noise in its steps, at times (n,) from T on: (S·B, d)."""
 
     def fresh():
-        return draw.normal((2,))  # (S·B, 2)
+        return draw.normal(student.shape)  # (S·B, d)
 
     return student_sample(with_guidance(student, {}, {}, 1), LINE, fresh(), times, fresh)
 
@@ -353,7 +379,7 @@ class Curves:
     """
 
     def __init__(self, world, name, total, here, times=ONE_STEP):
-        self.mixture = world.mixture
+        self.plane = world.plane
         self.seeds = world.seeds
         self.points = [[] for _ in world.seeds]
         self.done = 0
@@ -371,10 +397,10 @@ class Curves:
     def add(self, student, **more):
         """One point: how the student does, and more={name: S numbers}."""
         noise = Noise((9,), self.seeds, 4096)  # the same for each point
-        samples = emitted(student, self.times, noise).chunk(len(self.seeds))  # S times (4096, 2)
-        for i, x in enumerate(samples):
-            point = {"iteration": self.done, "tv": round(mode_tv(self.mixture, x), 4)}
-            point["modes_covered"] = modes_covered(self.mixture, x)
+        samples = emitted(student, self.times, noise)[:, :2]  # (S·4096, 2)
+        for i, x in enumerate(samples.chunk(len(self.seeds))):
+            point = {"iteration": self.done, "tv": round(mode_tv(self.plane, x), 4)}
+            point["modes_covered"] = modes_covered(self.plane, x)
             for name, values in more.items():
                 point[name] = float(f"{values[i]:.4g}")
             self.points[i].append(point)
@@ -386,60 +412,78 @@ class Curves:
 class World:
     """What all methods share: the mixture, its teacher, and for each seed ODE pairs and MLPs.
 
+    plane     the mixture's first two dimensions, in which it lies and is measured
     teacher   F_φ, a denoiser: the exact velocity or the MLP
-    mlp       an MLP a seed, frozen, fitted to the exact velocity: where student and fake score
-              start, and D's backbone
-    x_T, x_0  (S, POOL, 2): the ends of the teacher's PF-ODE, in 64 steps
+    mlp       an MLP a seed, frozen, fitted to the exact velocity: where the fake score starts, and
+              D's backbone
+    start     where the student starts: mlp, or one of --student-width
+    x_T, x_0  (S, pairs, d): the ends of the teacher's PF-ODE, in 64 steps
     """
 
-    def __init__(self, cfg, separation=None):
-        self.mixture = load_mixture(cfg.mixture, separation)
+    def __init__(self, cfg):
+        (separation,) = separations(cfg)
+        self.plane = load_mixture(cfg.mixture, separation)
+        self.mixture = load_mixture(cfg.mixture, separation, cfg.dim)
         self.seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
-        self.mlp = self.fit(cfg)
-        for p in self.mlp.parameters():
-            p.data = p.data.repeat(cfg.seeds, 1, 1)
+        self.mlp = self.fit(cfg.width)
+        self.start = self.mlp
+        if cfg.student_width not in (None, cfg.width):
+            self.start = self.fit(cfg.student_width)
         self.teacher = self.mlp if cfg.teacher == "mlp" else self.exact
-        x_T = Noise((2,), self.seeds, POOL).normal((2,))  # (S·POOL, 2)
+        x_T = Noise((2,), self.seeds, cfg.pairs).normal((cfg.dim,))  # (S·pairs, d)
         with torch.no_grad():
             x_0 = teacher_sample(with_guidance(self.teacher, {}, {}, 1), LINE, x_T, 64)
-        self.x_T = x_T.unflatten(0, (cfg.seeds, POOL))
-        self.x_0 = x_0.unflatten(0, (cfg.seeds, POOL))
+        self.x_T = x_T.unflatten(0, (cfg.seeds, cfg.pairs))
+        self.x_0 = x_0.unflatten(0, (cfg.seeds, cfg.pairs))
+        if cfg.missing:
+            self.leave_out(modes_of(cfg.missing))
         self.adp = {}  # see after_adp
+
+    def leave_out(self, modes):
+        """In place of the pairs that end in one of these modes, others come again."""
+        for x_T, x_0 in zip(self.x_T, self.x_0, strict=True):  # (pairs, d) each
+            near = torch.cdist(x_0[:, :2], self.plane.means).argmin(1)  # (pairs,)
+            kept = torch.isin(near, torch.tensor(modes), invert=True).nonzero()[:, 0]
+            rows = kept[torch.arange(len(x_0)) % len(kept)]  # (pairs,)
+            x_T.copy_(x_T[rows])
+            x_0.copy_(x_0[rows])
 
     def exact(self, x_t, t, cond):
         """The teacher in closed form, as a denoiser without features."""
         return self.mixture.velocity(x_t, t), []
 
-    def after_adp(self, cfg):
+    def after_adp(self, cfg, rates):
         """(student, its curves' points, iterations, seconds) after ADP as the first part of adp+….
 
         Made once, then copied.
         """
-        key = tuple(getattr(cfg, name) for name in STAGE_1)
+        key = (rates["mse"], rates["adp"], *(getattr(cfg, name) for name in STAGE_1))
         if key not in self.adp:
             began = time.perf_counter()
-            student = deepcopy(self.mlp).requires_grad_(True)
+            student = deepcopy(self.start).requires_grad_(True)
             iterations = round(cfg.adp_share * cfg.iterations)
             regression = round(cfg.mse_share * iterations)
             curves = Curves(self, "adp first", cfg.iterations, iterations)
-            rates = RATES["mse"], RATES["adp"]
-            pretrain(cfg, self, student, iterations, regression, *rates, curves)
+            pretrain(cfg, self, student, iterations, regression, *key[:2], curves)
             seconds = time.perf_counter() - began
             self.adp[key] = student, curves.points, iterations, seconds
         return deepcopy(self.adp[key])
 
-    def fit(self, cfg):
-        """The MLP, S = 1."""
-        data = self.mixture.sample((1, POOL), torch.Generator().manual_seed(0))  # (1, POOL, 2)
-        mlp = MLP(Draw((0,), [0]), cfg.width, self.mixture.spread)
+    def fit(self, width):
+        """An MLP of this width for each seed, the same one, frozen."""
+        dim = self.mixture.means.shape[1]
+        data = self.mixture.sample((1, POOL), torch.Generator().manual_seed(0))  # (1, POOL, d)
+        mlp = MLP(Draw((0,), [0]), width, self.mixture.spread, dim)
         optimizer = Optimizer(mlp, 0.02)
         for iteration in tqdm(range(TEACHER), "teacher", leave=False, disable=None):
             draw = Noise((1, iteration), [0], 512)
             t = draw.uniform(0, T)  # (B,)
-            (x_0,) = draw.pick(data)  # (B, 2)
-            x_t = LINE.add_noise(x_0, draw.normal((2,)), t)  # (B, 2)
+            (x_0,) = draw.pick(data)  # (B, d)
+            x_t = LINE.add_noise(x_0, draw.normal((dim,)), t)  # (B, d)
             add_gradient(1, adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)))
             optimizer.step(iteration / TEACHER)
+        for p in mlp.parameters():
+            p.data = p.data.repeat(len(self.seeds), 1, 1)
         return mlp.requires_grad_(False)
 
 
@@ -451,7 +495,7 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
 
     One discriminator, D_τ1: two dimensions have no pixels for D_τ2 (so λ is 1).
     """
-    discriminator = DampedDiscriminator(Draw((3,), world.seeds), world.mlp, cfg.head_width)
+    discriminator = NoisyDiscriminator(Draw((3,), world.seeds), world.mlp, cfg.head_width)
     net = adp.Players(
         student,
         discriminators=[discriminator],
@@ -468,15 +512,9 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
     optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads)
     for iteration in range(iterations):
         draw = Noise((4, iteration), world.seeds, cfg.batch_size)
-        x_T, x_0 = draw.pick(world.x_T, world.x_0)  # (S·B, 2) each
+        x_T, x_0 = draw.pick(world.x_T, world.x_0)  # (S·B, d) each
         regresses = iteration < mse_iterations
-        discriminator.forget()
-        losses = []
-        adp.adp_iteration(net, cfg, draw, x_0, x_T, {}, regresses, losses.append)
-        if not regresses:
-            losses[1] = losses[1] + discriminator.penalty(cfg, draw)
-        for loss in losses:
-            add_gradient(cfg.seeds, loss)
+        adp.adp_iteration(net, cfg, draw, x_0, x_T, {}, regresses, partial(add_gradient, cfg.seeds))
         if regresses:
             used = optimizer_mse
             used.step(iteration / mse_iterations)
@@ -503,7 +541,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
         schedule=LINE,
         student_schedule=LINE,
         times=curves.times,
-        shape=(2,),
+        shape=student.shape,
         guidance=1,
     )
     optimizer = Optimizer(student, rate)
@@ -511,22 +549,23 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
     if loss in ("adm", "dmd2"):
         others.append(Optimizer(discriminator.heads, cfg.lr_heads))
     learn = partial(add_gradient, cfg.seeds)
-    for iteration in range(iterations):
-        for r in range(5 if loss == "dmd2" else cfg.ttur):  # the student learns in round 0
+    for iteration in range(cfg.warmup + iterations):
+        for r in range(cfg.ttur):  # the student learns in round 0
+            learns = r == 0 and iteration >= cfg.warmup
             draw = Noise((6, iteration, r), world.seeds, cfg.batch_size)
             k = int(common(6, iteration, r).integers(len(net.times)))  # the step that trains
-            with frozen(*([] if r == 0 else [student])):
+            with frozen(*([] if learns else [student])):
                 if loss == "dmd2":
                     latents = dmd2_round(net, cfg, draw, r, world.x_0, learn)
                 else:
                     algorithm, _ = adm.round_of(loss, r)
                     _, latents = algorithm(net, cfg, draw, {}, {}, k, learn)
-            if r == 0:
+            if learns:
                 seen = latents
-                optimizer.step(iteration / iterations)
+                optimizer.step((iteration - cfg.warmup) / iterations)
             for other in others:
                 other.step()
-        if curves.due():
+        if iteration >= cfg.warmup and curves.due():
             of_seeds = zip(*(x.detach().chunk(cfg.seeds) for x in seen.values()), strict=True)
             dmd_losses = [adm.dmd_loss(*x_0s) for *x_0s, _ in of_seeds]  # also where unused
             curves.add(student, grad_norm=optimizer.grad_norms(), dmd_loss=dmd_losses)
@@ -536,7 +575,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
 def dmd2_round(net, cfg, draw, r, pool, learn):
     """One of DMD2's five rounds (Yin et al., arXiv 2405.14867): DMD and a GAN on teacher samples.
 
-    Samples of the student and of the pool (S, P, 2) are told apart at diffused samples. The student
+    Samples of the student and of the pool (S, P, d) are told apart at diffused samples. The student
     learns both in round 0, fake score and discriminator in each. Returns DMD's latents.
     """
     algorithm, _ = adm.round_of("dmd", r)
@@ -544,9 +583,9 @@ def dmd2_round(net, cfg, draw, r, pool, learn):
     _, latents = algorithm(net, cfg, draw, {}, {}, 0, losses.append)
 
     t = draw.uniform(0, T)  # (S·B,)
-    (x_0,) = draw.pick(pool)  # (S·B, 2)
-    x_fake = LINE.add_noise(latents["student"], draw.normal(net.shape), t)  # (S·B, 2)
-    x_real = LINE.add_noise(x_0, draw.normal(net.shape), t)  # (S·B, 2)
+    (x_0,) = draw.pick(pool)  # (S·B, d)
+    x_fake = LINE.add_noise(latents["student"], draw.normal(net.shape), t)  # (S·B, d)
+    x_real = LINE.add_noise(x_0, draw.normal(net.shape), t)  # (S·B, d)
     discriminator = net.discriminator
     with frozen(discriminator.heads):
         maps_fake = discriminator.features(x_fake, t, {})
@@ -567,42 +606,50 @@ def dmd2_round(net, cfg, draw, r, pool, learn):
 # --- Running --------------------------------------------------------------------------------------
 
 
-def train(cfg, method, world):
-    """One method, all seeds: ([a result for each seed], samples (S, SAMPLES, 2)).
+def settled(cfg, method):
+    """cfg with the method's own settings where no flag says otherwise."""
+    own = PUBLISHED | METHODS[method][1]
+    return replace(cfg, **{name: own[name] for name in own if getattr(cfg, name) is None})
 
-    Stage 1 is shared where it is the same.
+
+def train(cfg, method, world, rates=RATES):
+    """One method, all seeds: ([a result for each seed], samples (S, SAMPLES, d)).
+
+    rates: of the student, by method; those of mse and adp are also those of the ADP that adp+…
+    begins with, which is shared where it is the same.
     """
+    cfg = settled(cfg, method)
+    loss, _ = METHODS[method]
     began = time.perf_counter()
-    first, _, last = method.rpartition("+")
-    if first:
-        student, points, done, seconds = world.after_adp(cfg)
+    if method.startswith("adp+"):
+        student, points, done, seconds = world.after_adp(cfg, rates)
         began = time.perf_counter() - seconds
     else:
-        student = deepcopy(world.mlp).requires_grad_(True)
+        student = deepcopy(world.start).requires_grad_(True)
         points, done = [[] for _ in world.seeds], 0
     iterations = cfg.iterations - done
     times = times_of(cfg.student_steps if method in FEW_STEPS else 1)
     curves = Curves(world, method, cfg.iterations, iterations, times)
     curves.points, curves.done = points, done
-    rate = RATES[method] if cfg.lr_student is None else cfg.lr_student
-    if last == "mse":
+    rate = rates[method] if cfg.lr_student is None else cfg.lr_student
+    if loss == "mse":
         pretrain(cfg, world, student, iterations, iterations, rate, 0.0, curves)
-    elif last == "adp":
+    elif loss == "adp":
         regression = round(cfg.mse_share * iterations)
-        pretrain(cfg, world, student, iterations, regression, RATES["mse"], rate, curves)
+        pretrain(cfg, world, student, iterations, regression, rates["mse"], rate, curves)
     else:
-        distil(cfg, last, world, student, iterations, rate, curves)
+        distil(cfg, loss, world, student, iterations, rate, curves)
     curves.bar.close()
     seconds = time.perf_counter() - began
 
-    samples = sample(world, student, times)  # (S, SAMPLES, 2)
+    samples = sample(world, student, times)  # (S, SAMPLES, d)
     results = []
-    for i, (seed, x) in enumerate(zip(world.seeds, samples, strict=True)):
-        what = {"method": method, "mixture": cfg.mixture, "separation": world.mixture.separation}
-        measured = metrics(world.mixture, x, fresh(world.mixture, seed))
-        spent = {"iterations": cfg.iterations, "seconds": seconds}
+    for i, (seed, x) in enumerate(zip(world.seeds, samples[..., :2], strict=True)):
+        what = {"method": method, "mixture": cfg.mixture, "separation": world.plane.separation}
+        measured = metrics(world.plane, x, fresh(world.plane, seed))
+        spent = {"iterations": cfg.iterations, "seconds": round(seconds, 1)}
         more = {
-            "shares": [round(float(share), 4) for share in shares(world.mixture, x)],
+            "shares": [round(float(share), 4) for share in shares(world.plane, x)],
             "history": curves.points[i],
             "points": rounded(x[:1000]) if i == 0 else [],
         }
@@ -622,11 +669,11 @@ def rounded(x):
 
 @torch.no_grad()
 def sample(world, student, times=ONE_STEP):
-    """(S, SAMPLES, 2), in chunks."""
+    """(S, SAMPLES, d), in chunks."""
     chunks = []
     for i in range(10):
         x = emitted(student, times, Noise((10, i), world.seeds, SAMPLES // 10))
-        chunks.append(x.unflatten(0, (len(world.seeds), -1)))  # (S, SAMPLES/10, 2)
+        chunks.append(x.unflatten(0, (len(world.seeds), -1)))  # (S, SAMPLES/10, d)
     return torch.cat(chunks, 1)
 
 
@@ -635,13 +682,13 @@ COLUMNS = ("modes_covered", "in_mode", "tv", "density_tv", "energy", "seconds")
 
 def table(runs):
     """Text: one line a method (and mixture and separation), mean ± sd over its seeds."""
-    lines = [f"{'':24}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
+    lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
     groups = {}
     for r in runs:
         key = r["method"], r["mixture"], f"{r['separation']:.1f}"
         groups.setdefault(key, []).append(r)
     for (method, mixture, separation), group in groups.items():
-        line = f"{method:8} {mixture:>10} {separation:>4}{len(group):>6}"
+        line = f"{method:14} {mixture:>10} {separation:>4}{len(group):>6}"
         for name in COLUMNS:
             values = [r[name] for r in group]
             sd = np.std(values, ddof=len(values) > 1)
@@ -654,13 +701,17 @@ def check(cfg):
     """Raises BadInput for settings without meaning, before anything is computed or written."""
     unknown = ", ".join(repr(m) for m in cfg.methods.split(",") if m not in METHODS)
     require(not unknown, f"--methods: unknown {unknown}; there are {', '.join(METHODS)}")
-    at_least(1, cfg, "seeds", "iterations", "batch_size", "student_steps", "ttur")
-    at_least(0, cfg, "first_seed", "damping")
+    at_least(1, cfg, "seeds", "iterations", "batch_size", "student_steps", "pairs")
+    at_least(0, cfg, "first_seed")
+    at_least(2, cfg, "dim")
     at_least(8, cfg, "width", "head_width")
+    for name, least in (("ttur", 1), ("warmup", 0), ("damping", 0), ("student_width", 8)):
+        if getattr(cfg, name) is not None:
+            at_least(least, cfg, name)
     for name in ("adp_share", "mse_share"):
         share = getattr(cfg, name)
         require(0 <= share <= 1, f"{flag(name)} {share}: in [0, 1]")
-    require(0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
+    require(cfg.dt is None or 0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
     for name in ("lr_student", "lr_fake", "lr_heads"):
         rate = getattr(cfg, name)
         positive = rate is None or 0 < rate < float("inf")
@@ -669,6 +720,11 @@ def check(cfg):
         mixture = load_mixture(cfg.mixture, separation)
     flat = mixture.means.shape[1] == 2
     require(flat, f"--mixture {cfg.mixture}: two-dimensional means")
+    if cfg.missing:
+        modes = modes_of(cfg.missing)
+        K = len(mixture.means)
+        some = set(modes) < set(range(K))
+        require(some, f"--missing {cfg.missing}: some of modes 0 to {K - 1}, not all")
 
 
 def separations(cfg):
@@ -681,6 +737,14 @@ def separations(cfg):
         raise BadInput(f"--separation {cfg.separation}: numbers, comma-separated") from None
 
 
+def modes_of(missing):
+    """--missing as numbers. Raises BadInput."""
+    try:
+        return [int(k) for k in missing.split(",")]
+    except ValueError:
+        raise BadInput(f"--missing {missing}: numbers of modes, comma-separated") from None
+
+
 def main(cfg):
     check(cfg)
     folder = Path(cfg.out)
@@ -690,13 +754,13 @@ def main(cfg):
         raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
     runs, samples, target = [], {}, None
     for separation in separations(cfg):
-        world = World(cfg, separation)
+        world = World(replace(cfg, separation=separation and str(separation)))
         if target is None:  # of the first separation, which the headline draws
-            target = rounded(fresh(world.mixture, cfg.first_seed)[:1000])
+            target = rounded(fresh(world.plane, cfg.first_seed)[:1000])
         for method in cfg.methods.split(","):
             results, x = train(cfg, method, world)
             runs += results
-            samples[f"{method}@{world.mixture.separation:.1f}"] = x.numpy()
+            samples[f"{method}@{world.plane.separation:.1f}"] = x.numpy()
             written = {"runs": runs, "config": asdict(cfg), "target": target}
             (folder / "results.json").write_text(json.dumps(written) + "\n")
             np.savez_compressed(folder / "samples.npz", **samples)
