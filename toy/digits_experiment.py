@@ -18,6 +18,7 @@ from families import load_teacher, recipes
 from models import load_denoiser
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
+from toy.claims import least
 from toy.digits_measure import NUMBERS
 from toy.digits_samples import RESULTS, judge, open_run, sample, teacher_samples
 
@@ -32,31 +33,36 @@ WARMUP = recipes.ADM["digits"]["warmup"]
 POINTS = 3  # of a curve, after its start
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
+FOUR_STEPS = (3, 4, 5)  # seeds of what takes four steps: as registered in toy/claims.py
 SEARCH_SEED = 100
 NOTHING = {"rates": {}, "trials": []}
 PAPER = "adm.py --paper --head-width 64"  # as written, but for the width of the heads
 ADP_FIRST = "adp.py --ema 0"  # so short that an average would still be its start
 METHODS = {
     "mse": "adp.py --loss mse",
-    "mse, longer": "adp.py --loss mse",
+    "mse-longer": "adp.py --loss mse",
     "adp": "adp.py",
     "adp+dmd": "adm.py --loss dmd",
     "adp+step": "adm.py --loss step",
-    "adp+adm": "adm.py",
-    "adp+adm, the paper's": PAPER,
+    "adp+adm-recipe": "adm.py",
+    "adp+adm-paper": PAPER,
     "dmd": "adm.py --loss dmd",
     "step": "adm.py --loss step",
-    "adm": "adm.py",
+    "adm-recipe": "adm.py",
+    "dmd, four steps": "adm.py --loss dmd",
+    "step, four steps": "adm.py --loss step",
+    "adm-recipe, four steps": "adm.py",
+    "adm-paper, four steps": PAPER,
 }
 LEVERS = (  # a method, and flags of it that differ
     ("adp+step", "--dt 0.015625"),
     ("adp+step", "--dt 0.015625 --gen-weight dmd"),
     ("adp+step", "--dt 0.0625"),
     ("adp+step", "--dt 0.5"),
-    ("adp+adm", "--dt 0.015625"),
-    ("adp+adm", "--dt 0.5"),
-    ("adp+adm", "--gen-weight dmd"),
-    ("adp+adm", "--ttur 4"),
+    ("adp+adm-recipe", "--dt 0.015625"),
+    ("adp+adm-recipe", "--dt 0.5"),
+    ("adp+adm-recipe", "--gen-weight dmd"),
+    ("adp+adm-recipe", "--ttur 4"),
 )
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
@@ -69,15 +75,16 @@ def trial(method, seed, rate, iterations=ITERATIONS, more=""):
     more: flags of that stage that differ.
     """
     flags = METHODS[method]
-    words = f"{method} {seed} {rate or ''} {iterations} {more}".replace(",", "").replace("'s", "")
+    words = f"{method} {seed} {rate or ''} {iterations} {more}".replace(",", "")
     out = HOME / "-".join(words.replace("--", "").split())
     if flags.startswith("adp.py"):
-        iterations = LONGER if method == "mse, longer" else FIRST + iterations
+        iterations = LONGER if method == "mse-longer" else FIRST + iterations
         commands, kind = [], pairs_and_regression(iterations)
     else:
         init, commands = start(method, seed)
         warmup = 0 if flags == PAPER else WARMUP
-        kind = f"--student-steps 1 --iterations {iterations + warmup} --init {init}"
+        steps = 4 if method.endswith("four steps") else 1
+        kind = f"--student-steps {steps} --iterations {iterations + warmup} --init {init}"
         kind = f"{kind} --warmup {warmup} --lr-student {rate:g}"
     line = f"python {flags} {kind} {more} {written(seed, out, iterations // POINTS)}"
     commands.append(" ".join(line.split()))
@@ -186,59 +193,44 @@ def search(methods=()):
     """results/digits-search.json: the best rate of these methods (default: all), and the trials."""
     pairs()
     for method in methods or SECOND_STAGES:
-        trials = trials_of_rates(method)
+        trials = {}  # {rate: its row}
+
+        def tried(rate, method=method, trials=trials):
+            if rate not in trials:
+                trials[rate] = trial(method, SEARCH_SEED, rate)
+            return trials[rate]["fd"]
+
+        best = least(tried, RATES, 1e-5)
         # Two searches may go side by side.
         plan = read_json(SEARCH_JSON, "search", "rates") if SEARCH_JSON.exists() else NOTHING
-        best = min(trials, key=lambda row: row["fd"])["rate"]
         others = [row for row in plan["trials"] if row["method"] != method]
-        found = {"rates": {**plan["rates"], method: best}, "trials": [*others, *trials]}
+        found = {"rates": {**plan["rates"], method: best}, "trials": [*others, *trials.values()]}
         write_json(SEARCH_JSON, found)
 
 
-def trials_of_rates(method):
-    """Rows of a method's trials: from 1e-5 up RATES, or else down, as long as it gets better."""
-    start = RATES.index(1e-5)
-
-    def tried(rate):
-        return trial(method, SEARCH_SEED, rate)
-
-    trials = [tried(RATES[start])]
-    first = best = trials[0]["fd"]
-    for way in (RATES[start + 1 :], reversed(RATES[:start])):
-        for rate in way:
-            trials.append(tried(rate))
-            if trials[-1]["fd"] > best:
-                break
-            best = trials[-1]["fd"]
-        if best < first:
-            break
-    return trials
-
-
 def experiment(seeds=()):
-    """results/digits.json: every method with these seeds (default: SEEDS), beside other rows."""
-    for seed in seeds or SEEDS:
-        for method in METHODS:
+    """results/digits.json: what it lacks of every method with these seeds (default: its own)."""
+    for method in METHODS:
+        own = FOUR_STEPS if method.endswith("four steps") else SEEDS
+        for seed in seeds or own:
             keep(method, seed, DIGITS_JSON)
 
 
 def levers(seeds=()):
-    """results/digits-levers.json: each of LEVERS likewise."""
+    """results/digits-levers.json: each of LEVERS likewise (default: SEEDS)."""
     for seed in seeds or SEEDS:
         for method, more in LEVERS:
             keep(method, seed, LEVERS_JSON, more)
 
 
 def keep(method, seed, path, more=""):
-    """Run a trial at its method's rate, and put its row into the json file, for one like it."""
+    """Run a trial at its method's rate and put its row into the json file, if it is not there."""
+    runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
+    if (method, seed, more) in [(r["method"], r["seed"], r["flags"]) for r in runs]:
+        return
     rate = read_json(SEARCH_JSON, "search", "rates")["rates"].get(method)
     row = trial(method, seed, rate, more=more)
     row["curve"] = curve(Path(row["command"].split()[-1]))
+    # Read once more: another may have been written meanwhile.
     runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
-    others = [r for r in runs if kind(r) != kind(row)]
-    write_json(path, {"runs": [*others, row]})
-
-
-def kind(row):
-    """Rows of the same kind are of the same run."""
-    return row["method"], row["seed"], row["flags"]
+    write_json(path, {"runs": [*runs, row]})

@@ -15,10 +15,10 @@ from toy.digits_teacher import held_out
 COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "class_tv", "accuracy")
 # {where a comparison of second stages starts: its methods}
 STAGE_2 = {
-    "one step, from ADP": ("adp+dmd", "adp+step", "adp+adm", "adp+adm, the paper's"),
-    "one step, from the teacher": ("dmd", "step", "adm"),
+    "one step, from ADP": ("adp+dmd", "adp+step", "adp+adm-recipe", "adp+adm-paper"),
+    "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
-COLOURS = {"dmd": "C0", "step": "C2", "adm": "C3", "adm, the paper's": "C1"}
+COLOURS = {"dmd": "C0", "step": "C2", "adm-recipe": "C3", "adm-paper": "C1"}
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
 

@@ -28,21 +28,21 @@ from models import accuracy
 from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.settings import BadInput
-from toy.claims import paired
+from toy.claims import SEARCH_SEEDS, least, paired
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.run import Config, Curves, Noise, World
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "why.json"
 
-METHODS = {  # name: (loss of adm.py, what differs from toy/run.py's defaults)
+DAMPED = {"damping": 0.1}
+METHODS = {  # name: (loss of adm.py, what differs from ADM as published, but for Δt)
     "DMD": ("dmd", {}),
     "step": ("step", {}),
     "step, DMD's weight": ("step", {"gen_weight": "dmd"}),
-    "ADM": ("adm", {"damping": 0.0}),  # the paper's own
-    "ADM, damping 0.1": ("adm", {"damping": 0.1}),
+    "ADM": ("adm", {}),  # the paper's own
+    "ADM, damping 0.1": ("adm", DAMPED),
 }
-DAMPED = {"damping": 0.1}
 LEVERS = {  # of the last of them, in four steps at Δt = T/4: what could make D follow, or help
     "ADM, damping 0.1, TTUR 4": ("adm", {**DAMPED, "ttur": 4}),
     "ADM, damping 0.1, heads at 5e-3": ("adm", {**DAMPED, "lr_heads": 5e-3}),
@@ -51,7 +51,6 @@ LEVERS = {  # of the last of them, in four steps at Δt = T/4: what could make D
 PARTS = (256, 128, 64, 32, 16, 8, 4, 2)  # Δt = T/256 to T/2
 STEPS = (1, 4)  # of the student
 SEEDS = {"seeds": 5, "first_seed": 0}
-SEARCH_SEEDS = {"seeds": 2, "first_seed": 100}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the student
 # The closest race once more, at rates in between: both methods' best is taken on the same seeds.
 FINER = (2e-4, 3e-4, 6e-4, 1e-3)
@@ -65,7 +64,8 @@ SAMPLES = 20_000  # of each student
 def trained(world, seeds, name, steps, part, rate):
     """(Players after training, samples (S, SAMPLES, 2), the settings)."""
     loss, changes = (METHODS | LEVERS)[name]
-    cfg = Config(**seeds, iterations=600, dt=1 / part, student_steps=steps, **changes)
+    settings = toy.PUBLISHED | changes | {"dt": 1 / part}
+    cfg = Config(**seeds, iterations=600, student_steps=steps, **settings)
     times = toy.times_of(steps)
     student = deepcopy(world.mlp).requires_grad_(True)
     curves = Curves(world, name, cfg.iterations, cfg.iterations, times)
@@ -83,25 +83,17 @@ def searched_at(name, part):
 
 
 def best_rate(found, world, name, steps, part):
-    """The rate of least mean TV, after trials in `found`, which grows.
-
-    They go on from 1e-3, down or else up, until it gets worse or RATES end.
-    """
+    """The rate of least mean TV, after trials in `found`, which grows."""
     trials = found.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
 
-    def tv(i):
-        rate = f"{RATES[i]:g}"
-        if rate not in trials:
-            _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, RATES[i])
-            trials[rate] = [round(mode_tv(world.mixture, of_seed), 4) for of_seed in x]
-            print("search", key(name, steps, part), rate, trials[rate], flush=True)
-        return np.mean(trials[rate])
+    def tried(rate):
+        if f"{rate:g}" not in trials:
+            _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
+            trials[f"{rate:g}"] = [round(mode_tv(world.mixture, of_seed), 4) for of_seed in x]
+            print("search", key(name, steps, part), rate, trials, flush=True)
+        return np.mean(trials[f"{rate:g}"])
 
-    i = RATES.index(1e-3)
-    for way in (-1, 1):
-        while 0 <= i + way < len(RATES) and tv(i + way) < tv(i):
-            i += way
-    return RATES[i]
+    return least(tried, RATES, 1e-3)
 
 
 def key(name, steps, part):
