@@ -752,16 +752,14 @@ def main(cfg):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
-    runs, samples, target = [], {}, None
+    runs, samples = [], {}
     for separation in separations(cfg):
         world = World(replace(cfg, separation=separation and str(separation)))
-        if target is None:  # of the first separation, which the headline draws
-            target = rounded(fresh(world.plane, cfg.first_seed)[:1000])
         for method in cfg.methods.split(","):
             results, x = train(cfg, method, world)
             runs += results
             samples[f"{method}@{world.plane.separation:.1f}"] = x.numpy()
-            written = {"runs": runs, "config": asdict(cfg), "target": target}
+            written = {"runs": runs, "config": asdict(cfg)}
             (folder / "results.json").write_text(json.dumps(written) + "\n")
             np.savez_compressed(folder / "samples.npz", **samples)
     print(table(runs))
