@@ -33,7 +33,6 @@ from toy.digits_samples import (
     open_run,
     opened,
     sample,
-    table,
     teacher_samples,
     teacher_table,
 )
@@ -333,9 +332,9 @@ def test_the_exported_student_is_ours_in_stock_diffusers(family, distilled):
 
 MISTAKES = [
     (["evil"], "no command"),
-    (["noises", "nowhere"], "nowhere"),
-    (["noises", "--what"], "--what"),
-    (["steps"], "folder"),
+    (["gain", "nowhere", "out/adm", "gain.png"], "nowhere"),
+    (["diagnose", "out/adp", "--what"], "--what"),
+    (["diagnose"], "init"),
     (["search", "gan"], "gan"),
     (["experiment", "first"], "first"),
 ]
@@ -347,7 +346,7 @@ def test_mistakes(arguments, said):
         digits.main(*arguments)
 
 
-def test_curve_and_steps_of_a_run(distilled, family, teacher, capsys):
+def test_curve_of_a_run(distilled, family, teacher):
     """The curve begins with the run's start and ends with what it exported, the average.
 
     In the warm-up the student rests.
@@ -362,9 +361,6 @@ def test_curve_and_steps_of_a_run(distilled, family, teacher, capsys):
     assert start == rested == first
     assert end == last
     assert trained not in (first, last)
-    capsys.readouterr()
-    digits.main("steps", str(distilled / "adm"))
-    assert capsys.readouterr().out.splitlines() == table({"step 1 of 1": rows[1]})
 
 
 def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):

@@ -34,16 +34,13 @@ KINDS = {
 
 
 @torch.no_grad()
-def sample(
-    family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100, upto=None
-):
+def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100):
     """Images (N, 3, 32, 32) of PROMPTS[numbers], from noises that depend on `key` alone.
 
-    By the student's sampler, or with `guidance` by the teacher's PF-ODE. upto: how many of the
-    student's steps are gone, default all.
+    By the student's sampler, or with `guidance` by the teacher's PF-ODE.
     """
     cond, vae = opened(family)
-    times = schedule.timesteps(steps)[:-1][:upto]  # (steps,), or the first of them
+    times = schedule.timesteps(steps)[:-1]  # (steps,)
     images = []
     starts = range(0, len(numbers), batch_size)
     for at in tqdm(starts, f"{steps} steps", disable=None, leave=False):
