@@ -150,8 +150,8 @@ def curve(folder):
     At its start and at its checkpoints, the last of which is its end; of the average of the
     student's weights, where there is one.
     """
-    log = read_log(folder)
     init = read_json(folder / "config.json", "run", "config")["config"].get("init", "teacher")
+    log = read_log(folder)
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     student, schedule, steps = open_run(folder, family)
