@@ -75,16 +75,16 @@ HISTORY = 40  # points of a training curve
 GAN_WEIGHT = 0.1  # of dmd2's adversary beside DMD
 RATES = {  # of the student's last stage: `python toy/claims.py run headline` chose them
     "mse": 0.03,
-    "adp": 1e-5,
-    "dmd": 1e-3,
-    "step": 1e-3,
-    "adm-paper": 3e-4,
-    "adm-recipe": 3e-4,
-    "dmd2": 3e-3,
-    "adp+dmd": 3e-4,
-    "adp+step": 3e-4,
-    "adp+adm-paper": 3e-5,
-    "adp+adm-recipe": 3e-5,
+    "adp": 1e-05,
+    "dmd": 0.001,
+    "step": 0.001,
+    "adm-paper": 0.0001,
+    "adm-recipe": 0.0003,
+    "dmd2": 0.01,
+    "adp+dmd": 0.0003,
+    "adp+step": 0.0003,
+    "adp+adm-paper": 1e-05,
+    "adp+adm-recipe": 1e-05,
 }
 
 
