@@ -28,6 +28,7 @@ from toy.digits_samples import (
     KINDS,
     REFERENCE,
     RESULTS,
+    histogram,
     judge,
     of_teacher,
     open_run,
@@ -91,6 +92,9 @@ def test_the_folder_is_what_its_readme_says(family):
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl")]
     lines = teacher_table(family)
     assert len(lines) == 2 + len(KINDS) - 1 and "\n".join(lines) in said
+    lines = histogram(family)
+    percent = [int(cell) for cell in lines[2].split("|")[2:-1]]  # of ten digits
+    assert len(percent) == 10 and abs(sum(percent) - 100) <= 5 and "\n".join(lines) in said
 
 
 @pytest.mark.parametrize("tokens", [{"max_sequence_length": 4}, {}])
