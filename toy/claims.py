@@ -63,7 +63,7 @@ class Regime:
 def separated(separation):
     about = f"one step, modes {separation}σ from the centre"
     settings = {"separation": str(separation)}
-    return Regime(about, settings, (*ONE_STEP, "dmd2"), rates="headline")
+    return Regime(about, settings, rates="headline")
 
 
 REGIMES = {
