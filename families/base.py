@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ode import T, VPSchedule
-from runtime.files import file_sha256
+from runtime.files import Tensors, file_sha256
 from runtime.ranks import shard
 from runtime.settings import BadInput, require
 
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a denoiser's files
 SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator's head can take
 
 
@@ -264,6 +265,18 @@ class Family:
             raise BadInput(f"{where}: cannot load its {self.net_name}: {said}") from None
         net = cast_matrices(net, dtype).to("cpu" if mesh else device)
         return net.eval()
+
+    def weights(self, folder=None):
+        """The denoiser's Tensors in this (or that) pipeline folder, by diffusers' names of files.
+
+        Raises OSError, ValueError or SafetensorError where they cannot be read.
+        """
+        folder = Path(folder or self.folder) / self.net_name
+        index = folder / f"{WEIGHTS}.safetensors.index.json"
+        if not index.exists():
+            return Tensors([folder / f"{WEIGHTS}.safetensors"])
+        names = json.loads(index.read_text())["weight_map"].values()
+        return Tensors([folder / name for name in sorted(set(names))])
 
     @cached_property
     def weights_sha256(self):

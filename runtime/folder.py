@@ -429,13 +429,13 @@ class Run:
                 partial.write_text("".join(lines[:kept]))
 
     def finish(self, networks, export):
-        """Let export(folder, write) make pipeline/ of the student, and say so.
+        """Let export(folder, ranks) make pipeline/ of the student, and say so.
 
         Of its average, if there is one. What the log shows to be wrong is said too.
         """
         for name, average in networks.get("ema", {}).items():
             networks["student"][name].data.copy_(average)
-        export(self.folder / "pipeline", write=self.ranks.main)
+        export(self.folder / "pipeline", self.ranks)
         if self.ranks.main:
             possible = ("log.csv", "curves.png", "samples")
             there = ", ".join(name for name in possible if (self.folder / name).exists())

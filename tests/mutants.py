@@ -268,6 +268,10 @@ MUTANTS = [
          "stock_warp(1.0, steps)"),
         ("stock sampler without noise", "stochastic_sampling=True", "stochastic_sampling=False"),
         ("a student says a wrong size", '"width": shape[-1] * ', '"width": 2 * shape[-1] * '),
+        ("export: the adapter is left out", "return w.float() + b @ a", "return w.float()"),
+        ("export: a second base", "return student.family.weights().read",
+         "return student.family.network().state_dict().get"),
+        ("export: in one file", "max_shard_size=LARGEST_FILE", "max_shard_size=2**60"),
     ]),
     *mutants("tools/sample.py", ("tests/test_sample.py",), [
         ("sample: noise between steps of no seed", "pipe.scheduler, generator=generators)",

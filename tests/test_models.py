@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import Dinov2Config, Dinov2Model
@@ -757,3 +759,45 @@ def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path,
         pipe.load_lora_weights(tmp_path / name / "lora")
         adapted = models.Denoiser(family, getattr(pipe, family.net_name))
         assert_close(adapted(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_export_holds_one_file_of_the_student_at_a_time(
+    teachers, tmp_path, monkeypatch, lora_rank, random_init
+):
+    """And builds no second network; of many files it is the same student as of one."""
+    family = teachers["tiny-sd3"]
+    denoisers = models.make_roles(family, ("student",), lora_rank)
+    student = denoisers[1]
+    with torch.no_grad():
+        for p in student.own_parameters().values():
+            p += 0.05
+    how = (student, family.schedule, 4, family.latent_shape())
+    families.export.export_pipeline(*how, tmp_path / "one")
+    one = models.load_denoiser(family, folder=tmp_path / "one").net.state_dict()
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a second network is built")
+
+    written = []  # weak references to what is in each file
+
+    def spy(tensors, path, metadata=None):
+        assert all(x() is None for file in written for x in file), "an earlier file's are held"
+        made = [x for x in tensors.values() if x.data_ptr() not in of_student]
+        written.append([weakref.ref(x) for x in made])
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= 10_000
+        save_file(tensors, path, metadata)
+
+    of_student = {x.data_ptr() for x in student.net.state_dict().values()}
+    monkeypatch.setattr(family, "random_init", random_init)  # then the weights are in no file
+    monkeypatch.setattr(families.export, "LARGEST_FILE", 10_000)
+    monkeypatch.setattr(families.export, "save_file", spy)
+    with monkeypatch.context() as patch:
+        patch.setattr(family.net_class, "__init__", refuse)
+        families.export.export_pipeline(*how, tmp_path / "many")
+    assert len(written) > 5 and (not lora_rank or any(written))
+
+    monkeypatch.setattr(family, "random_init", False)
+    many = models.load_denoiser(family, folder=tmp_path / "many").net.state_dict()
+    assert_close(many, one, atol=0, rtol=0)
