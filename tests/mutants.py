@@ -224,9 +224,21 @@ MUTANTS = [
         ("groups: whole tensors are written", ".detach().to_local()", ".detach().full_tensor()"),
     ]),
     *mutants("runtime/folder.py", ("tests/test_sharding.py", "-k", "groups or rows"), [
-        ("rows: the first rank's alone", "rows = [f.get_tensor(key) for f in files]",
-         "rows = [f.get_tensor(key) for f in files[:1]]"),
         ("rows: all groups write", "if self.ranks.rank >= self.ranks.sharing:", "if False:"),
+    ]),
+    *mutants("families/base.py", ("tests/test_sharding.py", "-k", "own_rows"), [
+        ("loading: whole tensors", "return files.read(name, own_rows(x))",
+         "return own(like(x, files.read(name)))"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_sharding.py", "-k", "own_rows"), [
+        ("restoring: whole tensors", 'saved.read(f"weight/{n}", own_rows(p))',
+         'own(like(p, saved.read(f"weight/{n}")))'),
+    ]),
+    *mutants("families/base.py", ("tests/test_models.py", "-k", "other_weights"), [
+        ("loading: another shape", "files.shape(name) == x.shape", "True"),
+    ]),
+    *mutants("runtime/files.py", ("tests/test_sharding.py", "-k", "groups or rows"), [
+        ("rows: the first rank's alone", "for part in parts:", "for part in parts[:1]:"),
     ]),
     *mutants("runtime/folder.py", ("tests/test_faults.py", "-k", "flipped or other_tensors"), [
         ("rows: the other rank's hashes", "tensors[rank::world]", "tensors[::world]"),

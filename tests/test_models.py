@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import Dinov2Config, Dinov2Model
@@ -142,6 +142,36 @@ def test_damaged_and_missing_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(BadInput, match="no weights"):
         load_teacher(folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "more rows", "fewer rows"])
+def test_other_weights_are_refused(tmp_path, change):
+    folder = shutil.copytree(build("tiny-sd3"), tmp_path / "sd3")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    name = "proj_out.weight"
+    w = weights.pop(name)  # (rows, in)
+    if change == "more rows":
+        weights[name] = torch.cat([w, w])
+    elif change == "fewer rows":
+        weights[name] = w[:1].clone()
+    save_file(weights, file)
+    with pytest.raises(BadInput, match=f"cannot load its transformer: {name} is missing"):
+        models.load_denoiser(load_teacher(folder))
+
+
+def test_weights_in_several_files_and_16_bits_are_the_same_to_rounding(tmp_path):
+    """As the hub has them, with an index."""
+    folder = shutil.copytree(build("tiny-sd3"), tmp_path / "sd3")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    net = load_teacher(folder).network()
+    file.unlink()
+    net.to(torch.float16).save_pretrained(folder / "transformer", max_shard_size="20KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
+    again = load_teacher(folder).network()
+    for name, w in again.state_dict().items():
+        assert w.dtype == torch.float32
+        assert_close(w, net.state_dict()[name].float(), atol=0, rtol=0)
 
 
 def test_an_unreadable_index_is_refused(tmp_path):
