@@ -192,6 +192,10 @@ MUTANTS = [
     *mutants("runtime/optimize.py", ("tests/test_sharding.py", "-k", "not_finite"), [
         ("steps that are not finite", "(~norm.isfinite())", "(norm != norm)"),
     ]),
+    *mutants("runtime/optimize.py", ("tests/test_device.py", "-k", "waits or waiting"), [
+        ("offload: the host waits", "copy_(moment, non_blocking=True)", "copy_(moment)"),
+        ("offload: memory is not pinned", "home.pin_memory() if on_device", "home if on_device"),
+    ]),
     *mutants("runtime/optimize.py", ("tests/test_following.py", "-k", "disturb"), [
         ("the average stays in the student", "finally:\n            exchange()",
          "finally:\n            pass"),
