@@ -10,7 +10,7 @@ SAMPLE := tools/sample.py --prompts toy/digits-prompts.txt --count 255 --batch-s
 # ADP so short that stage 2 has work to do: its recipe has 800 iterations.
 SHORT := --iterations 150 --mse-iterations 120 --ema 0 --checkpoint-every 50 --keep-checkpoints 3
 
-.PHONY: demo test mutants rehearse toy
+.PHONY: demo test mutants rehearse rehearse-sdxl toy
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 300 --methods $(QUICK) --out $(DEMO)/toy
@@ -50,6 +50,11 @@ mutants: $(VENV)/.installed
 # What was seen, run by run: out/rehearsal.json.
 rehearse: $(VENV)/.installed
 	REHEARSAL=full $(PYTEST) tests/test_rehearsal.py tests/test_first_hour.py
+
+# SDXL at its full depth in float32 on the CPU, two iterations and the export: half an hour, 20 GB of
+# main memory at most, 12 GB of disk.
+rehearse-sdxl: $(VENV)/.installed
+	$(VENV)/bin/python tests/full_depth.py out/sdxl-$(NOW)
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 500 --out $(TOY)

@@ -21,6 +21,7 @@ The paper's symbols (arXiv 2507.18569), here and in adp.py, adm.py and ode.py:
 """
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -108,9 +109,7 @@ class Denoiser(nn.Module):
                 plain = name.replace(f".{self.adapter}.", ".")  # as peft saves an adapter's weights
                 assign(p, weights[f"{self.family.net_name}.{plain}"])
         else:
-            weights = self.family.network(folder=pipeline)
-            for name, p in self.own_parameters().items():
-                assign(p, weights.get_parameter(name))
+            self.family.load(self.net, pipeline)
 
     def checkpoint_activations(self):
         """Recompute activations in backward, with the adapter that was active in forward."""
@@ -127,9 +126,9 @@ class Denoiser(nn.Module):
         self.net.enable_gradient_checkpointing(checkpointed)
 
 
-def load_denoiser(family, device="cpu", dtype=torch.float32, folder=None, mesh=None):
+def load_denoiser(family, device="cpu", dtype=torch.float32, folder=None, empty=False):
     """A new Denoiser of family.network(...); on a GPU it computes in bf16."""
-    net = family.network(device, dtype, folder, mesh)
+    net = family.network(device, dtype, folder, empty)
     return Denoiser(family, net, bf16=torch.device(device).type == "cuda")
 
 
@@ -164,7 +163,7 @@ def make_roles(
     With lora_rank the copies are adapters (alpha = rank) on the teacher itself: one copy of the
     weights for all roles and the discriminator's backbone.
     """
-    teacher = load_denoiser(family, device, frozen_dtype, mesh=mesh)
+    teacher = load_denoiser(family, device, frozen_dtype, empty=True)
     if lora_rank:
         add_adapters(teacher.net, roles, lora_rank, family.lora_targets)
     teacher.net.requires_grad_(False)
@@ -173,18 +172,19 @@ def make_roles(
         if lora_rank:
             denoiser = Denoiser(family, teacher.net, base=teacher, adapter=role)
         else:
-            denoiser = load_denoiser(family, device, mesh=mesh)
+            denoiser = load_denoiser(family, device, empty=True)
         for p in denoiser.own_parameters().values():
             p.data = p.data.float()  # masters, whatever the base is held in
             p.requires_grad_(True)
-        if not lora_rank:  # before main memory takes the next
-            shard(denoiser, family.units(denoiser.net), mesh)
         trained.append(denoiser)
-    shard(teacher, family.units(teacher.net), mesh)
-    if gradient_checkpointing:
-        separate = [teacher] if lora_rank else [teacher, *trained]  # with networks of their own
-        for denoiser in separate:
+    separate = [teacher] if lora_rank else [teacher, *trained]  # with networks of their own
+    for denoiser in separate:  # cut into parts first, so that a rank never holds the whole of one
+        fill = partial(family.load, denoiser.net, device=device)
+        shard(denoiser, family.units(denoiser.net), mesh, fill)
+        if gradient_checkpointing:
             denoiser.checkpoint_activations()
+    if lora_rank:
+        start_adapters(teacher.net)
     return teacher, *trained
 
 
@@ -195,8 +195,20 @@ def add_adapters(net, roles, rank, targets):
     for role in roles:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         net.add_adapter(config, role)
-    net.to(next(net.parameters()).device)
     net.role = "nobody's yet"  # see use_adapter
+
+
+def start_adapters(net):
+    """Set LoRA's factors as peft does: A at random, B to zero, so that an adapter is nothing yet.
+
+    Every rank must have the same random numbers ahead.
+    """
+    for name, p in net.named_parameters():
+        if ".lora_A." in name:
+            whole = torch.empty(p.shape)  # (rank, in)
+            assign(p, nn.init.kaiming_uniform_(whole, a=5**0.5))
+        elif ".lora_B." in name:
+            p.data.zero_()
 
 
 @contextmanager

@@ -13,16 +13,19 @@ from types import SimpleNamespace
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ode import T, VPSchedule
-from runtime.files import file_sha256
-from runtime.ranks import shard
+from runtime.files import Tensors, file_sha256
+from runtime.ranks import like, own, own_rows, shard
 from runtime.settings import BadInput, require
 
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a denoiser's files
 SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator's head can take
 
 
@@ -239,31 +242,77 @@ class Family:
                 found.append(kind(config).to(dtype))
         return found
 
-    def network(self, device="cpu", dtype=torch.float32, folder=None, mesh=None):
+    def network(self, device="cpu", dtype=torch.float32, folder=None, empty=False):
         """The denoising network with the weights in this (or that) folder, its matrices in dtype.
 
-        One that is to be sharded over `mesh` waits in main memory: a GPU never holds the whole of
-        it. On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
+        An `empty` one waits for `load`: its parameters are on the meta device, but for shapes and
+        types. On "meta" nothing is loaded. Raises BadInput for weights that cannot be loaded.
         """
-        if torch.device(device).type == "meta":
-            with torch.device("meta"):
-                return cast_matrices(self.net_class.from_config(self.config), dtype).eval()
+        on_meta = torch.device(device).type == "meta"
+        with torch.device("meta") if on_meta else init_empty_weights():  # which spares buffers
+            net = self.net_class.from_config(self.config)
+        net = cast_matrices(net, dtype).eval()
+        if not empty:
+            self.load(net, folder, device)
+        return net
+
+    @torch.no_grad()
+    def load(self, net, folder=None, device=None):
+        """Set the weights of a network to those in this (or that) folder, but for adapters.
+
+        device: where an empty network, whole or in parts, gets its storage. Of one that is sharded
+        each rank reads its own rows, and no more. Raises BadInput for weights that cannot be read,
+        are missing, or of another shape.
+        """
+        if device is not None and torch.device(device).type == "meta":
+            return
+        saved = net.state_dict().keys()  # some buffers are in no file
         try:
-            if self.random_init and not folder:
-                net = self.made(self.net_class, self.config)
-            else:
-                net = self.net_class.from_pretrained(
-                    folder or self.folder,
-                    subfolder=self.net_name,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                )
-        except (OSError, ValueError, RuntimeError) as e:
+            read = self.reader(folder)
+            # One by one: with --random-init each makes room for the next.
+            for path, module in net.named_modules():
+                if device is not None:
+                    give_storage(module, device)
+                for name, x in tensors_of(module):
+                    full = f"{path}.{name}".lstrip(".")
+                    if full in saved and ".lora_" not in full:
+                        plain = full.replace(".base_layer.", ".")  # as before peft
+                        own(x).copy_(read(plain, x))
+        except (OSError, ValueError, KeyError, SafetensorError) as e:
             said = " ".join(str(e).split())[:300]
             where = folder or self.name
             raise BadInput(f"{where}: cannot load its {self.net_name}: {said}") from None
-        net = cast_matrices(net, dtype).to("cpu" if mesh else device)
-        return net.eval()
+
+    def reader(self, folder=None):
+        """A function (name, x) → this rank's rows of the weight that x, sharded or not, is to have.
+
+        x: like the whole weight. With --random-init each name may be asked for once.
+        """
+        if self.random_init and not folder:
+            made = self.made(self.net_class, self.config)
+            weights = made.state_dict()
+            made.to("meta")  # each weight is gone from main memory once it is asked for
+            return lambda name, x: own(like(x, weights.pop(name)))
+        files = self.weights(folder)
+
+        def read(name, x):
+            same = name in files.names() and files.shape(name) == x.shape
+            require(same, f"{name} is missing, or has another shape than {tuple(x.shape)}")
+            return files.read(name, own_rows(x))
+
+        return read
+
+    def weights(self, folder=None):
+        """The denoiser's Tensors in this (or that) pipeline folder, by diffusers' names of files.
+
+        Raises OSError, ValueError or SafetensorError where they cannot be read.
+        """
+        folder = Path(folder or self.folder) / self.net_name
+        index = folder / f"{WEIGHTS}.safetensors.index.json"
+        if not index.exists():
+            return Tensors([folder / f"{WEIGHTS}.safetensors"])
+        names = json.loads(index.read_text())["weight_map"].values()
+        return Tensors([folder / name for name in sorted(set(names))])
 
     @cached_property
     def weights_sha256(self):
@@ -276,6 +325,19 @@ class Family:
         everything = sorted((Path(pipeline) / self.net_name).iterdir())
         hashes = [file_sha256(file) for file in everything if file.suffix in kinds]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def tensors_of(module):
+    """(name, tensor) of its own parameters and buffers, without its children's."""
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def give_storage(module, device):
+    """Put a module's own parameters on `device`, uninitialised, and its buffers as they are."""
+    buffers = dict(module.named_buffers(recurse=False))
+    module.to_empty(device=device, recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        buffer.copy_(buffers[name])
 
 
 def cast_matrices(net, dtype):

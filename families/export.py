@@ -2,13 +2,19 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import diffusers
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
+from families.base import WEIGHTS
 from ode import T, VPSchedule
-from runtime.files import aside
+from runtime.files import aside, write_json
 from runtime.ranks import gather
+
+LARGEST_FILE = 2 * 10**9  # bytes: as much of a student is in main memory at a time (ours)
 
 
 def student_scheduler(schedule, steps):
@@ -98,53 +104,114 @@ def usage(family, how):
     return USAGE.format(steps=how["num_inference_steps"], base=family.name, call=call)
 
 
-def export_pipeline(student, schedule, steps, shape, folder, write=True):
+def export_pipeline(student, schedule, steps, shape, folder, ranks=None):
     """Write `folder`: a diffusers pipeline of the student; what else it has is the teacher's.
 
     The student's weights are float32, the scheduler is that of its steps. A LoRA student is merged;
     its adapter alone goes into folder/lora, for `pipe.load_lora_weights`. shape: of a latent.
 
-    Of a sharded student: called on every rank, and one of them is to `write`.
+    ranks: those that hold the student together. All of them call it, and the first writes.
     """
     family = student.family
-    own = student.own_parameters() if student.adapter else student.net.state_dict()
-    weights = gather(own, write)
-    if not write:
-        return
-    with aside(folder) as partial:
-        index = json.loads((family.folder / "model_index.json").read_text())
-        for name in index:
-            is_own = name in ("scheduler", family.net_name)
-            if not is_own and (family.folder / name).is_dir():
-                shutil.copytree(family.folder / name, partial / name)
+    first = ranks.first if ranks else lambda function: function()
+    main = ranks is None or ranks.main
+    with aside(folder) if main else nullcontext() as unfinished:
+        first(lambda: write_companions(family, schedule, steps, shape, unfinished))
+        weight_of = full_weights(student, main)
         if student.adapter:
-            net = merged(family, student.adapter, weights, partial / "lora")
-        else:
-            with torch.device("meta"):
-                net = family.net_class.from_config(family.config)
-            net.load_state_dict(weights, assign=True)
-        net.save_pretrained(partial / family.net_name)
-        scheduler = student_scheduler(schedule, steps)
-        scheduler.save_pretrained(partial / "scheduler")
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        # For programs, where it goes with the folder to the hub; diffusers passes over such names.
-        index["_sampling"] = how_to_sample(family, steps, shape)
-        index["_teacher"] = family.name
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2))
-        (partial / "README.md").write_text(usage(family, index["_sampling"]))
+            adapter = gather(student.own_parameters(), main)
+            first(lambda: write_adapter(family, student.adapter, adapter, unfinished / "lora"))
+            weight_of = merged_weights(student, adapter, main)
+        write_weights(family, weight_of, unfinished, first)
 
 
-def merged(family, adapter, weights, folder):
-    """Write an adapter to `folder`; the teacher's network with it merged in."""
+def write_companions(family, schedule, steps, shape, folder):
+    """Write all of a student's pipeline but the weights of its denoiser."""
+    index = json.loads((family.folder / "model_index.json").read_text())
+    for name in index:
+        is_own = name in ("scheduler", family.net_name)
+        if not is_own and (family.folder / name).is_dir():
+            shutil.copytree(family.folder / name, folder / name)
+    family.meta_net.save_config(folder / family.net_name)
+    scheduler = student_scheduler(schedule, steps)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    # For programs, where it goes with the folder to the hub; diffusers passes over such names.
+    index["_sampling"] = how_to_sample(family, steps, shape)
+    index["_teacher"] = family.name
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    (folder / "README.md").write_text(usage(family, index["_sampling"]))
+
+
+def write_adapter(family, adapter, weights, folder):
+    """Write the `weights` of an adapter of that name for `pipe.load_lora_weights`."""
     # peft leaves an adapter's name out of those of its weights.
     layers = {name.replace(f".{adapter}.", "."): w for name, w in weights.items()}
     family.pipeline_class.save_lora_weights(folder, **{f"{family.net_name}_lora_layers": layers})
-    net = family.network()
-    net.load_lora_adapter(
-        folder,
-        prefix=family.net_name,
-        weight_name="pytorch_lora_weights.safetensors",
+
+
+def full_weights(student, main):
+    """A function: name of a weight → the student's without its adapter, on the CPU where `main`.
+
+    Elsewhere None. Every rank must call it for the same names, in the same order.
+    """
+    state = student.net.state_dict()
+    state = {name.replace(".base_layer.", "."): x for name, x in state.items()}  # as before peft
+    return lambda name: gather({name: state[name]}, main).get(name)
+
+
+def teacher_weights(student, main):
+    """As full_weights: those under a LoRA student's adapter.
+
+    Read again, as a GPU holds them in fewer bits; but not with --random-init, of which is no file.
+    """
+    if student.family.random_init:
+        return full_weights(student, main)
+    if not main:
+        return lambda name: None
+    return student.family.weights().read
+
+
+def merged_weights(student, adapter, main):
+    """As full_weights, with the product of the adapter's two factors {name: tensor} added."""
+    base = teacher_weights(student, main)
+
+    def weight_of(name):
+        w = base(name)
+        layer = name.removesuffix(".weight")
+        b = adapter.get(f"{layer}.lora_B.{student.adapter}.weight")  # (out, rank)
+        if b is None:
+            return w
+        a = adapter[f"{layer}.lora_A.{student.adapter}.weight"]  # (rank, in)
+        return w.float() + b @ a  # alpha = rank: see make_roles
+
+    return weight_of
+
+
+def write_weights(family, weight_of, folder, first):
+    """Write the denoiser's weights, file by file, as diffusers does.
+
+    weight_of(name): the whole tensor, on the rank that writes. first: as Ranks.first.
+    """
+    files = split_torch_state_dict_into_shards(
+        family.meta_net.state_dict(),
+        filename_pattern=f"{WEIGHTS}{{suffix}}.safetensors",
+        max_shard_size=LARGEST_FILE,
     )
-    net.fuse_lora()
-    net.unload_lora()
-    return net
+    for file, names in files.filename_to_tensors.items():
+        write_file(names, weight_of, folder, f"{family.net_name}/{file}", first)
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        file = f"{family.net_name}/{WEIGHTS}.safetensors.index.json"
+        first(lambda: write_json(folder / file, index))
+
+
+def write_file(names, weight_of, folder, file, first):
+    """Write the weights of these names in float32 as one file, and keep none of them."""
+    tensors = {name: weight_of(name) for name in names}
+
+    def write():
+        whole = {name: x.float().contiguous() for name, x in tensors.items()}
+        save_file(whole, folder / file, {"format": "pt"})
+
+    first(write)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from runtime.settings import BadInput, require
@@ -75,6 +76,48 @@ def write_tensors(path, tensors):
     on_cpu = {name: x.contiguous().cpu() for name, x in tensors.items()}
     with aside(path) as partial:
         save_file(on_cpu, partial)
+
+
+class Tensors:
+    """The tensors of some safetensors files, read row by row: the files are mapped, not loaded.
+
+    A name that several files have is one tensor, of which each has some rows, in the files' order.
+    Raises OSError or SafetensorError for a file that cannot be opened.
+    """
+
+    def __init__(self, paths):
+        self.parts = {}  # {name: [its slice of each file that has it]}
+        for path in paths:
+            file = safe_open(path, "pt")
+            names = file.keys()
+            for name in names:
+                self.parts.setdefault(name, []).append(file.get_slice(name))
+
+    def names(self):
+        return self.parts.keys()
+
+    def shape(self, name):
+        first, *others = [part.get_shape() for part in self.parts[name]]
+        if not first:  # a number, which each file has
+            return torch.Size()
+        rows = first[0] + sum(shape[0] for shape in others)
+        return torch.Size([rows, *first[1:]])
+
+    def read(self, name, rows=None):
+        """A tensor's rows, a range, or all of it: (len(rows), ...) on the CPU, as it is stored."""
+        parts = self.parts[name]
+        if not parts[0].get_shape():
+            return parts[0][...]  # ()
+        rows = range(self.shape(name)[0]) if rows is None else rows
+        found = []
+        start = 0  # of this part among all rows
+        for part in parts:
+            stop = start + part.get_shape()[0]
+            first = min(max(rows.start, start), stop)
+            last = min(max(rows.stop, first), stop)
+            found.append(part[first - start : last - start])
+            start = stop
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def claim(folder):

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +25,18 @@ from safetensors import SafetensorError, safe_open
 from ode import on_the_line
 from runtime import curves, doctor
 from runtime.board import Board
-from runtime.files import aside, claim, file_sha256, read_json, remove, write_json, write_tensors
+from runtime.files import (
+    Tensors,
+    aside,
+    claim,
+    file_sha256,
+    read_json,
+    remove,
+    write_json,
+    write_tensors,
+)
 from runtime.progress import Progress
-from runtime.ranks import assign, like, own
+from runtime.ranks import in_parts, own, own_rows
 from runtime.script import Stopped
 from runtime.settings import BadInput, require
 
@@ -429,13 +438,13 @@ class Run:
                 partial.write_text("".join(lines[:kept]))
 
     def finish(self, networks, export):
-        """Let export(folder, write) make pipeline/ of the student, and say so.
+        """Let export(folder, ranks) make pipeline/ of the student, and say so.
 
         Of its average, if there is one. What the log shows to be wrong is said too.
         """
         for name, average in networks.get("ema", {}).items():
             networks["student"][name].data.copy_(average)
-        export(self.folder / "pipeline", write=self.ranks.main)
+        export(self.folder / "pipeline", self.ranks)
         if self.ranks.main:
             possible = ("log.csv", "curves.png", "samples")
             there = ", ".join(name for name in possible if (self.folder / name).exists())
@@ -491,26 +500,20 @@ def load_network(folder, name, parameters, optimizer):
     paths = [folder / f"{name}.safetensors"]
     if not paths[0].exists():
         paths = sorted(folder.glob(f"{name}-*.safetensors"))
-    with ExitStack() as stack:  # tensor by tensor: each rank keeps its part
-        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-        for n, p in parameters.items():
-            assign(p, whole(files, f"weight/{n}"))
-        for key in sorted(files[0].keys()):
-            if key.startswith("adamw/"):
-                _, i, slot = key.split("/")
-                value = whole(files, key)
-                if value.ndim:  # all but the step
-                    value = like(masters[int(i)], value)
-                slots.setdefault(int(i), {})[slot] = value
+    saved = Tensors(paths)  # of which each rank reads its rows
+    for n, p in parameters.items():
+        own(p).copy_(saved.read(f"weight/{n}", own_rows(p)))
+    for key in sorted(saved.names()):
+        if key.startswith("adamw/"):
+            _, i, slot = key.split("/")
+            p = masters[int(i)]
+            value = saved.read(key, own_rows(p)).clone()  # no longer the file's
+            if value.ndim:  # all but the step
+                value = in_parts(p, value)
+            slots.setdefault(int(i), {})[slot] = value
     if optimizer is not None:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
-
-
-def whole(files, key):
-    """The tensor of that key, of which each open file has rows, or all of it if it has none."""
-    rows = [f.get_tensor(key) for f in files]
-    return torch.cat(rows) if rows[0].ndim else rows[0]
 
 
 def plain_files(folder):

@@ -5,46 +5,53 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor
 
+from runtime.ranks import in_parts, own
+
 
 class OffloadedAdamW(torch.optim.AdamW):
     """AdamW whose moments are in main memory except while it steps.
 
-    A network's moments are then not beside another's, nor beside activations (ours).
+    A network's moments are then not beside another's, nor beside activations (ours). That memory is
+    pinned, and the host never waits: what comes later on the device's stream finds each copy done.
+    CUDA rounds pinned tensors up to powers of two, so that they take up to twice their size.
     """
 
-    def place(self, on_device):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.homes = {}  # {(parameter, "exp_avg" or "exp_avg_sq"): this rank's rows}
+
+    def fetch(self):
         for p, slots in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
-                slots[name] = placed(slots[name], p, on_device)
+                slots[name] = in_parts(p, slots[name])
+
+    def put_away(self):
+        for p, slots in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = own(slots[name])
+                if (p, name) not in self.homes:
+                    home = torch.empty_like(moment, device="cpu")
+                    on_device = moment.device.type != "cpu"
+                    self.homes[p, name] = home.pin_memory() if on_device else home
+                slots[name] = self.homes[p, name]
+                slots[name].copy_(moment, non_blocking=True)
 
     def step(self, closure=None):
-        self.place(on_device=True)
+        self.fetch()
         super().step(closure)
-        self.place(on_device=False)
+        self.put_away()
 
     def state_dict(self):
-        self.place(on_device=True)
+        self.fetch()
         state = super().state_dict()
         # The copies' moments stay on the device, while they are in use.
         state["state"] = {i: dict(slots) for i, slots in state["state"].items()}
-        self.place(on_device=False)
+        self.put_away()
         return state
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.place(on_device=False)
-
-
-def placed(moment, p, on_device):
-    """A moment of parameter p, beside p or, this rank's part of it, in main memory."""
-    own = moment.to_local() if isinstance(moment, DTensor) else moment
-    if not on_device:
-        return own.to("cpu")
-    own = own.to(p.device)
-    if not isinstance(p, DTensor):
-        return own
-    layout = {"shape": p.shape, "stride": p.stride()}
-    return DTensor.from_local(own, p.device_mesh, p.placements, **layout)
+        self.put_away()
 
 
 def make_optimizers(networks, rates, cfg):

@@ -162,14 +162,18 @@ def micro_batches(batch_size, world, accumulate=None, samples=None):
     return accumulate or 1, each
 
 
-def shard(module, units=(), mesh=None):
-    """FSDP2: each rank of `mesh` keeps its part of every parameter. Without a mesh: nothing.
+def shard(module, units=(), mesh=None, fill=None):
+    """FSDP2: each rank of `mesh` keeps its part of every parameter. Without a mesh it stays whole.
 
     On a mesh of mesh_of(...) with several groups, each group has a copy in parts. Forward and
     backward gather the parameters of `module` unit by unit, in bf16 where the module computes in
     it, and gradients are averaged over all ranks in float32.
+
+    fill(): gives parameters that are on the meta device their storage, once they are in parts.
     """
     if mesh is None:
+        if fill:
+            fill()
         return
     dtype = torch.bfloat16 if getattr(module, "bf16", False) else None
     # Inputs are not cast: a time in bf16 would be another time.
@@ -178,6 +182,8 @@ def shard(module, units=(), mesh=None):
     # requires_grad `frozen` sets.
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, mp_policy=how, reshard_after_forward=True)
+    if fill:
+        fill()
     # At its first forward FSDP settles what it will reduce: this one, before anything is `frozen`.
     module.forward = lambda: None
     module()
@@ -187,6 +193,28 @@ def shard(module, units=(), mesh=None):
 def own(x):
     """This rank's rows of a tensor: all of them where it is not sharded."""
     return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def own_rows(x):
+    """Which rows of a tensor `own` are, a range; None where it is not sharded: all of them."""
+    if not isinstance(x, DTensor):
+        return None
+    among = x.device_mesh.ndim - 1  # the dimension that shards: see mesh_of
+    each = -(-len(x) // x.device_mesh.size(among))  # rounded up, as FSDP cuts
+    first = min(x.device_mesh.get_local_rank(among) * each, len(x))
+    return range(first, min(first + each, len(x)))
+
+
+def in_parts(p, rows):
+    """A tensor of p's shape, sharded as p is and where p is, of which this rank has these rows.
+
+    They are copied from pinned memory without waiting.
+    """
+    rows = rows.to(p.device, non_blocking=True)
+    if not isinstance(p, DTensor):
+        return rows
+    layout = {"shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(rows, p.device_mesh, p.placements, **layout)
 
 
 def gather(tensors, keep=True):

@@ -60,7 +60,9 @@ def plan_of(cfg, world, latent=None):
     of_pass = gathered(family, parts.student.net, world)
     phases = peaks(cfg, rows, waiting, again, of_pass, world, accumulate)
     largest = max(row["parameters"] for row in rows.values())
-    loading = FLOAT32 * world * largest if world > 1 else 0  # see Family.network
+    loading = 0
+    if world > 1:  # see Family.load: files are mapped, and ranks read their rows
+        loading = FLOAT32 * largest * (world if cfg.random_init else 1)
     return Plan(rows, waiting, again, phases, of_pass, loading, latent, each, accumulate)
 
 

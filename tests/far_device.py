@@ -2,7 +2,7 @@
 
 Its tensors know that they are not in main memory, so that every crossing is seen, by whatever code
 it is made. As on CUDA the host waits for the device where it reads a value or a number of values,
-and where it copies to it from ordinary memory; not where it copies from pinned memory without
+and where it copies between it and ordinary memory; not between it and pinned memory without
 blocking. What the CPU does with its own tensors is not counted.
 
 runs.json: [[stage, {field of its Config: value}], ...], for the scripts' own main functions. Beside
@@ -91,10 +91,12 @@ def compute(op, args, kwargs):
     near = [x for x in tensors if not isinstance(x, Far)]
     by_mask = op == aten.index.Tensor and any(x.dtype == torch.bool for x in tensors[1:])
     reads = op in RETURNS_NUMBERS or op in SIZED_BY_VALUES or by_mask
+    asked = args[2:] if op == aten.copy_.default else (kwargs.get("non_blocking"),)
+    without_blocking = any(asked)
+    free = without_blocking and all(id(x) in pinned for x in near)
     if far and (reads or not goes_there):
-        note("waits")
+        note("copies" if free and near else "waits")
     if near and goes_there:
-        free = kwargs.get("non_blocking") and all(id(x) in pinned for x in near)
         note("copies" if free else "waits")
 
     near_args, near_kwargs = tree_map_only(Far, lambda x: x.near, (args, kwargs))

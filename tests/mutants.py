@@ -192,6 +192,10 @@ MUTANTS = [
     *mutants("runtime/optimize.py", ("tests/test_sharding.py", "-k", "not_finite"), [
         ("steps that are not finite", "(~norm.isfinite())", "(norm != norm)"),
     ]),
+    *mutants("runtime/optimize.py", ("tests/test_device.py", "-k", "waits or waiting"), [
+        ("offload: the host waits", "copy_(moment, non_blocking=True)", "copy_(moment)"),
+        ("offload: memory is not pinned", "home.pin_memory() if on_device", "home if on_device"),
+    ]),
     *mutants("runtime/optimize.py", ("tests/test_following.py", "-k", "disturb"), [
         ("the average stays in the student", "finally:\n            exchange()",
          "finally:\n            pass"),
@@ -224,9 +228,21 @@ MUTANTS = [
         ("groups: whole tensors are written", ".detach().to_local()", ".detach().full_tensor()"),
     ]),
     *mutants("runtime/folder.py", ("tests/test_sharding.py", "-k", "groups or rows"), [
-        ("rows: the first rank's alone", "rows = [f.get_tensor(key) for f in files]",
-         "rows = [f.get_tensor(key) for f in files[:1]]"),
         ("rows: all groups write", "if self.ranks.rank >= self.ranks.sharing:", "if False:"),
+    ]),
+    *mutants("families/base.py", ("tests/test_sharding.py", "-k", "own_rows"), [
+        ("loading: whole tensors", "return files.read(name, own_rows(x))",
+         "return own(like(x, files.read(name)))"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_sharding.py", "-k", "own_rows"), [
+        ("restoring: whole tensors", 'saved.read(f"weight/{n}", own_rows(p))',
+         'own(like(p, saved.read(f"weight/{n}")))'),
+    ]),
+    *mutants("families/base.py", ("tests/test_models.py", "-k", "other_weights"), [
+        ("loading: another shape", "files.shape(name) == x.shape", "True"),
+    ]),
+    *mutants("runtime/files.py", ("tests/test_sharding.py", "-k", "groups or rows"), [
+        ("rows: the first rank's alone", "for part in parts:", "for part in parts[:1]:"),
     ]),
     *mutants("runtime/folder.py", ("tests/test_faults.py", "-k", "flipped or other_tensors"), [
         ("rows: the other rank's hashes", "tensors[rank::world]", "tensors[::world]"),
@@ -268,6 +284,10 @@ MUTANTS = [
          "stock_warp(1.0, steps)"),
         ("stock sampler without noise", "stochastic_sampling=True", "stochastic_sampling=False"),
         ("a student says a wrong size", '"width": shape[-1] * ', '"width": 2 * shape[-1] * '),
+        ("export: the adapter is left out", "return w.float() + b @ a", "return w.float()"),
+        ("export: a second base", "return student.family.weights().read",
+         "return student.family.network().state_dict().get"),
+        ("export: in one file", "max_shard_size=LARGEST_FILE", "max_shard_size=2**60"),
     ]),
     *mutants("tools/sample.py", ("tests/test_sample.py",), [
         ("sample: noise between steps of no seed", "pipe.scheduler, generator=generators)",

@@ -19,6 +19,7 @@ RUNS = {
             "student_steps": 2,  # of which each iteration trains one
             "fake_samples": "last",
             "ema": 0.5,
+            "offload": True,
             "iterations": 3,
         },
     ),
@@ -68,4 +69,19 @@ def test_the_host_waits_once_an_iteration_for_its_log_row(name, crossings):
 def test_nothing_but_rows_goes_to_the_device(name, tensors, crossings):
     """In each micro-batch two tensors of conditioning; and of a pair its noise and its sample."""
     for iteration in crossings[name]:
-        assert len(iteration["copies"]) == tensors, iteration["copies"]
+        rows = [copy for copy in iteration["copies"] if not is_of_moments(copy)]
+        assert len(rows) == tensors, rows
+
+
+def is_of_moments(copy):
+    """Whether a crossing is of --offload: each moment goes to the device and back."""
+    return "fetch" in copy or "put_away" in copy
+
+
+def test_moments_come_and_go_without_waiting(crossings):
+    for name, iterations in crossings.items():
+        for iteration in iterations:
+            there = [copy for copy in iteration["copies"] if "fetch" in copy]
+            back = [copy for copy in iteration["copies"] if "put_away" in copy]
+            assert len(there) == len(back)
+            assert bool(there) == ("offload" in RUNS[name][1])

@@ -4,6 +4,7 @@ Processes killed at every step, signals, damaged and hostile checkpoints, full d
 ranks.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from torch.optim.optimizer import (
 
 import adm
 import data
+import families.export
 import models
 import runtime.files
 import runtime.folder
@@ -564,6 +566,26 @@ def test_a_full_disk_costs_nothing_that_was_there(run4, here, tmp_path):
         same_log(run4, out, atol=1e-4, rtol=1e-3)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def no_room_for_weights(rank):
+    """The first file of an exported student does not fit."""
+
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    families.export.save_file = refuse
+
+
+def test_an_export_that_does_not_fit_ends_all_ranks_and_costs_nothing(run4, here, tmp_path):
+    """They have agreed on it: none waits for the next tensor."""
+    out = shutil.copytree(run4, tmp_path / "out")
+    before = tree(out / "pipeline")
+    args = [*here, *RUN4, "--out", out, "--resume"]
+    codes, said = ranks(tmp_path, args, 2, (no_room_for_weights,))
+    assert codes == [1, 1] and said[1] == "", said
+    assert said[0].count("\n") == 1 and "No space left on device" in said[0], said
+    assert tree(out / "pipeline") == before and not (out / "pipeline.partial").exists()
 
 
 def test_checkpoints_are_ordered_by_number_not_by_name(run4, here, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import Dinov2Config, Dinov2Model
@@ -140,6 +142,36 @@ def test_damaged_and_missing_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(BadInput, match="no weights"):
         load_teacher(folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "more rows", "fewer rows"])
+def test_other_weights_are_refused(tmp_path, change):
+    folder = shutil.copytree(build("tiny-sd3"), tmp_path / "sd3")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    name = "proj_out.weight"
+    w = weights.pop(name)  # (rows, in)
+    if change == "more rows":
+        weights[name] = torch.cat([w, w])
+    elif change == "fewer rows":
+        weights[name] = w[:1].clone()
+    save_file(weights, file)
+    with pytest.raises(BadInput, match=f"cannot load its transformer: {name} is missing"):
+        models.load_denoiser(load_teacher(folder))
+
+
+def test_weights_in_several_files_and_16_bits_are_the_same_to_rounding(tmp_path):
+    """As the hub has them, with an index."""
+    folder = shutil.copytree(build("tiny-sd3"), tmp_path / "sd3")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    net = load_teacher(folder).network()
+    file.unlink()
+    net.to(torch.float16).save_pretrained(folder / "transformer", max_shard_size="20KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
+    again = load_teacher(folder).network()
+    for name, w in again.state_dict().items():
+        assert w.dtype == torch.float32
+        assert_close(w, net.state_dict()[name].float(), atol=0, rtol=0)
 
 
 def test_an_unreadable_index_is_refused(tmp_path):
@@ -757,3 +789,45 @@ def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path,
         pipe.load_lora_weights(tmp_path / name / "lora")
         adapted = models.Denoiser(family, getattr(pipe, family.net_name))
         assert_close(adapted(x, TIMES, cond)[0], ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_export_holds_one_file_of_the_student_at_a_time(
+    teachers, tmp_path, monkeypatch, lora_rank, random_init
+):
+    """And builds no second network; of many files it is the same student as of one."""
+    family = teachers["tiny-sd3"]
+    denoisers = models.make_roles(family, ("student",), lora_rank)
+    student = denoisers[1]
+    with torch.no_grad():
+        for p in student.own_parameters().values():
+            p += 0.05
+    how = (student, family.schedule, 4, family.latent_shape())
+    families.export.export_pipeline(*how, tmp_path / "one")
+    one = models.load_denoiser(family, folder=tmp_path / "one").net.state_dict()
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a second network is built")
+
+    written = []  # weak references to what is in each file
+
+    def spy(tensors, path, metadata=None):
+        assert all(x() is None for file in written for x in file), "an earlier file's are held"
+        made = [x for x in tensors.values() if x.data_ptr() not in of_student]
+        written.append([weakref.ref(x) for x in made])
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= 10_000
+        save_file(tensors, path, metadata)
+
+    of_student = {x.data_ptr() for x in student.net.state_dict().values()}
+    monkeypatch.setattr(family, "random_init", random_init)  # then the weights are in no file
+    monkeypatch.setattr(families.export, "LARGEST_FILE", 10_000)
+    monkeypatch.setattr(families.export, "save_file", spy)
+    with monkeypatch.context() as patch:
+        patch.setattr(family.net_class, "__init__", refuse)
+        families.export.export_pipeline(*how, tmp_path / "many")
+    assert len(written) > 5 and (not lora_rank or any(written))
+
+    monkeypatch.setattr(family, "random_init", False)
+    many = models.load_denoiser(family, folder=tmp_path / "many").net.state_dict()
+    assert_close(many, one, atol=0, rtol=0)

@@ -103,6 +103,8 @@ RUNS = {
             "lr_fake": 1e-3,
         },
     ),
+    # From adp's student.
+    "after adp": ("adm", {"model": "tiny-sd3", "loss": "dmd", "lr_student": 1e-3, "lr_fake": 1e-3}),
     # Of one rank the embeddings are cached.
     "live": ("adm", {"model": "tiny-sd3", "embed": "live", "sample_every": 2}),
 }
@@ -130,6 +132,8 @@ def runs(tmp_path_factory, encoded, few_prompts):
         source = {"prompts": str(encoded[changes["model"]])}
         if stage == "adp":
             source = {"pairs": str(one / "pairs")}
+        if name == "after adp":
+            source["init"] = str(one / "adp")
         if name == "live":
             source = {"prompts": str(few_prompts)}
         return {**SMALL, **source, **changes, "out": str(out), **more}
@@ -167,7 +171,7 @@ def are_one(one, two, name):
     """Two runs of other numbers of ranks: the same log, moments and students, to rounding."""
     stage, changes = RUNS[name]
     same_log(one, two, atol=1e-4, rtol=1e-3)
-    for network in ("student", "fake" if name in ("dmd", "step") else "heads"):
+    for network in ("student", "heads" if changes.get("loss", "adm") == "adm" else "fake"):
         a, b = saved(one, 2, network), saved(two, 2, network)
         kinds_a, kinds_b = ({key: (x.shape, x.dtype) for key, x in c.items()} for c in (a, b))
         assert kinds_a == kinds_b
@@ -289,6 +293,26 @@ def test_a_rank_writes_its_own_rows_and_gathers_nothing(runs, two_by_two):
             for i in (1, 2):
                 half = halves[0][name.replace(".", f"-0000{i}-of-00002.")]
                 assert len(half) == pytest.approx(len(content) / 2, rel=0.2)  # headers and steps
+
+
+@pytest.mark.parametrize("name, files", [("sdxl", 3), ("lora", 1), ("after adp", 4)])
+def test_a_rank_reads_its_own_rows_of_the_networks_files(runs, name, files):
+    """Of two ranks each half: of the teacher's for every role, then of the earlier student's."""
+    net = families.load_teacher(RUNS[name][1]["model"]).network("meta")
+    cut = sum(p.nbytes for p in net.parameters())
+    whole = sum(x.nbytes for x in net.state_dict().values()) - cut  # buffers
+    for rank in (0, 1):
+        held = json.loads((runs / "two" / name / f"held-{rank}.json").read_text())
+        assert held["loaded"] == pytest.approx(files * (cut / 2 + whole), rel=0.01)
+        assert held["restored"] == 0
+
+
+def test_a_rank_reads_its_own_rows_of_a_checkpoint(runs):
+    for rank in (0, 1):
+        held = json.loads((runs / "two-two" / f"held-{rank}.json").read_text())
+        roles = [held[name] for name in (*TRAINED, "ema")]
+        rows = sum(role["weights"] + role.get("optimizer", 0) for role in roles)
+        assert held["restored"] == pytest.approx(rows, rel=0.01)
 
 
 def apart(rank, folder):

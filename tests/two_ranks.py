@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import adm
 import adp
 import data
+import runtime.files
 import runtime.folder
 import runtime.script
 
@@ -46,7 +47,8 @@ def observe(held):
     """From here on, runs of adm leave in `held` what this rank holds.
 
     {role: {"weights", "optimizer": bytes}}, and "gradients", "buffers" and "text encoders"; of a
-    checkpoint "written", the most bytes at once, and "gathered", how many tensors were.
+    checkpoint "written", the most bytes at once, and "gathered", how many tensors were; and the
+    bytes that it read of files for its networks, "loaded", and for a checkpoint, "restored".
     """
     make_roles = adm.make_roles
     encode = adm.encode_prompts
@@ -54,6 +56,19 @@ def observe(held):
     save = runtime.folder.Run.save
     write_tensors = runtime.folder.write_tensors
     full_tensor = DTensor.full_tensor
+    restore = runtime.folder.Run.restore
+    read = runtime.files.Tensors.read
+
+    def spy_read(*args):
+        rows = read(*args)
+        held["read"] = held.get("read", 0) + rows.nbytes
+        return rows
+
+    def spy_restore(*args):
+        held["loaded"] = held.pop("read", 0)
+        done = restore(*args)
+        held["restored"] = held.pop("read", 0)
+        return done
 
     def spy_roles(family, roles, *args, **kwargs):
         made = make_roles(family, roles, *args, **kwargs)
@@ -103,7 +118,9 @@ def observe(held):
     adm.encode_prompts = spy_encode
     torch.nn.utils.clip_grad_norm_ = spy_clip
     runtime.folder.Run.save = spy_save
+    runtime.folder.Run.restore = spy_restore
     runtime.folder.write_tensors = spy_write
+    runtime.files.Tensors.read = spy_read
 
 
 held = {}

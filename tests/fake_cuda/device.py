@@ -119,7 +119,7 @@ def moved_first(managed_states):
 
     def moved(modules, *args):
         for module in modules:
-            module._apply(lambda x: x.to(GPU), recurse=False)
+            module._apply(lambda x: x if x.is_meta else x.to(GPU), recurse=False)
         return managed_states(modules, *args)
 
     return moved

@@ -120,7 +120,8 @@ class Watch(TorchDispatchMode):
     def note_copy(self, source, target, non_blocking):
         kinds = (source.device.type, target.device.type)
         if kinds == ("cuda", "cpu"):
-            counted = self.copies if non_blocking else self.waits
+            free = non_blocking and target.untyped_storage() in self.pinned
+            counted = self.copies if free else self.waits
             counted[f"to the host {where()}"] += 1
         if kinds == ("cpu", "cuda"):
             # From memory that is not pinned CUDA stages the copy, and the host waits for that.
