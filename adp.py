@@ -139,10 +139,11 @@ def adp_iteration(net, cfg, draw, x_0, x_T, cond, regresses, learn):
 
 def features(net, noised, t, cond, clean):
     """[D_τ1's maps of noised latents, D_τ2's of the decoded clean ones], as many as there are."""
-    maps = [net.discriminators[0].features(noised, t, cond)]
+    of_images = []
+    # First: so backward comes to the decoder when D_τ1's graph is gone.
     if len(net.discriminators) == 2:
-        maps.append(net.discriminators[1].features(net.decoded(clean)))
-    return maps
+        of_images = [net.discriminators[1].features(net.decoded(clean))]
+    return [net.discriminators[0].features(noised, t, cond), *of_images]
 
 
 def logits(net, maps):

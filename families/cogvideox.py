@@ -1,14 +1,18 @@
 """CogVideoX, 2b and 5b."""
 
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
+    CogVideoXResnetBlock3D,
     CogVideoXSpatialNorm3D,
 )
+from diffusers.models.upsampling import CogVideoXUpsample3D
+from torch.utils.checkpoint import checkpoint
 
 from families.base import Family, read_vp_schedule
 from runtime.settings import require
@@ -76,6 +80,18 @@ class CogVideoX(Family):
         z = latents.transpose(1, 2) / self.vae_config.scaling_factor  # (B, C, F, H, W)
         return vae.decode(z.to(vae.dtype)).sample
 
+    def recompute(self, vae):
+        """Part by part, and what follows a normalisation frame by frame."""
+        for m in vae.decoder.modules():
+            if isinstance(m, CogVideoXSpatialNorm3D):
+                m.forward = partial(normalised, m)
+            elif isinstance(m, CogVideoXResnetBlock3D):
+                m.nonlinearity = torch.nn.Identity()  # it is in `normalised`
+            elif isinstance(m, CogVideoXUpsample3D):  # else each normalisation would copy it
+                m.register_forward_hook(lambda m, args, out: out.contiguous())
+        vae.decoder.conv_act = torch.nn.Identity()
+        super().recompute(vae)
+
     def views(self, vae, latents, u):
         """Two frames of two neighbouring latent frames, (2 B, 3, H', W').
 
@@ -86,3 +102,20 @@ class CogVideoX(Family):
         chosen = [int(n * video.shape[2]) for n in u[1:]]
         frames = [video[:, :, i] for i in chosen]  # by a list of numbers the host would wait
         return torch.stack(frames, 1).flatten(0, 1)
+
+
+def normalised(norm, f, zq, conv_cache=None):
+    """SiLU(norm(f, zq)), f (B, C, F, H, W), of an even number of frames, without a cache.
+
+    A CogVideoXSpatialNorm3D makes six tensors of f's size, of up to 1.4 GB each. What comes after
+    the statistics is pointwise: one frame of it at a time is kept.
+    """
+    zq = F.interpolate(zq, size=f.shape[-3:])  # (B, C', F, H, W)
+    frames = zip(norm.norm_layer(f).split(1, 2), zq.split(1, 2), strict=True)
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(modulated, norm, x, z, **how) for x, z in frames], 2), {}
+
+
+def modulated(norm, x, z):
+    """A frame x (B, C, 1, H, W) of what `norm` has normalised, scaled and shifted by z."""
+    return F.silu(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])

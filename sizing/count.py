@@ -286,12 +286,12 @@ def generator_pass(family, parts, cfg, x, t, cond):
         with torch.set_grad_enabled(through):
             x_fake = x_fake + parts.fake(x_fake, t, cond)[0].bfloat16()
         yield "fake", x_fake
-    if cfg.loss in ADVERSARIAL:
-        yield "discriminator", parts.latent.logits(parts.latent.features(x_fake, t, cond))
     if parts.pixel:
         images = family.views(parts.vae, x0_hat, (0.0, 0.0, 0.5))  # (N, 3, H, W) float32
         yield "VAE", images
         yield "encoder", parts.pixel.logits(parts.pixel.features(images))
+    if cfg.loss in ADVERSARIAL:
+        yield "discriminator", parts.latent.logits(parts.latent.features(x_fake, t, cond))
 
 
 def activations(family, parts, cfg, shape, batch):

@@ -279,6 +279,12 @@ MUTANTS = [
     *mutants("families/base.py", ("tests/test_sharding.py", "-k", "ranks_hold and live"), [
         ("live encoders not sharded", "shard(part, layers, mesh)", "shard(part, layers, None)"),
     ]),
+    *mutants("families/cogvideox.py", ("tests/test_models.py", "-k", "recomputes"), [
+        ("decoder: SiLU left out", "return F.silu(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])",
+         "return x * norm.conv_y(z)[0] + norm.conv_b(z)[0]"),
+        ("decoder: every frame as the first", "zq.split(1, 2), strict",
+         "zq[:, :, :1].expand_as(zq).split(1, 2), strict"),
+    ]),
     *mutants("families/export.py", ("tests/test_models.py", "-k", "export"), [
         ("stock sampler of another shift", "stock_warp(schedule.shift, steps)",
          "stock_warp(1.0, steps)"),

@@ -6,6 +6,7 @@ any file gives fake tensors.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import safetensors
@@ -28,6 +29,7 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 real_open = safetensors.safe_open
 real_save = safetensors.torch.save_file
 real_load = safetensors.torch.load_file
+real_copy = shutil.copyfile
 
 
 def install():
@@ -35,6 +37,7 @@ def install():
     safetensors.safe_open = safetensors.torch.safe_open = File
     safetensors.torch.save_file = save_file
     safetensors.torch.load_file = load_file
+    shutil.copyfile = copyfile
 
 
 def save_file(tensors, path, metadata=None):
@@ -49,9 +52,22 @@ def save_file(tensors, path, metadata=None):
         header[name] = {"dtype": NAMES[x.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    write_hole(path, text, end)
+
+
+def write_hole(path, header, size):
     with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        f.truncate(8 + len(text) + end)
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(8 + len(header) + size)
+
+
+def copyfile(source, target, **options):
+    """A hole stays one."""
+    header = header_bytes(source)
+    if header is None:
+        return real_copy(source, target, **options)
+    write_hole(target, header, os.stat(source).st_size - 8 - len(header))
+    return target
 
 
 def load_file(path, device="cpu"):

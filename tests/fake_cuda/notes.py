@@ -37,10 +37,12 @@ class Notes:
         self.buffers = Counter()
         self.gradients = Counter()
         self.times = Counter()
+        self.conditions = Counter()  # what the roles are shown of a prompt
+        self.encoders = Counter()  # of text: their parameters and buffers
         self.iterations = []
 
     def as_json(self):
-        counted = ("parameters", "buffers", "gradients", "times")
+        counted = ("parameters", "buffers", "gradients", "times", "conditions", "encoders")
         return {
             **{name: sorted(getattr(self, name)) for name in counted},
             "reduced": sorted(self.watch.reduced),
@@ -85,6 +87,8 @@ def install():
     runtime.folder.hashes = lambda folder, rank, world: hashes(folder)
     record = runtime.folder.Run.record
     runtime.folder.Run.record = noting_record(record)
+    families.base.Family.text_pipeline = noting_encoders(families.base.Family.text_pipeline)
+    note_conditions()
     # Where time enters a network, and where there it becomes sines.
     note_times(models.Denoiser, "a role", lambda x_t=None, t=None, *args, **kwargs: t)
     note_times(diffusers.models.embeddings.Timesteps, "an embedding", lambda t: t)
@@ -260,3 +264,34 @@ def note_times(owner, who, time_of):
         return plain(self, *args, **kwargs)
 
     owner.__call__ = noting
+
+
+def note_conditions():
+    plain = models.Denoiser.__call__
+
+    @wraps(plain)
+    def noting(self, *args, **kwargs):
+        if now is not None and args:  # FSDP settles what it shards by a call without
+            now.conditions.update(f"{name}: {kind_of(c)}" for name, c in args[2].items())
+        return plain(self, *args, **kwargs)
+
+    models.Denoiser.__call__ = noting
+
+
+def noting_encoders(text_pipeline):
+    @wraps(text_pipeline)
+    def noting(self, device, dtype, mesh=None):
+        pipe = text_pipeline(self, device, dtype, mesh)
+        if now is None or pipe is None:
+            return pipe
+        encoders = {n: m for n, m in pipe.components.items() if n.startswith("text_encoder")}
+        for name, encoder in encoders.items():
+            for p in encoder.parameters():
+                parts = "its part, " if isinstance(p, DTensor) else ""
+                now.encoders[f"{name}: {parts}{kind_of(p)}"] += 1
+        if mesh:  # they stay
+            each = [bytes_of(encoder.parameters()) for encoder in encoders.values()]
+            now.held["text encoders"] = sum(each)
+        return pipe
+
+    return noting

@@ -6,8 +6,10 @@ Every tensor is fake, on a fake cuda:0: shapes, types, devices and storages are 
 Networks of any size take no memory; --shallow ones have few layers, of full width. RUNS.json is a
 list of
 
-    {"name", "script": "adm", "adp" or "pairs", "words": [of its command line],
+    {"name", "script": "adm", "adp", "encode" or "pairs", "words": [of its command line],
      "world": number of ranks, of which this is the first; 1 where it is not there}
+
+or {"name", "script": "folder", "words": [model, path]}, for a model's folder with text encoders.
 
 For each a line of json on stdout: what went wrong, when the host waited, what lay in memory, and of
 which types parameters, gradients and times were.
@@ -30,6 +32,7 @@ def main():
     library, runs, *flags = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # FakeTensorMode is of one thread
 
     # Each of these is what the next imports, and must be as it is to be by then.
     shim.load(library)

@@ -10,6 +10,7 @@ from functools import partial
 import device
 import notes
 import torch
+import whole
 from diffusers.models import model_loading_utils
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -33,12 +34,19 @@ model_loading_utils.set_module_tensor_to_device = device.set_by_slot
 SCRIPTS = {
     "adm": (adm.main, adm.Config),
     "adp": (adp.main, adp.Config),
+    "encode": (data.encode, data.EncodeConfig),
     "pairs": (data.pairs, data.PairsConfig),
 }
 
 
 def rehearse(script, words, world=1):
-    """Run a script to its end; what was noted, and what went wrong."""
+    """Run a script to its end; what was noted, and what went wrong.
+
+    The script "folder" makes a model's whole folder: its words are the model's name and a path.
+    """
+    if script == "folder":
+        whole.make(*words)
+        return {"error": None}
     watch = Watch()
     notes.now = notes.Notes(watch)
     FakeTensor.tolist = lambda x: watch.values_of(x)
@@ -97,6 +105,17 @@ def make_shallow():
                 "layers_per_block": 1,
             }
         full.DENOISERS[name] = (kind, {**config, **fewer})
+    full.text_encoders = of_two_layers(full.text_encoders)
     fewer = {"num_hidden_layers": 4, "global_attn_indexes": (1, 3)}
     sam = models.transformers
     sam.SamVisionConfig = partial(sam.SamVisionConfig, **fewer)
+
+
+def of_two_layers(text_encoders):
+    def shallow(name):
+        found = text_encoders(name)
+        for config in found.values():
+            config.num_hidden_layers = 2  # of T5 that is another name of its num_layers
+        return found
+
+    return shallow

@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
         self.now = 0
         self.pinned = weakref.WeakSet()  # storages
         self.phases = ["begin"]  # innermost last
-        self.reduced = Counter()  # {phase and type of what is reduced over the ranks: times}
+        self.reduced = Counter()  # {phase, how and type of what is reduced over the ranks: times}
         self.clear()
 
     def clear(self):
@@ -72,6 +72,8 @@ class Watch(TorchDispatchMode):
             check_generator(op, args, kwargs)
         if op is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self.value_of(args[0])
+        if op is aten.equal.default:
+            return self.are_equal(*args)
         if op is aten.is_pinned.default:
             return args[0].untyped_storage() in self.pinned
         if op is aten._pin_memory.default:
@@ -101,11 +103,17 @@ class Watch(TorchDispatchMode):
         one = 0.0 if x.is_floating_point() else 0
         return nested(one, x.shape)
 
+    def are_equal(self, x, y):
+        if x.device.type == "cuda":
+            self.waits[f"value {where()}"] += 1
+        return x.shape == y.shape
+
     def note_crossings(self, op, args, kwargs, out):
         packet = op.overloadpacket
         if packet in REDUCES:
             kinds = {str(x.dtype) for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
-            self.reduced[f"{self.phases[-1].split(' ')[0]}: {', '.join(sorted(kinds))}"] += 1
+            how = "all-reduce" if "all" in str(packet) else "reduce-scatter"
+            self.reduced[f"{self.phases[-1].split(' ')[0]}: {how} {', '.join(sorted(kinds))}"] += 1
         if packet in INDEXED and args[0].device.type == "cuda":
             for index in tree_leaves(args[1]):
                 if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
