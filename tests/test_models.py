@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 from torch.testing import assert_close
@@ -557,6 +557,40 @@ def test_decode_is_the_stock_pipelines(teachers, name):
             image = pipe.vae.decode(z / config.scaling_factor + shift)[0]  # (2, 3, H', W')
             theirs = pipe.image_processor.postprocess(image, output_type="pt")
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_like_wan_2_2s_5b_is_a_wan(teachers, conditionings, tmp_path):
+    """One transformer, which its pipeline shows a time for each position, and another VAE."""
+    folder = shutil.copytree(build("tiny-wan"), tmp_path / "like-5b")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "expand_timesteps": True}))
+    own = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan.from_config(
+        {**vars(teachers["tiny-wan"].vae_config), **own, "scale_factor_spatial": 8}
+    )
+    vae.save_pretrained(folder / "vae")
+
+    family = load_teacher(folder)
+    z = torch.randn(2, *family.latent_shape("128"))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    seen = {}
+    ended = lambda pipe, i, t, now: seen.update(now) or {}  # noqa: E731
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
+    with torch.no_grad():
+        frames = pipe(PROMPTS, latents=z.transpose(1, 2), callback_on_step_end=ended, **how).frames
+        t = torch.full((2,), 999.0)
+        v = models.load_denoiser(family)(z, t, conditionings["tiny-wan"])[0]  # (2, ...)
+        x0 = z - 0.999999 * v  # by UniPC's first σ
+        assert_close(seen["latents"].transpose(1, 2), x0, atol=1e-5, rtol=1e-5)
+        ours = (family.decode(family.vae(), x0) / 2 + 0.5).clamp(0, 1)  # (2, 3, 9, 128, 128)
+    assert_close(ours, frames.transpose(1, 2), atol=1e-4, rtol=0)
+    x0.requires_grad_()
+    vae = family.vae()
+    family.recompute(vae)
+    family.views(vae, x0, (0.6, 0.0, 0.999)).sum().backward()
+    assert x0.grad.isfinite().all() and x0.grad.abs().max() > 0
 
 
 # --- Who gets gradient ----------------------------------------------------------------------------
