@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from families import tiny
 from families.base import SMALLEST_MAP
-from families.cogvideox import CogVideoX
+from families.video import Video
 from runtime.ranks import assign, shard
 from runtime.settings import BadInput, require
 
@@ -305,7 +305,7 @@ class LatentDiscriminator(Discriminator):
     """D_τ, and D_τ1 of ADP: the frozen teacher's blocks, with prompt and t, without CFG."""
 
     def __init__(self, teacher, width=256, mesh=None):
-        head = Head3d if isinstance(teacher.family, CogVideoX) else Head2d
+        head = Head3d if isinstance(teacher.family, Video) else Head2d
         _, _, channels = teacher.family.taps(teacher.net)
         super().__init__(teacher, [head(c, width) for c in channels], mesh)
 

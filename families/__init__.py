@@ -15,30 +15,34 @@ from families import full, tiny  # noqa: E402
 from families.cogvideox import CogVideoX  # noqa: E402
 from families.sd3 import SD3  # noqa: E402
 from families.sdxl import SDXL  # noqa: E402
+from families.wan import Wan  # noqa: E402
 
 transformers.utils.logging.set_verbosity(verbosity)
 del verbosity
 
 from runtime.settings import BadInput, did_you_mean, require  # noqa: E402
 
+FAMILIES = (SDXL, SD3, CogVideoX, Wan)
 HUB = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "cogvideox-2b": "THUDM/CogVideoX-2b",
     "cogvideox-5b": "THUDM/CogVideoX-5b",
+    "wan-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 }
 
 # Small, but trained, on real images: see its README.
 DIGITS = Path(__file__).parents[1] / "toy" / "digits-teacher"
 
-TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b")
+TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b", "tiny-wan")
 
 
 def load_teacher(name_or_folder, random_init=False):
     """The Family of a model name or of a local pipeline folder.
 
-    Names: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, tiny-…
+    Names: digits, those of HUB, those of TINY.
     random_init: a model of the hub at its full size with random weights, to measure or to rehearse
     with; nothing is fetched.
 
@@ -48,7 +52,7 @@ def load_teacher(name_or_folder, random_init=False):
     name = str(name_or_folder)
     require(name in HUB or not random_init, f"--random-init is for {', '.join(HUB)}")
     folder = full.skeleton(name) if random_init else pipeline_folder(name)
-    families = {family.pipeline_class.__name__: family for family in (SDXL, SD3, CogVideoX)}
+    families = {family.pipeline_class.__name__: family for family in FAMILIES}
     try:
         pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
         known = ", ".join(families)
@@ -72,7 +76,7 @@ def pipeline_folder(name):
             return DiffusionPipeline.download(HUB[name])
         except Exception as e:  # the hub has many errors, and all mean this
             why = f"{type(e).__name__}: no network, or no access rights"
-            tiny_name = f"tiny-{name.removesuffix('.5-large')}"
+            tiny_name = next(t for t in TINY if name.startswith(t.removeprefix("tiny-")))
             instead = f"a local pipeline folder will do, and --model {tiny_name} runs offline"
             raise BadInput(f"cannot fetch {HUB[name]} ({why}); {instead}") from None
     known = ", ".join(["digits", *HUB, *TINY])

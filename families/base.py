@@ -20,12 +20,23 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ode import T, VPSchedule
+from ode import FlowSchedule, T, VPSchedule
 from runtime.files import Tensors, file_sha256
 from runtime.ranks import like, own, own_rows, shard
 from runtime.settings import BadInput, require
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a denoiser's files
+# Of the stock flow schedulers' options, those that change their process or their steps.
+ODD_FOR_A_FLOW = (
+    "use_dynamic_shifting",
+    "stochastic_sampling",
+    "shift_terminal",
+    "invert_sigmas",
+    "thresholding",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
 SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator's head can take
 
 
@@ -49,7 +60,8 @@ class Family:
     vae_parts = (ResnetBlock2D, Upsample2D)  # of its decoder: see `recompute`
     guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
     student_steps: int  # default: the paper's
-    tokens_at: int  # where a transformer block's output tuple has the image tokens
+    blocks = "transformer_blocks"  # a transformer's, as it calls them
+    tokens_at = None  # where a block's output has the image tokens; None: it is nothing else
     text_tokens = None  # to how many the stock pipeline pads, where it must be told: see SD3
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -58,11 +70,10 @@ class Family:
         self.name = name
         self.random_init = random_init  # weights at random: the folder has configs alone
 
-        index = json.loads((self.folder / "model_index.json").read_text())
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        self.index = json.loads((self.folder / "model_index.json").read_text())
+        scheduler_class = getattr(diffusers, self.index["scheduler"][1])
         scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler")
         self.schedule = self.read_schedule(scheduler)
-        self.vae_config = SimpleNamespace(**self.vae_class.load_config(folder, subfolder="vae"))
 
         has_weights = any((self.folder / self.net_name).glob("*.safetensors"))
         require(random_init or has_weights, f"{name} has no weights in {self.net_name}/")
@@ -70,10 +81,15 @@ class Family:
         with torch.device("meta"):
             config = self.net_class.load_config(folder, subfolder=self.net_name)
             self.meta_net = self.net_class.from_config(config)
+            config = self.vae_class.load_config(folder, subfolder="vae")
+            self.vae_config = SimpleNamespace(**self.vae_class.from_config(config).config)
         self.config = self.meta_net.config
         time_patches = self.config.get("patch_size_t")
         require(not time_patches, f"{name}: time patches (CogVideoX 1.5) are not supported")
+        self.measure()
 
+    def measure(self):
+        """Set, by the configs, vae_scale, default_size and grain."""
         # Pixels per latent, along a side.
         self.vae_scale = 2 ** (len(self.vae_config.block_out_channels) - 1)
         square = self.config.get("sample_size")
@@ -117,8 +133,11 @@ class Family:
         # Said explicitly: the pipeline's own guess may be the weightless denoiser's.
         options["device"] = pipe.text_encoder.device
         options["do_classifier_free_guidance"] = False
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, **options)
-        return {"prompt_embeds": embeds, "pooled": pooled}
+        embeds, _, *pooled = pipe.encode_prompt(prompts, **options)
+        cond = {"prompt_embeds": embeds}
+        if pooled:
+            cond["pooled"] = pooled[0]
+        return cond
 
     def unconditional(self, pipe):
         """The conditioning of no prompt, {name: (1, ...)}."""
@@ -130,20 +149,22 @@ class Family:
         A DiT's are at 1/4, 2/4 and 3/4 of its depth. The paper does not say which (ours); the last
         quarter turns features into a prediction, and need not run.
         """
-        blocks = net.transformer_blocks
+        blocks = getattr(net, self.blocks)
         width = self.config.num_attention_heads * self.config.attention_head_dim
         chosen = sorted({max(len(blocks) * k // 4, 1) - 1 for k in (1, 2, 3)})
         return [blocks[i] for i in chosen], blocks[chosen[-1] + 1], [width] * len(chosen)
 
     def units(self, net):
         """What a sharded network gathers at a time: its blocks, inner ones first."""
-        return list(net.transformer_blocks)
+        return list(getattr(net, self.blocks))
 
     def to_map(self, output, x_t):
         """A tapped block's output → feature map (B, C, H, W), or (B, C, F, H, W)."""
-        tokens = output[self.tokens_at].transpose(1, 2)  # (B, C, F·H·W)
+        if self.tokens_at is not None:
+            output = output[self.tokens_at]
+        tokens = output.transpose(1, 2)  # (B, C, F·H·W)
         frames = x_t.shape[1:-3]  # none of an image
-        height, width = (n // self.config.patch_size for n in x_t.shape[-2:])
+        height, width = (n // self.grain for n in x_t.shape[-2:])
         return tokens.unflatten(2, [*frames, height, width])
 
     def latent_shape(self, resolution=None, frames=None):
@@ -210,10 +231,15 @@ class Family:
 
         A whole block of full size would be ten gigabytes. The numbers are the same.
         """
-        vae.enable_gradient_checkpointing()
-        how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+        if vae._supports_gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
         for part in self.parts_of(vae):
-            part.forward = partial(checkpoint, part.forward, **how)
+            part.forward = partial(self.again, part.forward)
+
+    def again(self, forward, *args, **kwargs):
+        """What forward(*args, **kwargs) returns; backward runs it again."""
+        how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+        return checkpoint(forward, *args, **how, **kwargs)
 
     def text_pipeline(self, device="cpu", dtype=torch.float32, mesh=None):
         """The stock pipeline with tokenizers and text encoders only, for `encode`.
@@ -343,13 +369,13 @@ def give_storage(module, device):
 def cast_matrices(net, dtype):
     """`net` with its matrices and kernels in dtype, and the rest, a thousandth, in float32.
 
-    The rest is norms, biases, position buffers. Autocast rounds matrices whatever their type,
-    but takes those as they are: rounded, they would set the frozen teacher apart from student and
-    fake score, which start as its copies in float32.
+    The rest is norms, biases, tables, position buffers. Autocast rounds matrices whatever their
+    type, but takes those as they are: rounded, they would set the frozen teacher apart from student
+    and fake score, which start as its copies in float32.
     """
     net.float()  # also CogVideoX's positions, a buffer that is not saved and begins in float64
-    for p in net.parameters():
-        if p.ndim > 1:
+    for name, p in net.named_parameters():
+        if p.ndim > 1 and name.endswith("weight"):
             p.data = p.data.to(dtype)
     return net
 
@@ -370,3 +396,20 @@ def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
     right = (a_bar[-1] < 1e-6) == zero_terminal_snr
     require(right, f"{family} ends at {ends} terminal SNR, the folder's {found} does not")
     return VPSchedule(a_bar, prediction, getattr(scheduler, "final_alpha_cumprod", 1.0))
+
+
+def read_flow_schedule(scheduler, family):
+    """FlowSchedule of a loaded scheduler: BadInput unless it walks the straight line as usual."""
+    found = type(scheduler).__name__
+    config = scheduler.config
+    is_euler = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    # UniPC and others are for several processes, and say of which they are.
+    said = (config.get("prediction_type"), config.get("use_flow_sigmas"))
+    is_flow = is_euler or said == ("flow_prediction", True)
+    require(is_flow, f"{family} predicts a flow, but the folder's {found} is for another process")
+
+    steps = config.num_train_timesteps
+    require(steps == T, f"{family} has {T:.0f} training time steps, not {steps}")
+    odd = [option for option in ODD_FOR_A_FLOW if config.get(option)]
+    require(not odd, f"the folder's {found} sets {odd[:1]}, which no {family} teacher does")
+    return FlowSchedule(config.shift if is_euler else config.flow_shift)

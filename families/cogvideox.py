@@ -14,11 +14,11 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch.utils.checkpoint import checkpoint
 
-from families.base import Family, read_vp_schedule
-from runtime.settings import require
+from families.base import read_vp_schedule
+from families.video import Video
 
 
-class CogVideoX(Family):
+class CogVideoX(Video):
     """Video DiT, v-prediction, variance preserving with zero terminal SNR.
 
     2b has sine positions, 5b rotary ones.
@@ -31,22 +31,21 @@ class CogVideoX(Family):
     guidance = 6.0
     student_steps = 4
     tokens_at = 0
+    decoded_together = 2
 
     def read_schedule(self, scheduler):
         return read_vp_schedule(
             scheduler, "v_prediction", zero_terminal_snr=True, family="CogVideoX"
         )
 
+    def measure(self):
+        super().measure()
+        self.frame_scale = self.config.temporal_compression_ratio
+        self.default_frames = self.config.sample_frames
+
     def cond_shapes(self):
         shape = (self.config.max_text_seq_length, self.config.text_embed_dim)
         return {"prompt_embeds": shape}
-
-    def encode(self, pipe, prompts):
-        if self.random_init:
-            return self.random_cond(prompts)
-        where = pipe.text_encoder.device
-        embeds, _ = pipe.encode_prompt(prompts, device=where, do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds}
 
     def call(self, net, x_t, t, cond):
         rope = None
@@ -67,14 +66,6 @@ class CogVideoX(Family):
         make = diffusers.CogVideoXPipeline._prepare_rotary_positional_embeddings
         return make(pipe, height, width, frames, device)
 
-    def latent_shape(self, resolution=None, frames=None):
-        frames = frames or self.config.sample_frames
-        ratio = self.config.temporal_compression_ratio
-        takes = 2 * ratio  # the VAE decodes latent frames in twos, after the first
-        whole = frames > 1 and frames % takes == 1
-        require(whole, f"--frames {frames}: {self.name} takes {takes}n + 1 frames")
-        return (frames - 1) // ratio + 1, *super().latent_shape(resolution)
-
     def decode(self, vae, latents):
         """Latents (B, F, C, H, W) → frames (B, 3, F', H', W')."""
         z = latents.transpose(1, 2) / self.vae_config.scaling_factor  # (B, C, F, H, W)
@@ -91,17 +82,6 @@ class CogVideoX(Family):
                 m.register_forward_hook(lambda m, args, out: out.contiguous())
         vae.decoder.conv_act = torch.nn.Identity()
         super().recompute(vae)
-
-    def views(self, vae, latents, u):
-        """Two frames of two neighbouring latent frames, (2 B, 3, H', W').
-
-        Ours: a whole video and its graph would not fit.
-        """
-        start = int(u[0] * (latents.shape[1] - 1))
-        video = self.decode(vae, latents[:, start : start + 2])  # (B, 3, F', H', W')
-        chosen = [int(n * video.shape[2]) for n in u[1:]]
-        frames = [video[:, :, i] for i in chosen]  # by a list of numbers the host would wait
-        return torch.stack(frames, 1).flatten(0, 1)
 
 
 def normalised(norm, f, zq, conv_cache=None):

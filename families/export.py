@@ -74,8 +74,8 @@ USAGE = """# A {steps}-step student of {base}
 
 Pass all of these, which model_index.json has as `_sampling`: the scheduler visits the student's own
 times at this number of steps only, guidance is in the weights, and the size is what it was trained
-at. Stable Diffusion 3's pipeline draws the noise between steps from torch's global generator: seed
-that (generator=torch.manual_seed(0) does both) for a repeatable picture.
+at. The pipelines of Stable Diffusion 3 and Wan draw the noise between steps from torch's global
+generator: seed that (generator=torch.manual_seed(0) does both) for a repeatable picture.
 """
 
 
@@ -91,8 +91,7 @@ def how_to_sample(family, steps, shape):
         "width": shape[-1] * family.vae_scale,
     }
     if len(shape) == 4:
-        ratio = family.config.temporal_compression_ratio
-        how["num_frames"] = (shape[0] - 1) * ratio + 1
+        how["num_frames"] = (shape[0] - 1) * family.frame_scale + 1
     if family.text_tokens not in (None, 256):
         how["max_sequence_length"] = family.text_tokens
     return how

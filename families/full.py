@@ -1,4 +1,4 @@
-"""The five real models without their weights: explicit configs, all offline.
+"""The real models without their weights: explicit configs, all offline.
 
 For `--random-init` and for planning a run.
 """
@@ -14,14 +14,17 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
 )
-from transformers import CLIPTextConfig, T5Config
+from transformers import CLIPTextConfig, T5Config, UMT5Config
 
 from families.tiny import SD_BETAS
 
@@ -58,17 +61,22 @@ LARGE = dict(
 )
 COGVIDEOX_2B = dict(num_attention_heads=30, num_layers=30)
 COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+WAN_1_3B = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+WAN_14B = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 DENOISERS = {
     "sdxl": (UNet2DConditionModel, UNET),
     "sd3": (SD3Transformer2DModel, MEDIUM),
     "sd3.5-large": (SD3Transformer2DModel, LARGE),
     "cogvideox-2b": (CogVideoXTransformer3DModel, COGVIDEOX_2B),
     "cogvideox-5b": (CogVideoXTransformer3DModel, COGVIDEOX_5B),
+    "wan-1.3b": (WanTransformer3DModel, WAN_1_3B),
+    "wan-14b": (WanTransformer3DModel, WAN_14B),
 }
 PIPELINES = {
     UNet2DConditionModel: "StableDiffusionXLPipeline",
     SD3Transformer2DModel: "StableDiffusion3Pipeline",
     CogVideoXTransformer3DModel: "CogVideoXPipeline",
+    WanTransformer3DModel: "WanPipeline",
 }
 
 
@@ -77,6 +85,9 @@ def scheduler(name):
         return EulerDiscreteScheduler(**SD_BETAS, steps_offset=1, timestep_spacing="leading")
     if name.startswith("sd3"):
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name.startswith("wan"):
+        line = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+        return UniPCMultistepScheduler(**line, flow_shift=3.0)
     return CogVideoXDDIMScheduler(
         **SD_BETAS,
         prediction_type="v_prediction",
@@ -89,6 +100,8 @@ def scheduler(name):
 
 
 def vae(name):
+    if name.startswith("wan"):
+        return AutoencoderKLWan()
     if name.startswith("cogvideox"):
         return AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -133,14 +146,12 @@ def clip_text(width, layers, heads, kind="CLIPTextModelWithProjection", **more):
 def text_encoders(name):
     """{folder: config} of the model's text encoders."""
     clip_g = clip_text(1280, 32, 20, hidden_act="gelu")
-    t5_xxl = T5Config(
-        d_model=4096,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-        architectures=["T5EncoderModel"],
-    )
+    xxl = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64)
+    xxl |= dict(feed_forward_proj="gated-gelu")
+    if name.startswith("wan"):
+        config = UMT5Config(vocab_size=256384, **xxl, architectures=["UMT5EncoderModel"])
+        return {"text_encoder": config}
+    t5_xxl = T5Config(**xxl, architectures=["T5EncoderModel"])
     if name.startswith("cogvideox"):
         return {"text_encoder": t5_xxl}
     if name == "sdxl":

@@ -10,6 +10,7 @@ from families import DIGITS, TINY
 from families.cogvideox import CogVideoX
 from families.sd3 import SD3
 from families.sdxl import SDXL
+from families.wan import Wan
 
 DIGITS_PROMPTS = str(DIGITS.with_name("digits-prompts.txt"))
 
@@ -60,6 +61,8 @@ ADM = {
     "sd3.5-large": {**ADM_LARGE, **usual(SD3), **SD3_5},
     "cogvideox-2b": {**ADM_LARGE, **usual(CogVideoX), **VIDEO},
     "cogvideox-5b": {**ADM_LARGE, **usual(CogVideoX), **VIDEO},
+    "wan-1.3b": {**ADM_LARGE, **usual(Wan), **VIDEO},
+    "wan-14b": {**ADM_LARGE, **usual(Wan), **VIDEO},
 }
 # --paper: the paper's method, also where a recipe above has another, and what --help compares with.
 ADM_PAPER = {
@@ -95,6 +98,8 @@ ADP = {
     "sd3.5-large": ADP_LARGE,
     "cogvideox-2b": {**ADP_LARGE, **VIDEO},
     "cogvideox-5b": {**ADP_LARGE, **VIDEO},
+    "wan-1.3b": {**ADP_LARGE, **VIDEO},
+    "wan-14b": {**ADP_LARGE, **VIDEO},
 }
 ADP_PAPER = {
     "loss": "adp",
@@ -109,7 +114,7 @@ ADP_PAPER = {
 
 ENCODE = {"digits": {"prompts": DIGITS_PROMPTS}}
 PAIRS_LARGE = {"count": 10_000}
-PAIRS_VIDEO = {**PAIRS_LARGE, "guidance": CogVideoX.guidance, "batch_size": 1}
+PAIRS_VIDEO = {**PAIRS_LARGE, "batch_size": 1}
 PAIRS = {
     **dict.fromkeys(TINY, {"steps": 4}),  # of random weights: fifty would show no more
     "digits": {
@@ -123,6 +128,8 @@ PAIRS = {
     "sdxl": {**PAIRS_LARGE, "guidance": SDXL.guidance},
     "sd3": {**PAIRS_LARGE, "guidance": SD3.guidance},
     "sd3.5-large": {**PAIRS_LARGE, **SD3_5},
-    "cogvideox-2b": PAIRS_VIDEO,
-    "cogvideox-5b": PAIRS_VIDEO,
+    "cogvideox-2b": {**PAIRS_VIDEO, "guidance": CogVideoX.guidance},
+    "cogvideox-5b": {**PAIRS_VIDEO, "guidance": CogVideoX.guidance},
+    "wan-1.3b": {**PAIRS_VIDEO, "guidance": Wan.guidance},
+    "wan-14b": {**PAIRS_VIDEO, "guidance": Wan.guidance},
 }

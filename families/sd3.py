@@ -4,12 +4,8 @@ from functools import cached_property
 
 import diffusers
 
-from families.base import Family
-from ode import FlowSchedule, T
+from families.base import Family, read_flow_schedule
 from runtime.settings import require
-
-# Of the stock scheduler's options, those that change its process or its steps.
-UNKNOWN_TO_SD3 = ("use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas")
 
 
 class SD3(Family):
@@ -23,15 +19,7 @@ class SD3(Family):
     lora_targets = Family.lora_targets + ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
     def read_schedule(self, scheduler):
-        found = type(scheduler).__name__
-        is_flow = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-        require(is_flow, f"SD3 predicts a flow, but the folder has {found}")
-        config = scheduler.config
-        steps = config.num_train_timesteps
-        require(steps == T, f"SD3 has {T:.0f} training time steps, not {steps}")
-        odd = [o for o in UNKNOWN_TO_SD3 if config.get(o)]
-        require(not odd, f"the folder's {found} sets {odd[:1]}, which no SD3 teacher does")
-        return FlowSchedule(shift=config.shift)
+        return read_flow_schedule(scheduler, "SD3")
 
     @cached_property
     def text_tokens(self):

@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -24,6 +25,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -38,6 +42,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -54,6 +60,7 @@ def build(name):
         "tiny-sd3": sd3,
         "tiny-cogvideox-2b": cogvideox,
         "tiny-cogvideox-5b": partial(cogvideox, rotary=True),
+        "tiny-wan": wan,
         "tiny-sam": sam,
         "tiny-dinov2": dinov2,
     }
@@ -238,6 +245,41 @@ def cogvideox(rotary=False):
         vae=vae,
         scheduler=scheduler,
     )
+
+
+def wan():
+    """Video DiT of four blocks, nine 64x64 frames, latents of three 16x16 frames."""
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=4,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,  # of four channels its norms would make rounding errors large
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        scale_factor_spatial=4,
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    config = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+    pipe = WanPipeline(
+        tokenizer=t5_tokenizer(512),
+        text_encoder=UMT5EncoderModel(config),
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+    )
+    # Its size, of which no part's config says anything: see Wan.measure.
+    pipe.register_to_config(_sampling={"height": 64, "width": 64, "num_frames": 9})
+    return pipe
 
 
 def sam():

@@ -256,8 +256,10 @@ def innermost(units):
     return [u for u in units if not any(v is not u and v in units for v in u.modules())]
 
 
-def decoder_blocks(vae):
+def decoder_blocks(family, vae):
     """What checkpointing recomputes at a time of a VAE's decoder: a block, or of video a part."""
+    if not vae._supports_gradient_checkpointing:  # then see Family.recompute
+        return family.parts_of(vae)
     blocks = []
     for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
         # A video's block checkpoints its resnets one by one.
@@ -304,7 +306,7 @@ def activations(family, parts, cfg, shape, batch):
     saved = Saved(*modules)
     waiting = {}  # of the generator's phase
     of_student = Blocks(innermost(family.units(parts.student.net)), saved)
-    of_vae = Blocks(decoder_blocks(parts.vae) if parts.vae else [], saved)
+    of_vae = Blocks(decoder_blocks(family, parts.vae) if parts.vae else [], saved)
     of_parts = Blocks(family.parts_of(parts.vae) if parts.vae else [], saved)
     with FlashAttention(), of_student, of_vae, of_parts, saved:
         with frozen(*parts.resting()):

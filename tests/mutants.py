@@ -124,7 +124,20 @@ MUTANTS = [
          "self.family.call(self.net, x_t, t.bfloat16(), cond)"),
     ]),
     *mutants("families/base.py", (BF16, "-k", "start and sdxl"), [
-        ("bf16: norms of what is frozen too", "if p.ndim > 1:", "if True:"),
+        ("bf16: norms of what is frozen too", "if p.ndim > 1 and", "if"),
+    ]),
+    *mutants("families/base.py", (BF16, "-k", "start and wan"), [
+        ("bf16: Wan's tables too", ' and name.endswith("weight")', ""),
+    ]),
+    *mutants("families/base.py", ("tests/test_models.py", "-k", "contradicting and wan"), [
+        ("a flow of any process", "is_flow = is_euler or said ==", "is_flow = True or said =="),
+        ("a flow of other steps", "require(not odd,", "require(True,"),
+    ]),
+    *mutants("families/wan.py", ("tests/test_models.py", "-k", "wan"), [
+        ("Wan: encode_prompt's own tokens", "TOKENS = 512", "TOKENS = 226"),
+        ("Wan: latents as the VAE has them", "* std + mean", ""),
+        ("Wan: a decoder run again on a later cache", "[None] * at + [*entries]", "feat_cache"),
+        ("Wan: one of two experts", "require(second is None", "require(True"),
     ]),
     *mutants("adm.py", (BF16, "-k", "twenty and sd3"), [
         ("bf16: a loss too", "F.mse_loss(out.float(), target)",

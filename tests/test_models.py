@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -37,6 +38,12 @@ def latents(family, n=2, seed=0):
 
 # --- Opening --------------------------------------------------------------------------------------
 
+
+def swapped(family, x):
+    """Latents as the stock pipeline has them, or ours again: Wan's has channels before frames."""
+    return x.transpose(1, 2) if family.name == "tiny-wan" else x
+
+
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -58,6 +65,7 @@ def edited(tmp_path, name, file, **changes):
         ("tiny-sd3", "flow", (16, 16, 16), 7.0, 4),
         ("tiny-cogvideox-2b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
         ("tiny-cogvideox-5b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
+        ("tiny-wan", "flow", (3, 16, 16, 16), 5.0, 4),
     ],
 )
 def test_defaults_are_the_familys(teachers, name, prediction, shape, guidance, steps):
@@ -77,7 +85,7 @@ def test_a_local_folder_of_the_same_classes_is_the_same_teacher(teachers, tmp_pa
 
 def test_tiny_teachers_are_the_same_every_time_and_differ(teachers):
     hashes = {name: family.weights_sha256 for name, family in teachers.items()}
-    assert len(set(hashes.values())) == 4
+    assert len(set(hashes.values())) == len(FAMILIES)
     before = torch.random.get_rng_state()
     build.cache_clear()
     assert load_teacher("tiny-sd3").weights_sha256 == hashes["tiny-sd3"]
@@ -115,6 +123,17 @@ INCOMPLETE = "no complete diffusers pipeline folder"
             "predicts v_prediction",
         ),
         ("tiny-cogvideox-5b", SCHEDULER, {"rescale_betas_zero_snr": False}, "terminal SNR"),
+        ("tiny-wan", SCHEDULER, {"use_flow_sigmas": False}, "predicts a flow"),
+        ("tiny-wan", SCHEDULER, {"prediction_type": "epsilon"}, "predicts a flow"),
+        ("tiny-wan", SCHEDULER, {"num_train_timesteps": 500}, "1000 training time steps"),
+        ("tiny-wan", SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("tiny-wan", SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        (
+            "tiny-wan",
+            INDEX,
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "two experts are not supported",
+        ),
         ("tiny-sd3", INDEX, {"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
         ("tiny-sd3", INDEX, {"_class_name": "gone"}, INCOMPLETE),
         ("tiny-sdxl", SCHEDULER, {"beta_schedule": "odd"}, INCOMPLETE),
@@ -183,6 +202,9 @@ def test_an_unreadable_index_is_refused(tmp_path):
 def test_scheduler_settings_are_read_not_guessed(tmp_path):
     sd3 = load_teacher(edited(tmp_path, "tiny-sd3", SCHEDULER, shift=2.0))
     assert sd3.schedule.shift == 2.0
+    assert load_teacher("tiny-wan").schedule.shift == 3.0
+    wan = load_teacher(edited(tmp_path, "tiny-wan", SCHEDULER, flow_shift=5.0))
+    assert wan.schedule.shift == 5.0
     cog_2b = load_teacher(edited(tmp_path, "tiny-cogvideox-2b", SCHEDULER, snr_shift_scale=1.0))
     cog_5b = load_teacher("tiny-cogvideox-5b")  # whose own it is
     assert_close(cog_2b.schedule.alphas_cumprod, cog_5b.schedule.alphas_cumprod)
@@ -223,6 +245,10 @@ def test_an_unreachable_hub_is_one_line_that_names_a_tiny_model_instead(name):
         ("tiny-cogvideox-2b", None, 1, "8n \\+ 1 frames"),
         ("tiny-cogvideox-2b", "100", None, "multiples of 16"),
         ("tiny-cogvideox-2b", "64", None, "at least 8x8"),
+        ("tiny-wan", None, 8, "4n \\+ 1 frames"),
+        ("tiny-wan", None, 1, "4n \\+ 1 frames"),
+        ("tiny-wan", "60", None, "multiples of 8"),
+        ("tiny-wan", "56", None, "at least 8x8"),
     ],
 )
 def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says):
@@ -238,6 +264,7 @@ def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says
         ("tiny-sd3", "32x48", None, (16, 16, 24)),
         ("tiny-cogvideox-2b", "128x144", 17, (5, 16, 16, 18)),
         ("tiny-cogvideox-5b", "144x128", 9, (3, 16, 18, 16)),
+        ("tiny-wan", "64x72", 5, (2, 16, 16, 18)),
     ],
 )
 def test_other_sizes_run_through_the_discriminator(
@@ -275,35 +302,39 @@ def test_no_prompt_is_zeros_for_sdxl_and_the_empty_prompt_for_the_others(teacher
 def test_call_is_the_stock_pipelines(teachers, name):
     """One guided step of the stock pipeline from given noise: what its network gets and returns.
 
-    Conditioning, time ids, rotary positions, time and CFG are ours there.
+    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice.
     """
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
     pipe.set_progress_bar_config(disable=True)
     x = latents(family)  # (2, ...)
     stock = type(family.meta_net).forward
-    seen = {}
+    passes = []
 
     def spy(net, *args, **kwargs):
-        seen["in"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        seen["t"] = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        seen["out"] = stock(net, *args, **kwargs)[0]
-        return (seen["out"],)
+        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        out = stock(net, *args, **kwargs)[0]
+        passes.append((swapped(family, given), t.reshape(-1), swapped(family, out)))
+        return (out,)
 
     net = getattr(pipe, family.net_name)
     net.forward = spy.__get__(net)
     options = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
     with torch.no_grad():
-        pipe(PROMPTS, latents=x, **options)
+        pipe(PROMPTS, latents=swapped(family, x), **options)
         text = family.text_pipeline()
         cond = family.encode(text, PROMPTS)
         none = family.unconditional(text)
         both = {}
-        for part, c in cond.items():  # the pipelines put "no prompt" first
-            both[part] = torch.cat([none[part].expand_as(c), c])  # (4, ...)
-        t = seen["t"].float().reshape(-1).expand(4)  # (4,)
-        out, _ = models.load_denoiser(family)(seen["in"], t, both)
-    assert_close(out, seen["out"].float(), atol=1e-5, rtol=1e-5)
+        for part, c in cond.items():
+            halves = [none[part].expand_as(c), c]  # the pipelines put "no prompt" first
+            if len(passes) == 2:  # but where it has a pass of its own
+                halves.reverse()
+            both[part] = torch.cat(halves)  # (4, ...)
+        x_t, t, theirs = (torch.cat(parts) for parts in zip(*passes, strict=True))
+        out, _ = models.load_denoiser(family)(x_t, t.float().expand(4), both)
+    assert_close(out, theirs.float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -370,8 +401,7 @@ def test_times_reach_the_network_unrounded(teachers, conditionings, name):
     family = teachers[name]
     denoiser = models.load_denoiser(family)
     denoiser.bf16 = True  # as on a GPU
-    net = denoiser.net
-    time_proj = net.time_proj if hasattr(net, "time_proj") else net.time_text_embed.time_proj
+    time_proj = next(m for m in denoiser.net.modules() if isinstance(m, Timesteps))
     seen = []
     time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     out, _ = denoiser(latents(family), TIMES, conditionings[name])
@@ -485,8 +515,9 @@ def test_what_is_no_plain_vision_transformer_is_refused(tmp_path):
             load_pixel_backbone(str(name))
 
 
-def test_video_views_are_frames_of_the_decoded_video(teachers):
-    family = teachers["tiny-cogvideox-2b"]
+@pytest.mark.parametrize("name", ["tiny-cogvideox-2b", "tiny-wan"])
+def test_video_views_are_frames_of_the_decoded_video(teachers, name):
+    family = teachers[name]
     vae = family.vae()
     z = latents(family)  # (2, 3, C, H, W)
     with torch.no_grad():
@@ -496,7 +527,7 @@ def test_video_views_are_frames_of_the_decoded_video(teachers):
     assert torch.equal(views, torch.stack([first[0], last[0], first[1], last[1]]))
 
 
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
     """Bitwise. What it makes again at a time, the rehearsal tracks."""
     family = teachers[name]
@@ -516,7 +547,7 @@ def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teac
     assert kept["recompute"] < kept["plain"] / 3
 
 
-@pytest.mark.parametrize("model", ["digits", "tiny-sdxl", "tiny-cogvideox-5b"])
+@pytest.mark.parametrize("model", ["digits", "tiny-sdxl", "tiny-cogvideox-5b", "tiny-wan"])
 def test_images_for_the_pixel_discriminator_in_bf16_are_the_same_to_its_rounding(model):
     """Decoded and judged as on a GPU: bf16 has eight bits."""
     family = families.load_teacher(model)
@@ -535,14 +566,20 @@ def test_images_for_the_pixel_discriminator_in_bf16_are_the_same_to_its_rounding
         assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
 def test_decode_is_the_stock_pipelines(teachers, name):
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
+    pipe.set_progress_bar_config(disable=True)
     z = latents(family)
     with torch.no_grad():
         ours = (family.decode(family.vae(), z) / 2 + 0.5).clamp(0, 1)
-        if name == "tiny-cogvideox-5b":
+        if name == "tiny-wan":  # its whole call, for the statistics of its latents are inside
+            ended = lambda *args: {"latents": swapped(family, z)}  # noqa: E731
+            how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
+            theirs = pipe(PROMPTS, **how, **family.index["_sampling"], callback_on_step_end=ended)
+            theirs = theirs.frames.transpose(1, 2)
+        elif name == "tiny-cogvideox-5b":
             frames = pipe.decode_latents(z)  # (2, 3, F', H', W')
             theirs = pipe.video_processor.postprocess_video(frames, output_type="pt")
             theirs = theirs.transpose(1, 2)  # frames come first there
@@ -552,6 +589,40 @@ def test_decode_is_the_stock_pipelines(teachers, name):
             image = pipe.vae.decode(z / config.scaling_factor + shift)[0]  # (2, 3, H', W')
             theirs = pipe.image_processor.postprocess(image, output_type="pt")
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_like_wan_2_2s_5b_is_a_wan(teachers, conditionings, tmp_path):
+    """One transformer, which its pipeline shows a time for each position, and another VAE."""
+    folder = shutil.copytree(build("tiny-wan"), tmp_path / "like-5b")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "expand_timesteps": True}))
+    own = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan.from_config(
+        {**vars(teachers["tiny-wan"].vae_config), **own, "scale_factor_spatial": 8}
+    )
+    vae.save_pretrained(folder / "vae")
+
+    family = load_teacher(folder)
+    z = torch.randn(2, *family.latent_shape("128"))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    seen = {}
+    ended = lambda pipe, i, t, now: seen.update(now) or {}  # noqa: E731
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
+    with torch.no_grad():
+        frames = pipe(PROMPTS, latents=z.transpose(1, 2), callback_on_step_end=ended, **how).frames
+        t = torch.full((2,), 999.0)
+        v = models.load_denoiser(family)(z, t, conditionings["tiny-wan"])[0]  # (2, ...)
+        x0 = z - 0.999999 * v  # by UniPC's first σ
+        assert_close(seen["latents"].transpose(1, 2), x0, atol=1e-5, rtol=1e-5)
+        ours = (family.decode(family.vae(), x0) / 2 + 0.5).clamp(0, 1)  # (2, 3, 9, 128, 128)
+    assert_close(ours, frames.transpose(1, 2), atol=1e-4, rtol=0)
+    x0.requires_grad_()
+    vae = family.vae()
+    family.recompute(vae)
+    family.views(vae, x0, (0.6, 0.0, 0.999)).sum().backward()
+    assert x0.grad.isfinite().all() and x0.grad.abs().max() > 0
 
 
 # --- Who gets gradient ----------------------------------------------------------------------------
@@ -624,7 +695,7 @@ def test_frozen_networks_pass_gradient_and_keep_none(
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b"])
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
 def test_checkpointing_changes_no_gradient(teachers, conditionings, name, lora_rank):
     family, cond = teachers[name], conditionings[name]
     found = []
@@ -702,17 +773,18 @@ def test_lora_roles_share_one_base(teachers, conditionings):
 def our_sample(denoiser, schedule, steps, cond, generator):
     """What ode.py's sampler makes of the denoiser, (2, ...)."""
     family = denoiser.family
-    x_T = torch.randn(2, *family.latent_shape(), generator=generator)
+    like_stock = swapped(family, latents(family)).shape  # (2, ...)
+    x_T = swapped(family, torch.randn(like_stock, generator=generator))
     times = schedule.timesteps(steps)[:-1]  # (steps,)
-    if family.name == "tiny-sd3":  # its pipeline draws noise between steps from torch's global one
-        torch.manual_seed(11)
+    if family.schedule.prediction == "flow":  # these pipelines draw noise between steps from
+        torch.manual_seed(11)  # torch's global one
         generator = None
 
     def predict(x, t):
         return denoiser(x, t, cond)[0]
 
     def fresh():
-        return torch.randn(x_T.shape, generator=generator)
+        return swapped(family, torch.randn(like_stock, generator=generator))
 
     with torch.no_grad():
         return ode.student_sample(predict, schedule, x_T, times, fresh)
@@ -739,13 +811,10 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
         opened = {part: module for part, module in pipe.components.items() if part != "scheduler"}
         pipe.set_progress_bar_config(disable=True)
         torch.manual_seed(11)
-        theirs = pipe(
-            PROMPTS,
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(7),
-        )[0]
+        how = json.loads((folder / INDEX).read_text())["_sampling"]
+        generator = torch.Generator().manual_seed(7)
+        theirs = pipe(PROMPTS, **how, output_type="latent", generator=generator)[0]
+        theirs = swapped(family, theirs)
         again = torch.Generator().manual_seed(7)
         ours = our_sample(denoiser, schedule, steps, conditionings[name], again)
         label = f"{steps} steps"
@@ -757,6 +826,7 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
     [
         ("tiny-sd3", "height=32, width=32)"),
         ("tiny-cogvideox-2b", "height=128, width=128, num_frames=9)"),
+        ("tiny-wan", "height=64, width=64, num_frames=9)"),
     ],
 )
 def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, size):
@@ -771,7 +841,7 @@ def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, size)
     assert f'pipe("a red fox", {call})' in says and index["_teacher"] == name
 
 
-@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl"])
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl", "tiny-wan"])
 def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path, name):
     family, cond = teachers[name], conditionings[name]
     x = latents(family)

@@ -11,6 +11,7 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from torch.testing import assert_close
 
@@ -105,6 +106,27 @@ def test_flow_step_is_eulers(shift):
         s.append(scheduler.sigmas[k + 1] * 1000)
     ours = ode.FlowSchedule(shift).pf_ode_step(x, out, torch.stack(t), torch.stack(s))
     assert_close(ours, torch.cat(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_step_is_a_first_one_of_unipc(shift):
+    """Wan's stock scheduler, where no earlier step makes it of second order; and its times."""
+    x, out = batch(6, 3, 16, 8, 8)
+    t, s, theirs = [], [], []
+    schedule = ode.FlowSchedule(shift)
+    how = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    for i, k in enumerate((0, 5, 20, 40, 62, 63)):
+        scheduler = UniPCMultistepScheduler(**how)
+        scheduler.set_timesteps(64)
+        scheduler.set_begin_index(k)
+        row = slice(i, i + 1)
+        theirs.append(scheduler.step(out[row], scheduler.timesteps[k], x[row])[0])
+        t.append(scheduler.sigmas[k] * 1000)
+        s.append(scheduler.sigmas[k + 1] * 1000)
+    ours = schedule.pf_ode_step(x, out, torch.stack(t), torch.stack(s))
+    assert_close(ours, torch.cat(theirs), atol=1e-5, rtol=1e-5)
+    ends = 0.001 * 1000 * shift  # its σ spread from 1 to 0.001, not to 0, before the warp
+    assert_close(schedule.timesteps(64), scheduler.sigmas * 1000, atol=ends, rtol=0)
 
 
 def test_vp_step_is_sdxls_own_eulers():

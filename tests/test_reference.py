@@ -69,6 +69,7 @@ class Stock:
             "StableDiffusionXLPipeline": ("unet", diffusers.UNet2DConditionModel),
             "StableDiffusion3Pipeline": ("transformer", diffusers.SD3Transformer2DModel),
             "CogVideoXPipeline": ("transformer", diffusers.CogVideoXTransformer3DModel),
+            "WanPipeline": ("transformer", diffusers.WanTransformer3DModel),
         }[self.kind]
         self.net = (
             network_class.from_pretrained(self.folder, subfolder=part)
@@ -83,7 +84,9 @@ class Stock:
         if self.kind == "StableDiffusionXLPipeline":
             self.tapped = [*self.net.down_blocks, self.net.mid_block]
         else:
-            blocks = self.net.transformer_blocks  # after one, two and three quarters of them
+            is_wan = self.kind == "WanPipeline"
+            blocks = self.net.blocks if is_wan else self.net.transformer_blocks
+            # After one, two and three quarters of them.
             self.tapped = [blocks[len(blocks) * k // 4 - 1] for k in (1, 2, 3)]
         self.latent_shape = families.load_teacher(name).latent_shape()
         self.maps = {}
@@ -93,7 +96,7 @@ class Stock:
             )
 
     def process(self):
-        if self.kind == "StableDiffusion3Pipeline":
+        if self.kind in ("StableDiffusion3Pipeline", "WanPipeline"):
             return reference.Process(reference.straight_line, "flow")
         alpha_sigma = reference.variance_preserving(self.scheduler.alphas_cumprod.double())
         return reference.Process(alpha_sigma, self.scheduler.config.prediction_type, t_noise=999)
@@ -116,6 +119,8 @@ class Stock:
             args = {"added_cond_kwargs": {"text_embeds": prompt["pooled"], "time_ids": size}}
         elif self.kind == "StableDiffusion3Pipeline":
             args = {"pooled_projections": prompt["pooled"]}
+        elif self.kind == "WanPipeline":
+            x, args = x.transpose(1, 2), {}
         else:
             args = {"image_rotary_emb": self.rotary(*x.shape[-4:])}
         args |= {
@@ -124,7 +129,8 @@ class Stock:
             "return_dict": False,
         }
         latents = "sample" if self.kind == "StableDiffusionXLPipeline" else "hidden_states"
-        return functional_call(self.net, self.weights(own), (), args | {latents: x})[0]
+        out = functional_call(self.net, self.weights(own), (), args | {latents: x})[0]
+        return out.transpose(1, 2) if self.kind == "WanPipeline" else out
 
     @cache
     def rotary(self, frames, channels, height, width):
@@ -142,10 +148,11 @@ class Stock:
         """(B, channels, height, width), for video (B, channels, frames, height, width)."""
         if self.kind == "StableDiffusionXLPipeline":
             return output[0] if isinstance(output, tuple) else output
-        tokens = output[
-            1 if self.kind == "StableDiffusion3Pipeline" else 0
-        ]  # (B, positions, channels)
         patch = self.net.config.patch_size
+        if self.kind == "WanPipeline":
+            tokens, patch = output, patch[1]  # (B, positions, channels)
+        else:
+            tokens = output[1 if self.kind == "StableDiffusion3Pipeline" else 0]
         *frames, _, height, width = x.shape[1:]
         return tokens.movedim(1, 2).reshape(len(x), -1, *frames, height // patch, width // patch)
 
@@ -157,18 +164,21 @@ class Stock:
                 latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
             ).sample.double()
         first = int(chosen[0] * (latents.shape[1] - 1))
-        video = vae.decode(
-            latents[:, first : first + 2].transpose(1, 2) / vae.config.scaling_factor
-        ).sample.double()  # (B, 3, frames, ...)
+        two = latents[:, first : first + 2].transpose(1, 2)
+        if self.kind == "WanPipeline":
+            mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
+            two = (two.movedim(1, -1) * std + mean).movedim(-1, 1)
+        else:
+            two = two / vae.config.scaling_factor
+        video = vae.decode(two).sample.double()  # (B, 3, frames, ...)
         return torch.cat([video[:, :, int(u * video.shape[2])] for u in chosen[1:]])
 
     @cache
     def vae(self):
-        kind = (
-            diffusers.AutoencoderKLCogVideoX
-            if self.kind == "CogVideoXPipeline"
-            else diffusers.AutoencoderKL
-        )
+        kind = {
+            "CogVideoXPipeline": diffusers.AutoencoderKLCogVideoX,
+            "WanPipeline": diffusers.AutoencoderKLWan,
+        }.get(self.kind, diffusers.AutoencoderKL)
         return kind.from_pretrained(self.folder, subfolder="vae").eval().requires_grad_(False)
 
 
@@ -500,7 +510,8 @@ MORE_ADM = {  # for one of them
     },
 }
 ADM_CASES = [(case, model) for case in ADM for model in FAMILIES] + [
-    (case, "tiny-sd3") for case in MORE_ADM
+    *((case, "tiny-sd3") for case in MORE_ADM),
+    *((case, "tiny-wan") for case in ("k=0", "k=3")),
 ]
 
 
@@ -648,7 +659,7 @@ ADP = {
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, encoded):
     folders = {}
-    for model in FAMILIES:
+    for model in (*FAMILIES, "tiny-wan"):
         folders[model] = tmp_path_factory.mktemp("pairs") / model
         call(
             data.pairs,
@@ -677,6 +688,7 @@ def pairs(tmp_path_factory, encoded):
         ("adversaries", "tiny-cogvideox-2b"),
         ("from regression", "tiny-cogvideox-5b"),
         ("dinov2 lora", "tiny-cogvideox-5b"),
+        ("adversaries", "tiny-wan"),
     ],
 )
 def test_an_iteration_of_adp(case, model, pairs, tmp_path):

@@ -105,6 +105,7 @@ RUNS = {
     ),
     # From adp's student.
     "after adp": ("adm", {"model": "tiny-sd3", "loss": "dmd", "lr_student": 1e-3, "lr_fake": 1e-3}),
+    "wan": ("adm", {"model": "tiny-wan", "gradient_checkpointing": True, "dt": 0.25}),
     # Of one rank the embeddings are cached.
     "live": ("adm", {"model": "tiny-sd3", "embed": "live", "sample_every": 2}),
 }
@@ -415,6 +416,8 @@ def test_the_plan_is_what_ranks_hold(runs, name):
         ("sd3.5-large", 8_056_627_520, (16, 128, 128)),
         ("cogvideox-2b", 1_693_783_872, (13, 16, 60, 90)),
         ("cogvideox-5b", 5_570_283_072, (13, 16, 60, 90)),
+        ("wan-1.3b", 1_418_996_800, (21, 16, 60, 104)),
+        ("wan-14b", 14_288_491_584, (21, 16, 60, 104)),
     ],
 )
 def test_full_size_configs_are_the_published_ones(name, parameters, shape):

@@ -162,6 +162,33 @@ def test_cogvideox_adp_sees_frames(encoded, tmp_path):
     assert read_log(out)["d_accuracy_pixel"][0] is not None
 
 
+def test_wan_end_to_end(tmp_path, few_prompts):
+    """encode → pairs → adp, by both discriminators → adm of 5 frames → stock diffusers."""
+    model = "tiny-wan"
+    prompts = tmp_path / "prompts"
+    pairs = tmp_path / "pairs"
+    first = tmp_path / "adp"
+    out = tmp_path / "adm"
+    size = ["--resolution", 64, "--frames", 5]
+    flags = ["--model", model, "--prompts", few_prompts, "--out", prompts]
+    call(data.encode, data.EncodeConfig, *flags)
+    flags = ["--model", model, "--prompts", prompts, "--out", pairs, *size]
+    call(data.pairs, data.PairsConfig, *flags, "--count", 2, "--steps", 2)
+    flags = ["--iterations", 2, "--mse-iterations", 1]
+    call(adp.main, adp.Config, *adp_args(pairs, first, model), *flags)
+    assert read_log(first)["d_accuracy_pixel"][1] is not None
+    flags = ["--prompts", prompts, "--init", first, "--out", out, "--iterations", 1, *size]
+    call(adm.main, adm.Config, "--model", model, *flags, *QUICK, "--sample-every", 1)
+    assert "000001.gif" in names(out / "samples")
+    config = json.loads((out / "config.json").read_text())
+    times = [1000.0, 900.0, 750.0, 500.0]
+    assert config["student"] == {"prediction": "flow", "times": times, "renoise": True}
+    pipe = DiffusionPipeline.from_pretrained(out / "pipeline")
+    how = json.loads((out / "pipeline" / "model_index.json").read_text())["_sampling"]
+    frames = pipe("a red fox", **how).frames[0]
+    assert frames.shape == (5, 64, 64, 3)
+
+
 def test_a_run_logs_each_iteration_in_full_and_keeps_its_checkpoints(sd3_adm):
     log = read_log(sd3_adm)
     assert log.keys() > ADM_COLUMNS

@@ -75,8 +75,9 @@ def install():
     wrap(models.LatentDiscriminator, "features", lambda *args: "features of the discriminator")
     wrap(models.PixelDiscriminator, "features", pixel_phase)
     wrap(models.Discriminator, "logits", lambda *args: "heads")
-    for kind in (diffusers.AutoencoderKL, diffusers.AutoencoderKLCogVideoX):
-        wrap(kind, "decode", vae_phase)
+    vaes = ("AutoencoderKL", "AutoencoderKLCogVideoX", "AutoencoderKLWan")
+    for kind in vaes:
+        wrap(getattr(diffusers, kind), "decode", vae_phase)
     wrap(torch.Tensor, "backward", backward_phase)
     for name in ("save", "finish", "restore"):
         wrap(runtime.folder.Run, name, lambda *args, name=name, **kwargs: name)
