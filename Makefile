@@ -4,6 +4,7 @@ PYTHON ?= python3
 NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO := out/demo-$(NOW)
 TOY := out/toy-$(NOW)
+QUICK := dmd,step,adm-paper,adm-recipe,adp+dmd,adp+adm-paper
 # The images that the demo scores: of these prompts, 15 of each and 45 of "a handwritten digit".
 SAMPLE := tools/sample.py --prompts toy/digits-prompts.txt --count 255 --batch-size 85
 # ADP so short that stage 2 has work to do: its recipe has 800 iterations.
@@ -12,7 +13,7 @@ SHORT := --iterations 150 --mse-iterations 120 --ema 0 --checkpoint-every 50 --k
 .PHONY: demo test mutants rehearse toy
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python toy/run.py --iterations 300 --out $(DEMO)/toy
+	$(VENV)/bin/python toy/run.py --iterations 300 --methods $(QUICK) --out $(DEMO)/toy
 	$(VENV)/bin/python toy/plot.py $(DEMO)/toy/results.json --out $(DEMO)/toy
 	$(VENV)/bin/python data.py pairs --count 1700 --out $(DEMO)/pairs
 	$(VENV)/bin/python adp.py --pairs $(DEMO)/pairs $(SHORT) --out $(DEMO)/adp
@@ -52,7 +53,7 @@ rehearse: $(VENV)/.installed
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 500 --out $(TOY)
-	$(VENV)/bin/python toy/run.py --iterations 300 --separation 5,15,26.7 --methods dmd,adm,adp+adm --out $(TOY)/phase
+	$(VENV)/bin/python toy/run.py --iterations 300 --separation 5,15,26.7 --methods $(QUICK) --out $(TOY)/phase
 	$(VENV)/bin/python toy/plot.py $(TOY)/results.json $(TOY)/phase/results.json --out $(TOY)
 
 $(VENV)/.installed: requirements.txt

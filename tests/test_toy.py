@@ -22,7 +22,7 @@ import adp
 import toy.run as toy
 from ode import Draw, T
 from runtime.script import run
-from toy import claims, gmm, plot, why
+from toy import claims, digits_experiment, gmm, plot, why
 from toy.gmm import LINE, Mixture
 from toy.run import Config, World, train
 
@@ -186,6 +186,8 @@ TINY = {
     "batch_size": 16,
     "width": 16,
     "head_width": 8,
+    "warmup": 2,
+    "pairs": 500,
 }
 
 
@@ -209,7 +211,7 @@ def test_every_method_runs_and_trains_only_the_student(tiny, method):
         assert p.grad is None and torch.equal(p, q)
 
 
-@pytest.mark.parametrize("method", ["dmd", "adm", "step"])
+@pytest.mark.parametrize("method", toy.FEW_STEPS)
 def test_a_student_of_two_steps_trains_and_samples_in_both(tiny, method):
     """One step on its own would be shown T alone."""
     cfg, world = tiny
@@ -229,8 +231,8 @@ def test_a_student_of_two_steps_trains_and_samples_in_both(tiny, method):
 def test_a_seed_does_not_depend_on_its_neighbours(tiny):
     cfg, world = tiny
     alone = Config(**{**TINY, "seeds": 1, "first_seed": 1})
-    _, x = train(cfg, "adp+adm", world)
-    _, y = train(alone, "adp+adm", world_of(alone, 5))
+    _, x = train(cfg, "adp+adm-recipe", world)
+    _, y = train(alone, "adp+adm-recipe", world_of(alone, 5))
     assert_close(x[1], y[0], rtol=1e-3, atol=1e-3)
 
 
@@ -253,7 +255,7 @@ def test_gradients_of_a_seed_are_those_of_its_own_mean(tiny):
     "file, name, method",
     [
         (adp, "adp_iteration", "mse"),
-        (adm, "adm_round", "adm"),
+        (adm, "adm_round", "adm-paper"),
         (adm, "dmd_round", "dmd"),
         (adm, "dmd_round", "dmd2"),
         (adm, "step_round", "step"),
@@ -278,10 +280,70 @@ def test_students_learn_from_what_trains_the_big_models(tiny, file, name, method
     assert torch.equal(rested, start)
 
 
+def test_methods_have_their_own_settings_and_flags_go_before_them(tiny):
+    cfg, _ = tiny
+    paper, recipe = (toy.settled(Config(), name) for name in ("adm-paper", "adp+adm-recipe"))
+    assert (paper.dt, paper.damping, paper.ttur, paper.warmup) == (1 / 64, 0, 1, 0)
+    assert (recipe.dt, recipe.damping, recipe.ttur, recipe.warmup) == (1 / 4, 0.1, 1, 100)
+    assert toy.settled(Config(dt=0.5, ttur=4), "adm-recipe").dt == 0.5
+    assert (toy.settled(cfg, "dmd2").ttur, toy.settled(cfg, "dmd2").warmup) == (5, 2)
+
+
+def test_the_student_rests_while_discriminator_and_fake_score_warm_up(tiny):
+    """One update, at a rate of 0, after many in which the fake score learns."""
+    cfg, world = tiny
+    cfg = toy.settled(replace(cfg, warmup=5), "adm-recipe")
+    student = deepcopy(world.start).requires_grad_(True)
+    curves = toy.Curves(world, "", 1, 1)
+    net = toy.distil(cfg, "adm", world, student, 1, 1e-2, curves)
+    for p, q in zip(student.parameters(), world.start.parameters(), strict=True):
+        assert torch.equal(p, q)
+    moved = [not torch.equal(p, q) for p, q in zip(*both(net.fake, world.mlp), strict=True)]
+    assert all(moved) and curves.done == 1
+
+
+def both(*networks):
+    return [list(network.parameters()) for network in networks]
+
+
+def test_pairs_lack_the_modes_that_are_missing():
+    cfg = Config(**{**TINY, "missing": "1,3"})
+    world = world_of(cfg, 5)
+    for x_0, x_T in zip(world.x_0, world.x_T, strict=True):
+        share = gmm.shares(world.plane, x_0)
+        assert share[1] == share[3] == 0 and share[0] + share[2] > 0.95
+        made = toy.teacher_sample(
+            toy.with_guidance(world.teacher, {}, {}, 1), LINE, x_T, 64
+        )  # still each other's ends
+        assert_close(made, x_0, rtol=1e-4, atol=1e-4)
+
+
+def test_more_dimensions_are_normal_and_measured_in_the_first_two():
+    cfg = Config(**{**TINY, "dim": 5, "seeds": 1, "pairs": 4000})
+    world = world_of(cfg, 5)
+    assert world.plane.means.shape == (4, 2) and world.mixture.means.shape == (4, 5)
+    assert gmm.mode_tv(world.plane, world.x_0[0, :, :2]) < 0.05
+    assert_close(world.x_0[0, :, 2:].std(0), torch.full((3,), 0.3), rtol=0.05, atol=0)
+    runs, x = train(cfg, "adp+step", world)
+    assert x.shape == (1, toy.SAMPLES, 5)
+    assert runs[0]["tv"] == pytest.approx(gmm.mode_tv(world.plane, x[0, :, :2]))
+
+
+def test_a_student_may_be_smaller_than_all_others():
+    cfg = Config(**{**TINY, "student_width": 8})
+    world = world_of(cfg, 5)
+    student = deepcopy(world.start).requires_grad_(True)
+    curves = toy.Curves(world, "", 6, 6)
+    net = toy.distil(toy.settled(cfg, "adm-recipe"), "adm", world, student, 6, 1e-3, curves)
+    widths = [network.hidden[0].weight.shape[2] for network in (net.student, net.fake)]
+    assert widths == [8, 16] and net.discriminator.backbone is world.mlp
+
+
 def test_stage_2_takes_the_gradient_of_adm_round(tiny):
     """Of one seed alone, with what it starts from made by hand."""
     cfg, world = tiny
-    runs, _ = train(cfg, "adm", world)
+    cfg = toy.settled(replace(cfg, warmup=0), "adm-recipe")
+    runs, _ = train(cfg, "adm-recipe", world)
     student = deepcopy(world.mlp).requires_grad_(True)
     fake = deepcopy(student)
     D = toy.NoisyDiscriminator(Draw((5,), world.seeds), world.mlp, cfg.head_width)
@@ -326,6 +388,10 @@ def test_bad_mixture_files(tmp_path, capsys, fields, word):
         (("--separation", "-1"), "separation"),
         (("--separation", "5,far"), "far"),
         (("--dt", "0"), "dt"),
+        (("--dim", "1"), "dim"),
+        (("--warmup", "-1"), "warmup"),
+        (("--missing", "9"), "missing"),
+        (("--missing", "one"), "missing"),
         (("--teacher", "best"), "best"),
         (("--no-such", "1"), "--no-such"),
     ],
@@ -365,7 +431,7 @@ def test_the_command_writes_results_and_samples_and_they_can_be_drawn(tmp_path, 
 
     plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
     written = {f.name for f in tmp_path.iterdir()}
-    assert {f"results{part}.png" for part in ("", "-curves", "-dmd-loss", "-gradient")} <= written
+    assert {f"results{part}.png" for part in ("", "-curves", "-dmd-loss")} <= written
     assert {"phase.png", "samples.npz"} <= written
 
 
@@ -389,7 +455,7 @@ def test_dmdx_covers_every_mode_of_a_small_mixture():
     world = world_of(cfg, 1000)
     start = toy.sample(world, world.mlp)[0]  # the teacher in one step: where DMD starts
     assert gmm.modes_covered(world.mixture, start) < 4
-    runs, _ = train(cfg, "adp+adm", world)
+    runs, _ = train(cfg, "adp+adm-paper", world)
     assert [r["modes_covered"] for r in runs] == [4, 4, 4]
     assert max(r["tv"] for r in runs) < 0.3
 
@@ -432,6 +498,88 @@ def test_verdicts_are_paired_and_a_tie_is_a_tie():
     assert claims.paired(base, base) == "tie"
 
 
+def test_other_thresholds():
+    ones = np.ones(5)
+    assert claims.more(ones + 1, ones + 0.1 * np.arange(5)) == "holds"
+    assert claims.alike(ones, ones + 0.01, ones - 0.02) == "holds"
+    assert claims.alike(ones, ones + 0.03) == "does not hold"
+    assert claims.half(0.5 * ones) == "holds"
+    assert claims.half(np.array([0.9, 0.9, 0.4])) == "does not hold"
+    history = [{"tv": 1}] + [{"dmd_loss": x} for x in (3, 3, 1, 1, 0.5, 0.5)]
+    assert claims.thirds({"history": history}) == (3, 0.5)
+    row = {"mixture": "two-far", "shares": [0.2, 0.6, 0.2]}
+    assert claims.least_share(row) == pytest.approx(0.8)  # of weights 1/4 and 3/4: 0.8 and 0.8
+
+
+def test_every_claim_is_about_runs_that_there_are():
+    for claim in claims.CLAIMS:
+        for name in claim.runs:
+            regime, _, label = name.rpartition("/")
+            regime = regime or claim.regime
+            known = digits_experiment.METHODS
+            if regime != "digits":
+                known = (*claims.REGIMES[regime].methods, *claims.REGIMES[regime].runs)
+            assert label in known, claim
+        assert {claim.measure, *claim.measures} <= claims.MEASURES.keys()
+
+
+def test_a_regime_is_searched_run_judged_and_goes_on_where_it_was(tmp_path, capsys):
+    settings = {name: value for name, value in TINY.items() if name not in ("seeds", "mixture")}
+    regime = claims.Regime("tiny", settings, ("dmd", "step"), runs={"fast": ("dmd", {"dt": 0.5})})
+    claim = claims.Claim("step wins", "small", ("step", "dmd"))
+    tiny = mock.patch.multiple(claims, REGIMES={"small": regime}, CLAIMS=[claim])
+    argv = ["--mixture=ring8-rare", f"--results={tmp_path}"]
+    with tiny, mock.patch.multiple(toy, TEACHER=5, SAMPLES=1000):
+        claims.main(["run", "small", *argv])
+        first = (tmp_path / "small.json").read_text()
+        with mock.patch.object(toy, "train", side_effect=AssertionError("nothing is missing")):
+            claims.main(["run", "small", *argv])
+        capsys.readouterr()
+        claims.main(["judge", *argv])
+    results = json.loads(first)
+    assert (tmp_path / "small.json").read_text() == first
+    assert set(results["rates"]) == {"dmd", "step"} and len(results["search"]["dmd"]) >= 2
+    names = [(row["name"], row["seed"]) for row in results["runs"]]
+    assert names == [(name, seed) for name in ("dmd", "step", "fast") for seed in range(20, 25)]
+    said = capsys.readouterr().out
+    verdict = claims.less(
+        *(np.array([r["tv"] for r in results["runs"] if r["name"] == n]) for n in claim.runs)
+    )
+    assert f"| first < second, paired | {verdict} |" in said
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (("run", "nowhere"), "nowhere"),
+        (("run", "small", "--mixture", "grid25"), "--results"),
+        (("run", "long", "--results", "empty"), "headline"),
+    ],
+)
+def test_claims_refuses_with_one_line(tmp_path, monkeypatch, capsys, argv, word):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        claims.main(list(argv))
+    assert e.value.code == 2
+    assert word in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_the_page_is_what_judge_makes_of_the_results():
+    page = claims.PAGE.read_text()
+    assert page.partition(claims.TABLES)[2]
+    assert page.endswith(claims.page(claims.RESULTS) + "\n")
+
+
+def test_rates_are_those_of_the_search():
+    """And no search ended at the greatest of its rates."""
+    assert claims.opened(claims.RESULTS, "headline")["rates"] == toy.RATES
+    for regime in claims.REGIMES:
+        results = claims.opened(claims.RESULTS, regime)
+        for method, trials in results["search"].items():
+            best = min(trials, key=lambda rate: np.mean(trials[rate]))
+            assert float(best) == results["rates"][method] < max(map(float, trials))
+
+
 def test_total_variation_is_bounded_where_reverse_kl_is_not():
     """Two unit Gaussians m apart: KL = m²/2, TV = 2 Φ(m/2) − 1."""
     x = torch.linspace(-12, 18, 6001)[:, None]
@@ -466,6 +614,7 @@ def test_the_curves_of_weight_are_the_steps_own():
 def test_how_a_discriminator_follows_is_measured(tiny):
     """Of one that is linear and climbs along the gap, which is the same everywhere here."""
     cfg, world = tiny
+    cfg = toy.settled(cfg, "adm-recipe")
     gap = torch.tensor([0.2, -0.1])  # x_real − x_fake = (v_fake − v_real) Δt / T
     net = adm.Players(
         lambda x, t, cond: (torch.zeros_like(x), []),

@@ -11,12 +11,9 @@ The teacher anew, seeded, and its samples, and the CLIP (minutes):
     python toy/digits.py samples
     python toy/digits.py clip
 
-What D learns of a student that rests; what each step of a student makes; how much the measure owes
-to one set of noises; how near its teacher a student comes in each stage, drawn:
+What D learns of a student that rests; how near its teacher a student comes in each stage, drawn:
 
     python toy/digits.py diagnose out/adp
-    python toy/digits.py steps out/adm
-    python toy/digits.py noises out/adp out/adm
     python toy/digits.py gain out/adp out/adm gain.png
 
 The experiment and the README's tables and pictures of it (hours):
@@ -37,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runtime.script import quiet
 from runtime.settings import BadInput, require
 from toy.digits_clip import clip
-from toy.digits_diagnosis import diagnose, noises, steps_apart
+from toy.digits_diagnosis import diagnose
 from toy.digits_experiment import SECOND_STAGES, experiment, levers, search
 from toy.digits_report import gain, picture, readme
 from toy.digits_samples import samples
@@ -51,8 +48,6 @@ COMMANDS = {
     "samples": (samples, {}),
     "clip": (clip, {}),
     "diagnose": (diagnose, {"init": {}}),
-    "steps": (steps_apart, {"folder": {}}),
-    "noises": (noises, {"runs": ANY_NUMBER}),
     "gain": (gain, {"first": {}, "second": {}, "out": {}}),
     "search": (search, {"methods": {**ANY_NUMBER, "choices": SECOND_STAGES}}),
     "experiment": (experiment, SEEDS),

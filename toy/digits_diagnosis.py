@@ -1,8 +1,7 @@
-"""Diagnoses: what D learns, what each of a student's steps makes, how much the noises matter."""
+"""A diagnosis: what D learns of a student that rests."""
 
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,8 +12,7 @@ from ode import Draw, T, with_guidance
 from runtime.files import read_json, write_json
 from runtime.folder import starting_point
 from toy.digits_experiment import HOME, execute, read_weights
-from toy.digits_measure import NUMBERS
-from toy.digits_samples import RESULTS, judge, open_run, opened, sample, table, teacher_samples
+from toy.digits_samples import RESULTS, opened, table
 from toy.digits_teacher import PROMPTS
 
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
@@ -100,36 +98,3 @@ def players(folder, family, cfg):
     return adm.Players(
         teacher, student, fake, discriminator, *schedules, times, shape, cfg.guidance
     )
-
-
-def steps_apart(folder):
-    """Prints what each step of a run's student makes, measured as if it were the last.
-
-    One f_ψ for all steps learns their mixture.
-    """
-    family = load_teacher("digits")
-    teacher = teacher_samples(family)
-    student, schedule, steps = open_run(folder, family)
-    rows = {}
-    for k in range(1, steps + 1):
-        x = sample(family, student, schedule, steps, 0, NUMBERS, upto=k)  # (1000, 3, 32, 32)
-        rows[f"step {k} of {steps}"] = judge(x, teacher)
-    print("\n".join(table(rows)))
-
-
-def noises(runs):
-    """Prints fd and coverage of runs on five sets of noises: mean ± standard deviation.
-
-    It says how far one set of noises goes.
-    """
-    family = load_teacher("digits")
-    teacher = teacher_samples(family)
-    for folder in runs:
-        student = open_run(folder, family)
-        keys = (0, 2, 3, 4, 5)  # 1 is the reference's
-        rows = [judge(sample(family, *student, key, NUMBERS), teacher) for key in keys]
-        cells = []
-        for name in ("fd", "coverage"):
-            values = [row[name] for row in rows]
-            cells.append(f"{name} {np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}")
-        print(folder, *cells, sep="   ")

@@ -33,7 +33,6 @@ WARMUP = recipes.ADM["digits"]["warmup"]
 POINTS = 3  # of a curve, after its start
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
-FOUR_STEPS = (3, 4, 5)  # seeds of what takes four steps: as registered in toy/claims.py
 SEARCH_SEED = 100
 NOTHING = {"rates": {}, "trials": []}
 PAPER = "adm.py --paper --head-width 64"  # as written, but for the width of the heads
@@ -151,8 +150,8 @@ def curve(folder):
     At its start and at its checkpoints, the last of which is its end; of the average of the
     student's weights, where there is one.
     """
-    log = read_log(folder)
     init = read_json(folder / "config.json", "run", "config")["config"].get("init", "teacher")
+    log = read_log(folder)
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     student, schedule, steps = open_run(folder, family)
@@ -211,9 +210,13 @@ def search(methods=()):
 def experiment(seeds=()):
     """results/digits.json: what it lacks of every method with these seeds (default: its own)."""
     for method in METHODS:
-        own = FOUR_STEPS if method.endswith("four steps") else SEEDS
-        for seed in seeds or own:
+        for seed in seeds or seeds_of(method):
             keep(method, seed, DIGITS_JSON)
+
+
+def seeds_of(method):
+    """Those that a method is judged by: what takes four steps was registered with fresh ones."""
+    return (3, 4, 5) if method.endswith("four steps") else SEEDS
 
 
 def levers(seeds=()):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from families import load_teacher
 from runtime.files import read_json
-from toy.digits_experiment import DIGITS_JSON, LEVERS_JSON, METHODS, curve
+from toy.digits_experiment import DIGITS_JSON, LEVERS_JSON, METHODS, curve, seeds_of
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
@@ -92,7 +92,8 @@ def picture():
     for kind in ("teacher, 28 steps", "teacher, 1 step"):
         rows[kind] = of_teacher(family, kind, numbers)
     for method in METHODS:
-        (run,) = [run for run in runs if (run["method"], run["seed"]) == (method, 0)]
+        first = method, seeds_of(method)[0]
+        (run,) = [run for run in runs if (run["method"], run["seed"]) == first]
         student = open_run(run["command"].split()[-1], family)
         rows[method] = sample(family, *student, 0, numbers)
     sheet(rows, RESULTS / "digits.png")

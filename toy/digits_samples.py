@@ -14,8 +14,8 @@ from ode import Draw, student_sample, teacher_sample, with_guidance
 from runtime.files import read_json
 from runtime.folder import starting_point
 from runtime.settings import require
-from toy.digits_measure import NUMBERS, look, measure
-from toy.digits_teacher import PROMPTS, write_readme
+from toy.digits_measure import LABELS, NUMBERS, look, measure, shares
+from toy.digits_teacher import ANY_DIGIT, NAMES, PROMPTS, write_readme
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -34,16 +34,13 @@ KINDS = {
 
 
 @torch.no_grad()
-def sample(
-    family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100, upto=None
-):
+def sample(family, denoiser, schedule, steps, key, numbers, guidance=None, batch_size=100):
     """Images (N, 3, 32, 32) of PROMPTS[numbers], from noises that depend on `key` alone.
 
-    By the student's sampler, or with `guidance` by the teacher's PF-ODE. upto: how many of the
-    student's steps are gone, default all.
+    By the student's sampler, or with `guidance` by the teacher's PF-ODE.
     """
     cond, vae = opened(family)
-    times = schedule.timesteps(steps)[:-1][:upto]  # (steps,), or the first of them
+    times = schedule.timesteps(steps)[:-1]  # (steps,)
     images = []
     starts = range(0, len(numbers), batch_size)
     for at in tqdm(starts, f"{steps} steps", disable=None, leave=False):
@@ -109,7 +106,17 @@ def samples():
     family = load_teacher("digits")
     made = {name: look(of_teacher(family, name, NUMBERS)) for name in KINDS}  # (1000, 32) each
     save_file(made, SAMPLES, {"weights_sha256": family.weights_sha256})
-    write_readme("\n".join(teacher_table(family)))
+    write_readme("\n".join([*teacher_table(family), "", *histogram(family)]))
+
+
+def histogram(family):
+    """Lines of a table: which digits the teacher draws where it is asked for any, in percent."""
+    teacher = teacher_samples(family)
+    lines = [f'| "{PROMPTS[ANY_DIGIT]}" | {" | ".join(NAMES)} |', "| --- " * 11 + "|"]
+    for name in ("teacher, 28 steps", "teacher, 28 steps, no CFG"):
+        percent = 100 * shares(teacher[name][len(LABELS) :])  # (10,)
+        lines.append(f"| {name} | {' | '.join(f'{x:.0f}' for x in percent.tolist())} |")
+    return lines
 
 
 def teacher_table(family):

@@ -1,12 +1,12 @@
 """Pictures of toy/run.py's and toy/claims.py's results, from their .json files alone.
 
     python toy/plot.py out/toy/results.json --out out/toy
-    python toy/plot.py toy/results/{headline,grid25,phase,ablations}.json --out toy/results
+    python toy/plot.py toy/results/headline.json toy/results/separation-*.json --out toy/results
 
-Each file gives what it can: <file>.png (target and every method's samples), <file>-curves.png (TV
-and modes covered), <file>-dmd-loss.png and <file>-gradient.png; all files together phase.png if
-they hold several separations, and ablations.png if they hold named runs. divergences.png needs no
-file. toy/gmm.py defines TV and modes covered.
+Each file that holds training curves gives <file>.png (target and every method's samples),
+<file>-curves.png (TV and modes covered) and <file>-dmd-loss.png; all files together phase.png if
+they hold several separations. divergences.png needs no file. toy/gmm.py defines TV and modes
+covered.
 """
 
 import argparse
@@ -24,31 +24,36 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toy.gmm import Mixture, divergences
+from toy.gmm import Mixture, divergences, load_mixture
+from toy.run import fresh
 
 COLOUR = {
     "mse": "tab:brown",
     "adp": "tab:green",
     "dmd": "tab:red",
-    "adm": "tab:orange",
-    "adp+dmd": "tab:purple",
-    "adp+adm": "tab:blue",
-    "dmd2": "tab:pink",
     "step": "tab:olive",
+    "adm-paper": "tab:orange",
+    "adm-recipe": "gold",
+    "dmd2": "tab:pink",
+    "adp+dmd": "tab:purple",
     "adp+step": "tab:cyan",
+    "adp+adm-paper": "tab:blue",
+    "adp+adm-recipe": "black",
 }
 # Where lines coincide, a broken one shows what is under it.
-STYLE = {"mse": "-", "adp": "--", "adp+dmd": "-", "adp+adm": (0, (2, 2)), "dmd2": "-."}
+STYLE = {"adp": "--", "adp+adm-paper": (0, (2, 2)), "adp+adm-recipe": ":", "dmd2": "-."}
 TITLE = {
-    "mse": "MSE (A1)",
+    "mse": "regression (A1)",
     "adp": "ADP (A5)",
     "dmd": "DMD (B2)",
-    "adm": "ADM (B1)",
-    "adp+dmd": "ADP + DMD (B3)",
-    "adp+adm": "DMDX: ADP + ADM (B4)",
-    "dmd2": "DMD2",
     "step": "step (ours)",
+    "adm-paper": "ADM as published (B1)",
+    "adm-recipe": "ADM, our recipe",
+    "dmd2": "DMD2",
+    "adp+dmd": "ADP + DMD (B3)",
     "adp+step": "ADP + step (ours)",
+    "adp+adm-paper": "DMDX as published (B4)",
+    "adp+adm-recipe": "DMDX, our recipe",
 }
 
 
@@ -68,9 +73,9 @@ def seeds(runs):
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def first_world(results):
-    """The runs of the file's first separation."""
-    return next(iter(by(results["runs"], "mixture", "separation").values()))
+def as_they_are(runs):
+    """Those of toy/claims.py that are named otherwise than their method have other settings."""
+    return [r for r in runs if r.get("name", r["method"]) == r["method"]]
 
 
 def legend_below(figure, ax):
@@ -81,22 +86,23 @@ def legend_below(figure, ax):
         figure.legend(handles, labels, ncols=min(4, len(labels)), frameon=False, **where)
 
 
-def headline(results):
+def samples(runs):
     """Target and each method's samples of the first seed; the numbers are means over seeds."""
-    runs = first_world(results)
     groups = by(runs, "method")
+    mixture = load_mixture(runs[0]["mixture"], runs[0]["separation"])
+    target = fresh(mixture, 0)[:1000].numpy()  # (1000, 2)
     panels = 1 + len(groups)
     columns = 4 if panels > 6 else min(3, panels)
     rows = -(-panels // columns)
     size = (3 * columns, 3.45 * rows + 0.4)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    limit = 1.25 * np.abs(results["target"]).max()
+    limit = 1.25 * np.abs(target).max()
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, ("target", *groups), strict=False):
         ax.set_axis_on()
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
-        points, colour, title = results["target"], "black", "target"
+        points, colour, title = target, "black", "target"
         if name != "target":
             group = groups[name]
             points, colour, title = group[0]["points"], COLOUR[name], TITLE[name]
@@ -110,12 +116,12 @@ def headline(results):
     return figure
 
 
-def bands(ax, groups, field, wanted=lambda point: True):
+def bands(ax, groups, field):
     """Mean over seeds of a history's field and a band from least to greatest, a line a method."""
     for name, runs in groups.items():
         of_seeds = []
         for r in runs:
-            of_seeds.append([p for p in r["history"] if field in p and wanted(p)])
+            of_seeds.append([p for p in r["history"] if field in p])
         if not of_seeds[0]:
             continue
         x = [p["iteration"] for p in of_seeds[0]]
@@ -134,9 +140,8 @@ def log_axis(ax):
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def curves(results):
+def curves(runs):
     """TV and modes covered while the students train."""
-    runs = first_world(results)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     log_axis(axes[0])
     for ax, field, label in zip(
@@ -149,11 +154,10 @@ def curves(results):
     return figure
 
 
-def dmd_loss(results):
+def dmd_loss(runs):
     """The loss that ADM logs and never optimises."""
-    runs = first_world(results)
     groups = by(runs, "method")
-    wanted = ("dmd", "adp+dmd", "adm", "adp+adm")
+    wanted = ("dmd", "adm-paper", "adm-recipe", "adp+dmd", "adp+adm-paper", "adp+adm-recipe")
     figure, ax = plt.subplots(figsize=(7, 4.5))
     log_axis(ax)
     bands(ax, {name: groups[name] for name in wanted if name in groups}, "dmd_loss")
@@ -163,73 +167,37 @@ def dmd_loss(results):
     return figure
 
 
-def gradient(results):
-    """The student's gradient norm in stage 2, with and without ADP.
-
-    The two losses have different units: compare shapes.
-    """
-    runs = first_world(results)
-    groups = by(runs, "method")
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for ax, pair in zip(axes, (("dmd", "adp+dmd"), ("adm", "adp+adm")), strict=True):
-        log_axis(ax)
-        chosen = {name: groups[name] for name in pair if name in groups}
-        bands(ax, chosen, "grad_norm", wanted=lambda point: "dmd_loss" in point)
-        ax.set_ylabel("student's gradient norm")
-        if ax.lines:
-            ax.legend(loc="lower left")
-    figure.suptitle(f"lines: mean over {seeds(runs)}; bands: their range", fontsize=11)
-    return figure
+START = {"": "from the teacher", "adp+": "after ADP"}
 
 
 def phase(runs):
-    """TV and modes covered at each separation, a bar a method: as lines, half of them coincide."""
-    figure, axes = plt.subplots(2, 1, figsize=(11, 6.5), sharex=True)
-    separations = sorted(by(runs, "separation"))
-    groups = by(runs, "method")
-    width = 0.8 / len(groups)
-    for ax, field, label in zip(
-        axes, ("tv", "modes_covered"), ("TV", "modes covered"), strict=True
-    ):
-        for i, (name, group) in enumerate(groups.items()):
+    """TV at each separation, a line a method: from the teacher, and after ADP."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    places = {s: x for x, s in enumerate(sorted(by(runs, "separation")))}
+    for ax, (first, title) in zip(axes, START.items(), strict=True):
+        shown = {}
+        for name, group in by(runs, "method").items():
+            from_adp = name in ("mse", "adp") or name.startswith("adp+")
+            if from_adp == bool(first):
+                shown[name] = group
+        for i, (name, group) in enumerate(shown.items()):
             at = by(group, "separation")
-            values = [[r[field] for r in at[s]] for s in separations if s in at]
-            x = [k for k, s in enumerate(separations) if s in at]
-            mean, sd = np.array([(np.mean(v), np.std(v, ddof=len(v) > 1)) for v in values]).T
-            shifted = np.array(x) + (i - (len(groups) - 1) / 2) * width
-            bar = {"color": COLOUR[name], "label": TITLE[name], "capsize": 2}
-            ax.bar(shifted, mean, width, yerr=sd, error_kw={"lw": 1}, **bar)
-        ax.set_ylabel(label)
-    axes[1].set_xticks(range(len(separations)), [f"{s:.3g}" for s in separations])
-    axes[1].set_xlabel("separation of the modes: radius / σ")
+            tv = [[r["tv"] for r in at[s]] for s in sorted(at)]
+            x = [places[s] + 0.08 * (i - (len(shown) - 1) / 2) for s in sorted(at)]
+            sd = [np.std(values, ddof=len(values) > 1) for values in tv]
+            look = {"color": COLOUR[name], "marker": "o", "capsize": 3, "lw": 1.8, "ms": 5}
+            ax.errorbar(x, [np.mean(v) for v in tv], sd, label=TITLE[name], **look)
+        ax.set_title(title, fontsize=12)
+        ax.set_xlabel("separation of the modes: radius / σ")
+        ax.set_xticks(list(places.values()), [f"{s:.3g}" for s in places])
+        ax.grid(axis="y", alpha=0.3)
+        if shown:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+            ax.legend(ncols=3, frameon=False, fontsize=9, **below)
+    axes[0].set_ylabel("TV (0 is perfect)")
     updates = runs[0]["iterations"]
-    said = f"mean over {seeds(runs)} after {updates} updates; thin lines: ± one sd"
-    axes[0].set_title(said, fontsize=11)
-    legend_below(figure, axes[0])
-    return figure
-
-
-def ablations(runs):
-    """One bar a named run, its TV."""
-    groups = by(runs, "name")
-    figure, ax = plt.subplots(figsize=(8, 0.32 * len(groups) + 1.4))
-    seen = set()
-    for i, group in enumerate(groups.values()):
-        method = group[0]["method"]
-        tv = [r["tv"] for r in group]
-        mean, sd = np.mean(tv), np.std(tv, ddof=len(tv) > 1)
-        label = None if method in seen else TITLE[method]
-        seen.add(method)
-        ax.barh(i, mean, xerr=sd, capsize=2, color=COLOUR[method], label=label)
-        modes = np.mean([r["modes_covered"] for r in group])
-        said = f"{mean:.3f}, {modes:g} modes"
-        ax.text(mean + sd + 0.005, i, said, va="center", fontsize=9)
-    ax.set_yticks(range(len(groups)), list(groups))
-    ax.invert_yaxis()
-    greatest = max(np.mean([r["tv"] for r in group]) for group in groups.values())
-    said = f"TV (mean over {seeds(runs)}; thin lines: ± one sd), modes covered"
-    ax.set(xlabel=said, xlim=(0, 1.3 * greatest + 0.05))
-    legend_below(figure, ax)
+    what = f"mean over {seeds(runs)} after {updates:,} updates; bars: ± one sd"
+    figure.suptitle(f"One step. {what}; points are moved aside a little", fontsize=11)
     return figure
 
 
@@ -275,12 +243,11 @@ def divergence():
     return figure
 
 
-def of_file(name, results):
-    """{picture's name: figure} of one results file that draws samples."""
-    pictures = {name: headline(results), f"{name}-curves": curves(results)}
-    if any("dmd_loss" in p for r in results["runs"] for p in r["history"]):
-        pictures[f"{name}-dmd-loss"] = dmd_loss(results)
-        pictures[f"{name}-gradient"] = gradient(results)
+def of_file(name, runs):
+    """{picture's name: figure} of one file's runs with their curves and samples."""
+    pictures = {name: samples(runs), f"{name}-curves": curves(runs)}
+    if any("dmd_loss" in p for r in runs for p in r["history"]):
+        pictures[f"{name}-dmd-loss"] = dmd_loss(runs)
     return pictures
 
 
@@ -290,24 +257,20 @@ def main(argv=None):
     parser.add_argument("files", nargs="+", help="results.json of a run, or files of toy/results/")
     parser.add_argument("--out", default="out/toy", help="folder of the pictures")
     args = parser.parse_args(argv)
-    runs, pictures = [], {"divergences": divergence()}
+    everything, pictures = [], {"divergences": divergence()}
     for path in map(Path, args.files):
         try:
-            results = json.loads(path.read_text())
-            runs += results["runs"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            what = f"no results file of toy/run.py ({type(e).__name__})"
+            runs = as_they_are(json.loads(path.read_text())["runs"])
+            first = next(iter(by(runs, "mixture", "separation").values()))
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
+            what = f"no results file of toy/run.py or toy/claims.py ({type(e).__name__})"
             parser.exit(2, f"plot.py: {path} is {what}\n")
-        if "target" in results and results["runs"]:
-            pictures = of_file(path.stem, results) | pictures  # of one name, the first is drawn
-    plain = [r for r in runs if "name" not in r]
-    for group in by(plain, "mixture").values():
+        everything += runs
+        if "history" in first[0]:
+            pictures = of_file(path.stem, first) | pictures  # of one name, the first is drawn
+    for group in by(everything, "mixture", "iterations").values():
         if len(by(group, "separation")) > 1:
-            # At one separation only runs of the same length belong together.
-            least = min(r["iterations"] for r in group)
-            pictures["phase"] = phase([r for r in group if r["iterations"] == least])
-    if len(plain) < len(runs):
-        pictures["ablations"] = ablations([r for r in runs if "name" in r])
+            pictures["phase"] = phase(group)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         figure.tight_layout()

@@ -28,7 +28,7 @@ from models import accuracy
 from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.settings import BadInput
-from toy.claims import SEARCH_SEEDS, least, paired
+from toy.claims import SEARCH_SEEDS, header, least, paired, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.run import Config, Curves, Noise, World
 
@@ -285,10 +285,6 @@ def tables():
     )
 
 
-def header(*cells):
-    return [f"| {' | '.join(cells)} |", "| --- " * len(cells) + "|"]
-
-
 def tv(steps):
     """TV by method and Δt."""
     start = read_json(FILE, "results", "untrained")["untrained"][f"{steps}"]["mode_tv"]
@@ -297,7 +293,7 @@ def tv(steps):
     for name in METHODS:
         cells = [pm(row["mode_tv"]) for row in rows_of(name, steps)]
         cells += [""] * (len(PARTS) - len(cells))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(row_of((name, *cells)))
     return lines
 
 
@@ -310,7 +306,7 @@ def followers():
             for row in rows_of(name, steps):
                 length = f"{row['length']:.2g}"
                 cells.append(f"{row['cosine']:.2f}, {length}, {row['linear']:.2f}")
-            lines.append(f"| {name}; {many(steps)} | {' | '.join(cells)} |")
+            lines.append(row_of((f"{name}; {many(steps)}", *cells)))
     return lines
 
 
@@ -326,7 +322,7 @@ def races():
             cells = [pm(values) for values in found.values()]
             what = name if name == "DMD" else f"{name}, T/{part}"
             dmds = dmds or best  # the first of a race
-            lines.append(f"| {what}; {many(steps)} | {' | '.join(cells)} | {against(best, dmds)} |")
+            lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
     return lines
 
 
@@ -340,7 +336,7 @@ def levers():
         modes = ", ".join(f"{n}" for n in row["modes_covered"])
         verdict = against(row["mode_tv"], dmd["mode_tv"])
         cells = (name, pm(row["mode_tv"]), modes, cosine, f"{row['rate']:g}", verdict)
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row_of(cells))
     return lines
 
 
