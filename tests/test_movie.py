@@ -99,7 +99,7 @@ def test_a_small_recording_of_digits_moves(tmp_path):
         height, width = expected.shape
         left, below = movie.CORNER
         shown = frame[len(frame) - below - height : len(frame) - below, left : left + width]
-        assert np.abs(shown - expected[..., None]).max() <= 5  # 32 levels of grey
+        assert np.abs(shown - expected[..., None]).max() < 255 / 31  # one of its 32 greys
 
 
 def test_recorded_students_are_trained_as_the_experiments(tmp_path):
