@@ -172,7 +172,7 @@ START = {"": "from the teacher", "adp+": "after ADP"}
 
 def phase(runs):
     """TV at each separation, a line a method: from the teacher, and after ADP."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
     places = {s: x for x, s in enumerate(sorted(by(runs, "separation")))}
     for ax, (first, title) in zip(axes, START.items(), strict=True):
         shown = {}
@@ -194,10 +194,12 @@ def phase(runs):
         if shown:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
             ax.legend(ncols=3, frameon=False, fontsize=9, **below)
-    axes[0].set_ylabel("TV (0 is perfect)")
+    for ax in axes:
+        ax.set_ylabel("TV (0 is perfect)")
+        ax.set_ylim(0, None)
     updates = runs[0]["iterations"]
     what = f"mean over {seeds(runs)} after {updates:,} updates; bars: ± one sd"
-    figure.suptitle(f"One step. {what}; points are moved aside a little", fontsize=11)
+    figure.suptitle(f"one step; {what}; points are moved aside a little", fontsize=11)
     return figure
 
 
