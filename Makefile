@@ -53,7 +53,7 @@ rehearse: $(VENV)/.installed
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/python toy/run.py --iterations 500 --out $(TOY)
-	$(VENV)/bin/python toy/run.py --iterations 300 --separation 5,15,26.7 --methods $(QUICK) --out $(TOY)/phase
+	$(VENV)/bin/python toy/run.py --iterations 300 --separation 5,15,26.7 --methods dmd,adm-paper,adp+adm-paper --out $(TOY)/phase
 	$(VENV)/bin/python toy/plot.py $(TOY)/results.json $(TOY)/phase/results.json --out $(TOY)
 
 $(VENV)/.installed: requirements.txt
