@@ -37,7 +37,7 @@ from toy.digits_report import SHOWN
 from toy.digits_samples import GUIDANCE, RESULTS, open_run, sample
 from toy.gmm import LINE, mode_tv, modes_covered
 
-SMALL = {"fontsize": 9.5}
+SMALL = {"fontsize": 9}
 
 # --- On the mixture -------------------------------------------------------------------------------
 
