@@ -291,6 +291,7 @@ class Family:
         are missing, or of another shape.
         """
         if device is not None and torch.device(device).type == "meta":
+            net.to("meta")  # peft's adapters are made on the CPU
             return
         saved = net.state_dict().keys()  # some buffers are in no file
         try:
