@@ -66,6 +66,12 @@ def separated(separation):
     return Regime(about, settings, rates="headline")
 
 
+def few_pairs(n):
+    about = f"16 dimensions, {n:,} ODE pairs"
+    runs = {"adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4})}
+    return Regime(about, {"dim": 16, "pairs": n}, ("mse", "adp", *FROM_ADP), runs=runs)
+
+
 REGIMES = {
     "headline": Regime(
         "one step, 1,000 updates, modes 26.7σ from the centre",
@@ -89,18 +95,8 @@ REGIMES = {
         runs={"adm-recipe, TTUR 4": ("adm-recipe", {"ttur": 4})},
     ),
     "two-steps": Regime("two steps from the teacher", {"student_steps": 2}, FROM_TEACHER),
-    "pairs-128": Regime(
-        "16 dimensions, 128 ODE pairs",
-        {"dim": 16, "pairs": 128},
-        ("mse", "adp", *FROM_ADP),
-        runs={"adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4})},
-    ),
-    "pairs-1024": Regime(
-        "16 dimensions, 1,024 ODE pairs",
-        {"dim": 16, "pairs": 1024},
-        ("mse", "adp", *FROM_ADP),
-        runs={"adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4})},
-    ),
+    "pairs-128": few_pairs(128),
+    "pairs-1024": few_pairs(1024),
     "missing": Regime(
         "no ODE pairs of two modes, of weight 1/16 and 4/16",
         {"missing": "2,7"},

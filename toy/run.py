@@ -464,7 +464,8 @@ class World:
             iterations = round(cfg.adp_share * cfg.iterations)
             regression = round(cfg.mse_share * iterations)
             curves = Curves(self, "adp first", cfg.iterations, iterations)
-            pretrain(cfg, self, student, iterations, regression, *key[:2], curves)
+            of_both = rates["mse"], rates["adp"]
+            pretrain(cfg, self, student, iterations, regression, *of_both, curves)
             seconds = time.perf_counter() - began
             self.adp[key] = student, curves.points, iterations, seconds
         return deepcopy(self.adp[key])
