@@ -40,6 +40,7 @@ class Notes:
         self.conditions = Counter()  # what the roles are shown of a prompt
         self.encoders = Counter()  # of text: their parameters and buffers
         self.iterations = []
+        self.pictured = None  # bytes there, right after the last picture
 
     def as_json(self):
         counted = ("parameters", "buffers", "gradients", "times", "conditions", "encoders")
@@ -48,6 +49,7 @@ class Notes:
             "reduced": sorted(self.watch.reduced),
             "held": self.held,
             "iterations": self.iterations,
+            "pictured": self.pictured,
             "end": figures(self.watch),
         }
 
@@ -83,6 +85,7 @@ def install():
         wrap(runtime.folder.Run, name, lambda *args, name=name, **kwargs: name)
     for name in ("draw", "batch"):
         wrap(runtime.sheets.Sheets, name, lambda *args, **kwargs: "picture")
+    runtime.sheets.Sheets.batch = noting_what_stays(runtime.sheets.Sheets.batch)
     runtime.folder.Run.save_rows = of_all_ranks(runtime.folder.Run.save_rows)
     hashes = runtime.folder.hashes
     runtime.folder.hashes = lambda folder, rank, world: hashes(folder)
@@ -167,6 +170,17 @@ def wrap(owner, name, phase_of):
             return plain(*args, **kwargs)
 
     setattr(owner, name, inside)
+
+
+def noting_what_stays(batch):
+    """The last picture of an iteration: what is there after it, while the run goes on."""
+
+    @wraps(batch)
+    def inside(*args, **kwargs):
+        batch(*args, **kwargs)
+        now.pictured = now.watch.now
+
+    return inside
 
 
 def role_phase(role, *args, **kwargs):
