@@ -28,7 +28,7 @@ from models import accuracy
 from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.settings import BadInput
-from toy.claims import SEARCH_SEEDS, header, least, paired, row_of
+from toy.claims import SEARCH_SEEDS, header, least, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.run import Config, Curves, Noise, World
 
@@ -48,6 +48,21 @@ LEVERS = {  # of the last of them, in four steps at Δt = T/4: what could make D
     "ADM, damping 0.1, heads at 5e-3": ("adm", {**DAMPED, "lr_heads": 5e-3}),
     "ADM, damping 0.1, DMD's weight": ("adm", {**DAMPED, "gen_weight": "dmd"}),
 }
+# A D as strong as can be: no damping, heads four times as wide and five times as fast, TTUR 4. Then
+# its parts, and TTUR 4 for those without a D.
+HEADS = {"head_width": 128, "lr_heads": 5e-3}
+STRONG = {
+    "ADM, strong D": ("adm", {**HEADS, "ttur": 4}),
+    "ADM, strong heads": ("adm", HEADS),
+    "ADM, TTUR 4": ("adm", {"ttur": 4}),
+    "step, TTUR 4": ("step", {"ttur": 4}),
+    "DMD, TTUR 4": ("dmd", {"ttur": 4}),
+}
+STRONG_AT = (  # (name, steps, part)
+    *[("ADM, strong D", steps, part) for steps in (1, 4) for part in (4, 2)],
+    *[(name, 1, 4) for name in ("ADM, strong heads", "ADM, TTUR 4", "step, TTUR 4")],
+    *[("DMD, TTUR 4", steps, 64) for steps in (1, 4)],
+)
 PARTS = (256, 128, 64, 32, 16, 8, 4, 2)  # Δt = T/256 to T/2
 STEPS = (1, 4)  # of the student
 SEEDS = {"seeds": 5, "first_seed": 0}
@@ -63,7 +78,7 @@ SAMPLES = 20_000  # of each student
 
 def trained(world, seeds, name, steps, part, rate):
     """(Players after training, samples (S, SAMPLES, 2), the settings)."""
-    loss, changes = (METHODS | LEVERS)[name]
+    loss, changes = (METHODS | LEVERS | STRONG)[name]
     settings = toy.PUBLISHED | changes | {"dt": 1 / part}
     cfg = Config(**seeds, iterations=600, student_steps=steps, **settings)
     times = toy.times_of(steps)
@@ -77,7 +92,7 @@ def trained(world, seeds, name, steps, part, rate):
 
 def searched_at(name, part):
     """The Δt, T/part, at which the rate for this one was searched: small, middling or large."""
-    if name == "DMD" or part >= 32:
+    if name.startswith("DMD") or part >= 32:
         return 64
     return 16 if part >= 8 else 4
 
@@ -108,6 +123,7 @@ def wanted():
                 yield name, steps, part
     for name in LEVERS:
         yield name, 4, 4
+    yield from STRONG_AT
 
 
 def run():
@@ -211,6 +227,18 @@ def dmd_weight(net, world):
 
 # --- The picture and the tables -------------------------------------------------------------------
 
+SHOWN = [(steps, part) for steps in (4, 1) for part in (64, 4, 2)]  # in the first table
+PAPER, WITH_DAMPING = "ADM", "ADM, damping 0.1"
+FOLLOWERS = (  # in the last
+    *[(name, 4, part) for name in (PAPER, WITH_DAMPING) for part in (64, 4)],
+    *[(name, 4, 4) for name in LEVERS],
+    (PAPER, 4, 2),
+    *[what for what in STRONG_AT if what[1] == 4],
+    *[(name, 1, 256) for name in (PAPER, WITH_DAMPING)],
+    *[(PAPER, 1, part) for part in (4, 2)],
+    *[what for what in STRONG_AT if what[1] == 1],
+)
+
 LOOK = {  # name: (colour, how far its points are moved aside)
     "step": ("tab:green", 0.94),
     "step, DMD's weight": ("tab:blue", 0.98),
@@ -226,27 +254,28 @@ def rows_of(name, steps):
 
 
 def picture():
-    """results/why.png: TV against Δt in four steps, and the weights that it implies."""
+    """results/why.png: TV against Δt in four steps and in one, and the weights that it implies."""
     plt.rcParams["font.size"] = 13
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.4))
-    of_tv(left)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(21, 6.4))
+    of_tv(left, 4)
+    of_tv(middle, 1)
     of_weights(right)
-    for ax in (left, right):
+    for ax in (left, middle, right):
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     figure.tight_layout()
     with aside(RESULTS / "why.png") as partial:
         figure.savefig(partial, format="png", dpi=80)
 
 
-def of_tv(ax):
+def of_tv(ax, steps):
     """Mean and standard deviation of TV over the seeds; DMD, which has no Δt, as a band."""
-    (dmd,) = rows_of("DMD", 4)
+    (dmd,) = rows_of("DMD", steps)
     mean, sd = np.mean(dmd["mode_tv"]), np.std(dmd["mode_tv"], ddof=1)
     ax.axhspan(mean - sd, mean + sd, color="black", alpha=0.2, lw=0, label="DMD")
-    start = np.mean(read_json(FILE, "results", "untrained")["untrained"]["4"]["mode_tv"])
+    start = np.mean(read_json(FILE, "results", "untrained")["untrained"][f"{steps}"]["mode_tv"])
     ax.axhline(start, color="black", ls=":", label="before training")
     for name, (colour, beside) in LOOK.items():
-        rows = rows_of(name, 4)
+        rows = rows_of(name, steps)
         dts = [beside / row["part"] for row in rows]
         means = [np.mean(row["mode_tv"]) for row in rows]
         sds = [np.std(row["mode_tv"], ddof=1) for row in rows]
@@ -256,7 +285,7 @@ def of_tv(ax):
     ax.set_xticks(ticks, [f"T/{part}" for part in PARTS])
     ax.minorticks_off()
     ax.set(xlabel="Δt", ylabel="TV (0 is perfect)", ylim=(0, None))
-    ax.set_title("Four steps from the teacher: mean ± sd of 5 seeds")
+    ax.set_title(f"{many(steps).capitalize()} from the teacher: mean ± sd of 5 seeds")
 
 
 def of_weights(ax):
@@ -280,33 +309,22 @@ def line_weight(t, dt):
 
 def tables():
     """toy/WHY.md's tables, as text."""
-    return "\n\n".join(
-        "\n".join(lines) for lines in (*map(tv, (4, 1)), followers(), races(), levers())
-    )
+    return "\n\n".join("\n".join(lines) for lines in (tv(), races(), followers()))
 
 
-def tv(steps):
-    """TV by method and Δt."""
-    start = read_json(FILE, "results", "untrained")["untrained"][f"{steps}"]["mode_tv"]
-    lines = header(f"TV, {many(steps)}", *(f"T/{part}" for part in PARTS))
-    lines.append(f"| before training | {pm(start)} |" + " |" * (len(PARTS) - 1))
+def tv():
+    """TV by method at some Δt, in four steps and in one; the picture has all."""
+    lines = header("TV", *(f"{many(steps)}, T/{part}" for steps, part in SHOWN))
+    untrained = read_json(FILE, "results", "untrained")["untrained"]
+    cells = [pm(untrained[f"{steps}"]["mode_tv"]) for steps in (4, 1)]
+    blank = [""] * (len(SHOWN) // 2 - 1)
+    lines.append(row_of(("before training", cells[0], *blank, cells[1], *blank)))
     for name in METHODS:
-        cells = [pm(row["mode_tv"]) for row in rows_of(name, steps)]
-        cells += [""] * (len(PARTS) - len(cells))
+        cells = []
+        for steps, part in SHOWN:
+            rows = [row for row in rows_of(name, steps) if row["part"] == part]
+            cells += [pm(row["mode_tv"]) for row in rows] or [""]
         lines.append(row_of((name, *cells)))
-    return lines
-
-
-def followers():
-    """How D follows, by method and Δt."""
-    lines = header("cosine, length, linear", *(f"T/{part}" for part in PARTS))
-    for steps in (4, 1):
-        for name in ("ADM", "ADM, damping 0.1"):
-            cells = []
-            for row in rows_of(name, steps):
-                length = f"{row['length']:.2g}"
-                cells.append(f"{row['cosine']:.2f}, {length}, {row['linear']:.2f}")
-            lines.append(row_of((f"{name}; {many(steps)}", *cells)))
     return lines
 
 
@@ -326,16 +344,25 @@ def races():
     return lines
 
 
-def levers():
-    """What could make D follow, at Δt = T/4."""
-    lines = header("four steps, Δt = T/4", "TV", "modes", "cosine", "rate", "against DMD")
-    (dmd,) = rows_of("DMD", 4)
-    for name in ("DMD", "step", "ADM", "ADM, damping 0.1", *LEVERS):
-        (row,) = [r for r in rows_of(name, 4) if r["part"] == 4 or name == "DMD"]
-        cosine = f"{row['cosine']:.2f}" if "cosine" in row else ""
+def followers():
+    """How D follows, and what could make it: by method, steps and Δt.
+
+    The rival is DMD with as many updates of its fake score.
+    """
+    columns = ("TV", "modes", "cosine", "length", "linear", "rate", "against DMD at its TTUR")
+    lines = header("of which D", *columns)
+    runs = read_json(FILE, "results", "runs")["runs"]
+    for name, steps, part in FOLLOWERS:
+        what = key(name, steps, part)
+        row = runs[what]
+        _, changes = (METHODS | LEVERS | STRONG)[name]
+        rival = "DMD, TTUR 4" if "ttur" in changes else "DMD"
         modes = ", ".join(f"{n}" for n in row["modes_covered"])
-        verdict = against(row["mode_tv"], dmd["mode_tv"])
-        cells = (name, pm(row["mode_tv"]), modes, cosine, f"{row['rate']:g}", verdict)
+        seen = ["", "", ""]
+        if "cosine" in row:
+            seen = [f"{row['cosine']:.2f}", f"{row['length']:.2g}", f"{row['linear']:.2f}"]
+        verdict = against(row["mode_tv"], runs[key(rival, steps, 64)]["mode_tv"])
+        cells = (what, pm(row["mode_tv"]), modes, *seen, f"{row['rate']:g}", verdict)
         lines.append(row_of(cells))
     return lines
 
@@ -350,11 +377,6 @@ def against(values, others):
         return ""
     verdict = paired(np.array(values), np.array(others))
     return {"holds": "less", "does not hold": "more", "tie": "a tie"}[verdict]
-
-
-def pm(values):
-    """Mean ± sd over the seeds."""
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def readme():

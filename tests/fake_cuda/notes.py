@@ -85,7 +85,8 @@ def install():
         wrap(runtime.folder.Run, name, lambda *args, name=name, **kwargs: name)
     for name in ("draw", "batch"):
         wrap(runtime.sheets.Sheets, name, lambda *args, **kwargs: "picture")
-    runtime.sheets.Sheets.batch = noting_what_stays(runtime.sheets.Sheets.batch)
+        drawn = getattr(runtime.sheets.Sheets, name)
+        setattr(runtime.sheets.Sheets, name, noting_what_stays(drawn))
     runtime.folder.Run.save_rows = of_all_ranks(runtime.folder.Run.save_rows)
     hashes = runtime.folder.hashes
     runtime.folder.hashes = lambda folder, rank, world: hashes(folder)
@@ -172,12 +173,12 @@ def wrap(owner, name, phase_of):
     setattr(owner, name, inside)
 
 
-def noting_what_stays(batch):
-    """The last picture of an iteration: what is there after it, while the run goes on."""
+def noting_what_stays(drawn):
+    """What is there after a picture, while the run goes on."""
 
-    @wraps(batch)
+    @wraps(drawn)
     def inside(*args, **kwargs):
-        batch(*args, **kwargs)
+        drawn(*args, **kwargs)
         now.pictured = now.watch.now
 
     return inside
