@@ -62,6 +62,7 @@ class Denoiser(nn.Module):
         self.bf16 = bf16
         self.base = base
         self.adapter = adapter
+        self.embeds_guidance = family.embeds_guidance
 
     def forward(self, x_t, t, cond, want="prediction", adapter=None):
         """(prediction float32 like x_t, or None; [feature maps], or []) at x_t (B, ...), t (B,).

@@ -224,10 +224,15 @@ def guide(cond, uncond, w):
 def with_guidance(denoiser, cond, uncond, w):
     """predict(x_t, t) → (B, ...): the denoiser under CFG of scale w.
 
-    Both halves are one pass of batch 2B; at w = 1 it is plain, of batch B.
+    Both halves are one pass of batch 2B; at w = 1 it is plain, of batch B. A network into which
+    guidance is distilled is told w, as cond's guidance (B,), in one pass of batch B.
     """
+    is_told = getattr(denoiser, "embeds_guidance", False)
 
     def predict(x_t, t):
+        if is_told:
+            told = torch.full((len(x_t),), float(w), device=x_t.device)  # (B,)
+            return denoiser(x_t, t, {**cond, "guidance": told})[0]
         if w == 1:
             return denoiser(x_t, t, cond)[0]
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}  # (2B, ...) each

@@ -19,6 +19,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -71,12 +72,14 @@ DENOISERS = {
     "cogvideox-5b": (CogVideoXTransformer3DModel, COGVIDEOX_5B),
     "wan-1.3b": (WanTransformer3DModel, WAN_1_3B),
     "wan-14b": (WanTransformer3DModel, WAN_14B),
+    "flux-dev": (FluxTransformer2DModel, dict(guidance_embeds=True)),
 }
 PIPELINES = {
     UNet2DConditionModel: "StableDiffusionXLPipeline",
     SD3Transformer2DModel: "StableDiffusion3Pipeline",
     CogVideoXTransformer3DModel: "CogVideoXPipeline",
     WanTransformer3DModel: "WanPipeline",
+    FluxTransformer2DModel: "FluxPipeline",
 }
 
 
@@ -85,6 +88,8 @@ def scheduler(name):
         return EulerDiscreteScheduler(**SD_BETAS, steps_offset=1, timestep_spacing="leading")
     if name.startswith("sd3"):
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "flux-dev":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name.startswith("wan"):
         line = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
         return UniPCMultistepScheduler(**line, flow_shift=3.0)
@@ -114,13 +119,11 @@ def vae(name):
     if name == "sdxl":
         own = dict(latent_channels=4, scaling_factor=0.13025)
     else:
-        own = dict(
-            latent_channels=16,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        own = dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+        if name == "flux-dev":
+            own |= dict(scaling_factor=0.3611, shift_factor=0.1159)
+        else:
+            own |= dict(scaling_factor=1.5305, shift_factor=0.0609)
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -154,9 +157,9 @@ def text_encoders(name):
     t5_xxl = T5Config(**xxl, architectures=["T5EncoderModel"])
     if name.startswith("cogvideox"):
         return {"text_encoder": t5_xxl}
-    if name == "sdxl":
+    if name in ("sdxl", "flux-dev"):
         clip_l = clip_text(768, 12, 12, "CLIPTextModel")
-        return {"text_encoder": clip_l, "text_encoder_2": clip_g}
+        return {"text_encoder": clip_l, "text_encoder_2": clip_g if name == "sdxl" else t5_xxl}
     clip_l = clip_text(768, 12, 12)
     return {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5_xxl}
 

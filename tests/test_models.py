@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FluxPipeline
 from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -39,9 +39,19 @@ def latents(family, n=2, seed=0):
 # --- Opening --------------------------------------------------------------------------------------
 
 
-def swapped(family, x):
-    """Latents as the stock pipeline has them, or ours again: Wan's has channels before frames."""
+def as_stock(family, x):
+    """Latents as the stock pipeline has them: Wan's has channels before frames, FLUX's tokens."""
+    if family.name == "tiny-flux":
+        return FluxPipeline._pack_latents(x, *x.shape)
     return x.transpose(1, 2) if family.name == "tiny-wan" else x
+
+
+def from_stock(family, x):
+    """The same latents as ours are."""
+    if family.name == "tiny-flux":
+        side = 2 * round(x.shape[1] ** 0.5)
+        return FluxPipeline._unpack_latents(x, side, side, 1)
+    return as_stock(family, x)
 
 
 INDEX = "model_index.json"
@@ -302,7 +312,8 @@ def test_no_prompt_is_zeros_for_sdxl_and_the_empty_prompt_for_the_others(teacher
 def test_call_is_the_stock_pipelines(teachers, name):
     """One guided step of the stock pipeline from given noise: what its network gets and returns.
 
-    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice.
+    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice; FLUX's
+    once, at an embedded guidance, which it is told beside a time of 1.
     """
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
@@ -315,25 +326,30 @@ def test_call_is_the_stock_pipelines(teachers, name):
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         t = kwargs["timestep"] if "timestep" in kwargs else args[1]
         out = stock(net, *args, **kwargs)[0]
-        passes.append((swapped(family, given), t.reshape(-1), swapped(family, out)))
+        passes.append((from_stock(family, given), t.reshape(-1), from_stock(family, out)))
         return (out,)
 
     net = getattr(pipe, family.net_name)
     net.forward = spy.__get__(net)
     options = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    options |= family.index.get("_sampling", {})
     with torch.no_grad():
-        pipe(PROMPTS, latents=swapped(family, x), **options)
+        pipe(PROMPTS, latents=as_stock(family, x), **options)
         text = family.text_pipeline()
         cond = family.encode(text, PROMPTS)
         none = family.unconditional(text)
-        both = {}
+        told = {}
         for part, c in cond.items():
             halves = [none[part].expand_as(c), c]  # the pipelines put "no prompt" first
             if len(passes) == 2:  # but where it has a pass of its own
                 halves.reverse()
-            both[part] = torch.cat(halves)  # (4, ...)
+            told[part] = torch.cat(halves)  # (4, ...)
         x_t, t, theirs = (torch.cat(parts) for parts in zip(*passes, strict=True))
-        out, _ = models.load_denoiser(family)(x_t, t.float().expand(4), both)
+        if family.embeds_guidance:
+            told = {**cond, "guidance": torch.full((2,), 3.0)}
+            t = 1000 * t
+            assert len(x_t) == 2
+        out, _ = models.load_denoiser(family)(x_t, t.float().expand(len(x_t)), told)
     assert_close(out, theirs.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -575,7 +591,7 @@ def test_decode_is_the_stock_pipelines(teachers, name):
     with torch.no_grad():
         ours = (family.decode(family.vae(), z) / 2 + 0.5).clamp(0, 1)
         if name == "tiny-wan":  # its whole call, for the statistics of its latents are inside
-            ended = lambda *args: {"latents": swapped(family, z)}  # noqa: E731
+            ended = lambda *args: {"latents": as_stock(family, z)}  # noqa: E731
             how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
             theirs = pipe(PROMPTS, **how, **family.index["_sampling"], callback_on_step_end=ended)
             theirs = theirs.frames.transpose(1, 2)
@@ -773,8 +789,12 @@ def test_lora_roles_share_one_base(teachers, conditionings):
 def our_sample(denoiser, schedule, steps, cond, generator):
     """What ode.py's sampler makes of the denoiser, (2, ...)."""
     family = denoiser.family
-    like_stock = swapped(family, latents(family)).shape  # (2, ...)
-    x_T = swapped(family, torch.randn(like_stock, generator=generator))
+    like_ours = latents(family).shape  # (2, ...)
+    like_stock = as_stock(family, latents(family)).shape  # (2, ...)
+    if family.name == "tiny-flux":  # its pipeline packs what it has drawn, but between steps
+        x_T = torch.randn(like_ours, generator=generator)
+    else:
+        x_T = from_stock(family, torch.randn(like_stock, generator=generator))
     times = schedule.timesteps(steps)[:-1]  # (steps,)
     if family.schedule.prediction == "flow":  # these pipelines draw noise between steps from
         torch.manual_seed(11)  # torch's global one
@@ -784,7 +804,7 @@ def our_sample(denoiser, schedule, steps, cond, generator):
         return denoiser(x, t, cond)[0]
 
     def fresh():
-        return swapped(family, torch.randn(like_stock, generator=generator))
+        return from_stock(family, torch.randn(like_stock, generator=generator))
 
     with torch.no_grad():
         return ode.student_sample(predict, schedule, x_T, times, fresh)
@@ -814,7 +834,7 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
         how = json.loads((folder / INDEX).read_text())["_sampling"]
         generator = torch.Generator().manual_seed(7)
         theirs = pipe(PROMPTS, **how, output_type="latent", generator=generator)[0]
-        theirs = swapped(family, theirs)
+        theirs = from_stock(family, theirs)
         again = torch.Generator().manual_seed(7)
         ours = our_sample(denoiser, schedule, steps, conditionings[name], again)
         label = f"{steps} steps"
