@@ -26,6 +26,7 @@ from runtime.settings import BadInput
 from sizing import count
 
 FAMILIES = families.TINY
+SOME = ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan", "tiny-flux"]  # one of each
 TIMES = torch.tensor([999.0, 437.5])  # (2,)
 PROMPTS = ["a red fox", "two dogs"]  # of the fixture `conditionings`
 
@@ -76,6 +77,7 @@ def edited(tmp_path, name, file, **changes):
         ("tiny-cogvideox-2b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
         ("tiny-cogvideox-5b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
         ("tiny-wan", "flow", (3, 16, 16, 16), 5.0, 4),
+        ("tiny-flux", "flow", (16, 16, 16), 3.5, 4),
     ],
 )
 def test_defaults_are_the_familys(teachers, name, prediction, shape, guidance, steps):
@@ -144,7 +146,19 @@ INCOMPLETE = "no complete diffusers pipeline folder"
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
             "two experts are not supported",
         ),
-        ("tiny-sd3", INDEX, {"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
+        (
+            "tiny-flux",
+            "transformer/config.json",
+            {"guidance_embeds": False},
+            "told no guidance: FLUX.1-schnell",
+        ),
+        ("tiny-flux", SCHEDULER, {"use_dynamic_shifting": False}, "in another way"),
+        ("tiny-flux", SCHEDULER, {"time_shift_type": "linear"}, "in another way"),
+        ("tiny-flux", SCHEDULER, {"stochastic_sampling": True}, "stochastic_sampling"),
+        ("tiny-flux", INDEX, {"_class_name": "FluxControlPipeline"}, "is a FluxControlPipeline"),
+        ("tiny-flux", INDEX, {"_class_name": "FluxFillPipeline"}, "is a FluxFillPipeline"),
+        ("tiny-flux", INDEX, {"_class_name": "FluxKontextPipeline"}, "is a FluxKontextPipeline"),
+        ("tiny-flux", INDEX, {"_class_name": "Flux2Pipeline"}, "is a Flux2Pipeline"),
         ("tiny-sd3", INDEX, {"_class_name": "gone"}, INCOMPLETE),
         ("tiny-sdxl", SCHEDULER, {"beta_schedule": "odd"}, INCOMPLETE),
         (
@@ -259,6 +273,9 @@ def test_an_unreachable_hub_is_one_line_that_names_a_tiny_model_instead(name):
         ("tiny-wan", None, 1, "4n \\+ 1 frames"),
         ("tiny-wan", "60", None, "multiples of 8"),
         ("tiny-wan", "56", None, "at least 8x8"),
+        ("tiny-flux", "34", None, "multiples of 4"),
+        ("tiny-flux", "28", None, "at least 8x8"),
+        ("tiny-flux", None, 9, "video"),
     ],
 )
 def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says):
@@ -275,6 +292,7 @@ def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says
         ("tiny-cogvideox-2b", "128x144", 17, (5, 16, 16, 18)),
         ("tiny-cogvideox-5b", "144x128", 9, (3, 16, 18, 16)),
         ("tiny-wan", "64x72", 5, (2, 16, 16, 18)),
+        ("tiny-flux", "32x48", None, (16, 16, 24)),
     ],
 )
 def test_other_sizes_run_through_the_discriminator(
@@ -543,7 +561,7 @@ def test_video_views_are_frames_of_the_decoded_video(teachers, name):
     assert torch.equal(views, torch.stack([first[0], last[0], first[1], last[1]]))
 
 
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
+@pytest.mark.parametrize("name", SOME)
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
     """Bitwise. What it makes again at a time, the rehearsal tracks."""
     family = teachers[name]
@@ -582,7 +600,7 @@ def test_images_for_the_pixel_discriminator_in_bf16_are_the_same_to_its_rounding
         assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
+@pytest.mark.parametrize("name", SOME)
 def test_decode_is_the_stock_pipelines(teachers, name):
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
@@ -711,7 +729,7 @@ def test_frozen_networks_pass_gradient_and_keep_none(
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
+@pytest.mark.parametrize("name", SOME)
 def test_checkpointing_changes_no_gradient(teachers, conditionings, name, lora_rank):
     family, cond = teachers[name], conditionings[name]
     found = []
@@ -842,26 +860,27 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "name, size",
+    "name, told",
     [
-        ("tiny-sd3", "height=32, width=32)"),
-        ("tiny-cogvideox-2b", "height=128, width=128, num_frames=9)"),
-        ("tiny-wan", "height=64, width=64, num_frames=9)"),
+        ("tiny-sd3", "guidance_scale=1.0, height=32, width=32)"),
+        ("tiny-cogvideox-2b", "guidance_scale=1.0, height=128, width=128, num_frames=9)"),
+        ("tiny-wan", "guidance_scale=1.0, height=64, width=64, num_frames=9)"),
+        ("tiny-flux", "guidance_scale=3.5, height=32, width=32)"),
     ],
 )
-def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, size):
+def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, told):
     family = teachers[name]
     shape = family.latent_shape()
     denoiser = models.load_denoiser(family)
     families.export.export_pipeline(denoiser, family.schedule, 3, shape, tmp_path / "out")
     says = (tmp_path / "out" / "README.md").read_text()
-    assert f"num_inference_steps=3, guidance_scale=1.0, {size}" in says
+    assert f"num_inference_steps=3, {told}" in says
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     call = ", ".join(f"{argument}={value}" for argument, value in index["_sampling"].items())
     assert f'pipe("a red fox", {call})' in says and index["_teacher"] == name
 
 
-@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl", "tiny-wan"])
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl", "tiny-wan", "tiny-flux"])
 def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path, name):
     family, cond = teachers[name], conditionings[name]
     x = latents(family)
