@@ -64,6 +64,7 @@ COGVIDEOX_2B = dict(num_attention_heads=30, num_layers=30)
 COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
 WAN_1_3B = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_14B = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
+FLUX_DEV = dict(num_layers=19, num_single_layers=38, guidance_embeds=True)
 DENOISERS = {
     "sdxl": (UNet2DConditionModel, UNET),
     "sd3": (SD3Transformer2DModel, MEDIUM),
@@ -72,7 +73,7 @@ DENOISERS = {
     "cogvideox-5b": (CogVideoXTransformer3DModel, COGVIDEOX_5B),
     "wan-1.3b": (WanTransformer3DModel, WAN_1_3B),
     "wan-14b": (WanTransformer3DModel, WAN_14B),
-    "flux-dev": (FluxTransformer2DModel, dict(guidance_embeds=True)),
+    "flux-dev": (FluxTransformer2DModel, FLUX_DEV),
 }
 PIPELINES = {
     UNet2DConditionModel: "StableDiffusionXLPipeline",
