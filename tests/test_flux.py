@@ -121,23 +121,23 @@ def told(denoiser, w):
 
 
 @pytest.mark.parametrize("loss", ["dmd", "step"])
-@pytest.mark.parametrize("teachers, fakes", [(3.5, 3.5), (3.5, 1.0), (2.0, 3.5), (2.0, 2.0)])
+@pytest.mark.parametrize("of_teacher, of_fake", [(3.5, 3.5), (3.5, 1.0), (2.0, 3.5), (2.0, 2.0)])
 def test_at_the_start_only_one_embedding_of_the_fake_score_has_no_gradient(
-    family, conditionings, loss, teachers, fakes
+    family, conditionings, loss, of_teacher, of_fake
 ):
     """That of the teacher. Ours is the student's: at the default guidance they are the same."""
     teacher, student, fake = models.make_roles(family, ("student", "fake"))
     cfg = adm.Config(model="tiny-flux", loss=loss)
     schedule, shape = family.schedule, family.latent_shape()
-    players = (teacher, student, told(fake, fakes), None, schedule, schedule)
-    net = adm.Players(*players, schedule.timesteps(1)[:-1], shape, teachers)
+    players = (teacher, student, told(fake, of_fake), None, schedule, schedule)
+    net = adm.Players(*players, schedule.timesteps(1)[:-1], shape, of_teacher)
     draw = Draw((0,), range(2))
     algorithm, _ = adm.round_of(loss, 0)
     learned = []
     algorithm(net, cfg, draw, conditionings["tiny-flux"], None, 0, learned.append)
     learned[0].backward()
     largest = max(p.grad.abs().max().item() for p in trained(student) if p.grad is not None)
-    assert (largest == 0) == (teachers == fakes)
+    assert (largest == 0) == (of_teacher == of_fake)
 
 
 def trained(role):

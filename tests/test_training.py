@@ -18,6 +18,7 @@ import adm
 import adp
 import data
 import models
+from ode import teacher_sample, with_guidance
 from runtime.settings import BadInput
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
@@ -180,6 +181,15 @@ def test_the_later_families_end_to_end(tmp_path, few_prompts, teachers, model, s
     call(data.encode, data.EncodeConfig, *flags)
     flags = ["--model", model, "--prompts", prompts, "--out", pairs, *size]
     call(data.pairs, data.PairsConfig, *flags, "--count", 2, "--steps", 2)
+    family = teachers[model]
+    texts = data.Prompts(prompts, family)
+    x_T, x_0, cond = data.Pairs(pairs, family).batch([0], texts)  # (1, ...) each
+    with torch.no_grad():
+        none = texts.unconditional(1)
+        guided = with_guidance(models.load_denoiser(family), cond, none, family.guidance)
+        solved = teacher_sample(guided, family.schedule_at(latents), x_T, 2)
+    assert_close(solved, x_0, atol=1e-4, rtol=1e-4)
+
     flags = ["--iterations", 2, "--mse-iterations", 1]
     call(adp.main, adp.Config, *adp_args(pairs, first, model), *flags)
     assert read_log(first)["d_accuracy_pixel"][1] is not None
@@ -189,7 +199,7 @@ def test_the_later_families_end_to_end(tmp_path, few_prompts, teachers, model, s
     picture = "000002.gif" if len(latents) == 4 else "000002.png"
     assert picture in names(out / "samples")
     config = json.loads((out / "config.json").read_text())
-    times = teachers[model].schedule_at(latents).timesteps(4)[:4].tolist()
+    times = family.schedule_at(latents).timesteps(4)[:4].tolist()
     assert config["student"] == {"prediction": "flow", "times": times, "renoise": True}
     assert config["latent_shape"] == list(latents)
 
