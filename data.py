@@ -309,7 +309,8 @@ class PairsConfig(TeacherConfig):
     steps: int = option(50, "PF-ODE steps of the teacher", "what to make")
     guidance: float | None = option(
         None,
-        "CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
+        "CFG scale w in u + w (c - u), or what FLUX is told; default: the stock pipeline's for the "
+        "model",
         "what to make",
     )
     seed: int = option(0, "of the noise; pair i depends on seed and i alone", "what to make")

@@ -49,7 +49,8 @@ class TrainingConfig(TeacherConfig):
     frames: int | None = option(None, "video frames; default: the model's own", "what to distil")
     guidance: float | None = option(
         None,
-        "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
+        "teacher's CFG scale w in u + w (c - u), or what FLUX's is told; default: the stock "
+        "pipeline's for the model",
         "what to distil",
     )
     student_steps: int | None = option(
