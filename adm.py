@@ -457,7 +457,8 @@ def main(cfg):
     parts = ranks.mine(cfg.batch_size, cfg.accumulate, cfg.samples)
     steps = cfg.student_steps or family.student_steps
     guidance = family.guidance if cfg.guidance is None else cfg.guidance
-    student_schedule, weights = starting_point(cfg.init, family, cfg.lora_rank)
+    schedule = family.schedule_at(shape)
+    student_schedule, weights = starting_point(cfg.init, family, schedule, cfg.lora_rank)
     text = {"text_sha256": texts.sha256}
     facts = {"guidance": guidance, "latent_shape": shape, "prompts": text}
     here = Run("adm", cfg, ranks, family, student_schedule, steps, **facts)
@@ -479,7 +480,7 @@ def main(cfg):
         student.load(weights)
     discriminator = LatentDiscriminator(teacher, cfg.head_width, ranks.mesh).to(ranks.device)
     times = student_schedule.timesteps(steps)[:-1].to(ranks.device)  # (steps,)
-    schedules = (family.schedule, student_schedule)
+    schedules = (schedule, student_schedule)
     net = Players(teacher, student, fake, discriminator, *schedules, times, shape, guidance)
 
     networks = {

@@ -246,8 +246,9 @@ def main(cfg):
     embeddings = Path(cfg.out) / "prompts"
     texts = read_prompts(pairs.prompts, family, embeddings, ranks, cfg.embed)
     pairs.check_text(texts)
-    line = on_the_line(family.schedule)  # the student's process
-    _, weights = starting_point(cfg.init, family, cfg.lora_rank)
+    schedule = family.schedule_at(pairs.shape)
+    line = on_the_line(schedule)  # the student's process
+    _, weights = starting_point(cfg.init, family, schedule, cfg.lora_rank)
     facts = {"pairs": pairs.content()}
     if use_pixel:
         facts["pixel_backbone"] = {"weights_sha256": tensors_sha256(backbone.state_dict())}
@@ -303,7 +304,7 @@ def main(cfg):
         # Which frames of a video the pixel discriminator sees is the same on all ranks.
         u = common(cfg.seed, STAGE, iteration).random(3)
         decoded = partial(family.views, vae, u=u)
-        net = Players(student, discriminators, lambdas, heads, line, family.schedule, decoded)
+        net = Players(student, discriminators, lambdas, heads, line, schedule, decoded)
         for samples in parts:  # micro-batches: gradients add up, and only then the networks step
             draw = Draw((cfg.seed, STAGE, iteration), samples, ranks.device)
             numbers = draw.integers(len(pairs))  # (B,)

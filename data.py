@@ -208,6 +208,7 @@ def collect_pairs(cfg, teacher, ranks):
     Pair i has prompt i mod n. Raises BadInput if they do not fit, or cfg.out holds others.
     """
     shape = teacher.latent_shape(cfg.resolution, cfg.frames)
+    schedule = teacher.schedule_at(shape)
     guidance = teacher.guidance if cfg.guidance is None else cfg.guidance
     row = 2 * FLOAT32 * prod(shape)  # bytes of a pair
     check_room(cfg.out, "pairs", cfg.count, cfg.shard_size, row, ranks)
@@ -250,7 +251,7 @@ def collect_pairs(cfg, teacher, ranks):
         uncond = prompts.unconditional(len(rows))
         guided = with_guidance(denoiser(), cond, uncond, guidance)
         x_T = Draw((cfg.seed, STAGE), rows, ranks.device).normal(shape)  # (B, ...) float32
-        return x_T, teacher_sample(guided, teacher.schedule, x_T, cfg.steps)
+        return x_T, teacher_sample(guided, schedule, x_T, cfg.steps)
 
     def make(rows):
         starts = range(0, len(rows), cfg.batch_size)
@@ -308,7 +309,8 @@ class PairsConfig(TeacherConfig):
     steps: int = option(50, "PF-ODE steps of the teacher", "what to make")
     guidance: float | None = option(
         None,
-        "CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
+        "CFG scale w in u + w (c - u), or what FLUX is told; default: the stock pipeline's for the "
+        "model",
         "what to make",
     )
     seed: int = option(0, "of the noise; pair i depends on seed and i alone", "what to make")

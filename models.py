@@ -7,7 +7,7 @@ come back float32.
 The paper's symbols (arXiv 2507.18569), here and in adp.py, adm.py and ode.py:
 
     G_θ              student    the generator: x_t' → x̂_0
-    F_φ              teacher    the frozen real score, with CFG u + w (c − u), w = guidance
+    F_φ              teacher    the frozen real score, with CFG u + w (c − u), or told w = guidance
     f_ψ              fake       the fake score, trained on the student's samples, without CFG
     D_τ, D_τ1        LatentDiscriminator   frozen teacher + heads on some of its blocks → (B,)
     D_τ2             PixelDiscriminator    frozen SAM + heads, on decoded images → (N,)
@@ -62,6 +62,7 @@ class Denoiser(nn.Module):
         self.bf16 = bf16
         self.base = base
         self.adapter = adapter
+        self.embeds_guidance = family.embeds_guidance
 
     def forward(self, x_t, t, cond, want="prediction", adapter=None):
         """(prediction float32 like x_t, or None; [feature maps], or []) at x_t (B, ...), t (B,).

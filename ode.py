@@ -3,8 +3,8 @@
     x_t = α_t x_0 + σ_t ε,        t = T is noise, t = 0 is data, T = 1000
 
 Two processes cover every model here: variance preserving (SDXL, CogVideoX; ᾱ from the model's own
-scheduler) and the straight line (Stable Diffusion 3, Wan; every student after ADP). Networks may
-run in bf16: what enters these formulas is cast to float32 first, and a time is never rounded to
+scheduler) and the straight line (Stable Diffusion 3, Wan, FLUX; every student after ADP). Networks
+may run in bf16: what enters these formulas is cast to float32 first, and a time is never rounded to
 half precision (bf16 turns t = 999 into 1000).
 
 Shapes: x, ε and network outputs are (B, ...); every time is (B,), one per sample, float32 or int64.
@@ -161,7 +161,7 @@ class FlowSchedule(Schedule):
     """The straight line x_t = (1 − t/T) x_0 + (t/T) ε, whose velocity ε − x_0 the network predicts.
 
     shift warps the sampler's times towards noise: σ = shift·u / (1 + (shift − 1)·u), u even. SD3's
-    and Wan's is 3.
+    and Wan's is 3, FLUX's depends on the size.
     """
 
     prediction = "flow"
@@ -209,7 +209,7 @@ class StudentLine(FlowSchedule):
 def on_the_line(teacher_schedule):
     """The process of a flow-parameterised student, as every student is after ADP.
 
-    SD3's and Wan's is their own, on the line already; the others' is StudentLine.
+    SD3's, Wan's and FLUX's is their own, on the line already; the others' is StudentLine.
     """
     if teacher_schedule.prediction == "flow":
         return teacher_schedule
@@ -224,10 +224,15 @@ def guide(cond, uncond, w):
 def with_guidance(denoiser, cond, uncond, w):
     """predict(x_t, t) → (B, ...): the denoiser under CFG of scale w.
 
-    Both halves are one pass of batch 2B; at w = 1 it is plain, of batch B.
+    Both halves are one pass of batch 2B; at w = 1 it is plain, of batch B. A network into which
+    guidance is distilled is told w, as cond's guidance (B,), in one pass of batch B.
     """
+    is_told = getattr(denoiser, "embeds_guidance", False)
 
     def predict(x_t, t):
+        if is_told:
+            told = torch.full((len(x_t),), float(w), device=x_t.device)  # (B,)
+            return denoiser(x_t, t, {**cond, "guidance": told})[0]
         if w == 1:
             return denoiser(x_t, t, cond)[0]
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}  # (2B, ...) each

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline  # noqa: E402
 
 from families import full, tiny  # noqa: E402
 from families.cogvideox import CogVideoX  # noqa: E402
+from families.flux import Flux  # noqa: E402
 from families.sd3 import SD3  # noqa: E402
 from families.sdxl import SDXL  # noqa: E402
 from families.wan import Wan  # noqa: E402
@@ -22,7 +23,7 @@ del verbosity
 
 from runtime.settings import BadInput, did_you_mean, require  # noqa: E402
 
-FAMILIES = (SDXL, SD3, CogVideoX, Wan)
+FAMILIES = (SDXL, SD3, CogVideoX, Wan, Flux)
 HUB = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -31,12 +32,20 @@ HUB = {
     "cogvideox-5b": "THUDM/CogVideoX-5b",
     "wan-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
 }
 
 # Small, but trained, on real images: see its README.
 DIGITS = Path(__file__).parents[1] / "toy" / "digits-teacher"
 
-TINY = ("tiny-sdxl", "tiny-sd3", "tiny-cogvideox-2b", "tiny-cogvideox-5b", "tiny-wan")
+TINY = (
+    "tiny-sdxl",
+    "tiny-sd3",
+    "tiny-cogvideox-2b",
+    "tiny-cogvideox-5b",
+    "tiny-wan",
+    "tiny-flux",
+)
 
 
 def load_teacher(name_or_folder, random_init=False):

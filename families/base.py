@@ -59,8 +59,10 @@ class Family:
     vae_class = diffusers.AutoencoderKL
     vae_parts = (ResnetBlock2D, Upsample2D)  # of its decoder: see `recompute`
     guidance: float  # default CFG scale of teacher scores and ODE pairs: the stock pipeline's
+    embeds_guidance = False  # distilled: the network is told w; but for the teacher, this default
+    even_sigmas = False  # the stock pipeline gives its scheduler u = 1, 1 − 1/n, …, 1/n itself
     student_steps: int  # default: the paper's
-    blocks = "transformer_blocks"  # a transformer's, as it calls them
+    blocks = ("transformer_blocks",)  # a transformer's, as it calls them, in order
     tokens_at = None  # where a block's output has the image tokens; None: it is nothing else
     text_tokens = None  # to how many the stock pipeline pads, where it must be told: see SD3
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -71,10 +73,6 @@ class Family:
         self.random_init = random_init  # weights at random: the folder has configs alone
 
         self.index = json.loads((self.folder / "model_index.json").read_text())
-        scheduler_class = getattr(diffusers, self.index["scheduler"][1])
-        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler")
-        self.schedule = self.read_schedule(scheduler)
-
         has_weights = any((self.folder / self.net_name).glob("*.safetensors"))
         require(random_init or has_weights, f"{name} has no weights in {self.net_name}/")
         # Without storage: for the config's defaults, and where only a shape is asked for.
@@ -86,7 +84,16 @@ class Family:
         self.config = self.meta_net.config
         time_patches = self.config.get("patch_size_t")
         require(not time_patches, f"{name}: time patches (CogVideoX 1.5) are not supported")
+        self.channels = self.config.in_channels  # of a latent
         self.measure()
+
+        scheduler_class = getattr(diffusers, self.index["scheduler"][1])
+        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler")
+        self.schedule = self.read_schedule(scheduler)  # at the model's own size
+
+    def schedule_at(self, shape):
+        """The Schedule of latents of this shape, for most families the same for all."""
+        return self.schedule
 
     def measure(self):
         """Set, by the configs, vae_scale, default_size and grain."""
@@ -101,6 +108,16 @@ class Family:
         self.grain = self.config.get("patch_size")
         if not self.grain:
             self.grain = 2 ** (len(self.config.block_out_channels) - 1)
+
+    def size_of_call(self, **usual):
+        """Set default_size where no config has one; returns {argument: its value}.
+
+        usual: height, width and what else the stock call has by default, in pixels. A folder of
+        ours says its own, as `_sampling`.
+        """
+        size = usual | self.index.get("_sampling", {})
+        self.default_size = [size[side] // self.vae_scale for side in ("height", "width")]
+        return size
 
     def made(self, kind, config):
         """A network of random weights, the same on every rank and for every role."""
@@ -132,12 +149,10 @@ class Family:
             return self.random_cond(prompts)
         # Said explicitly: the pipeline's own guess may be the weightless denoiser's.
         options["device"] = pipe.text_encoder.device
-        options["do_classifier_free_guidance"] = False
-        embeds, _, *pooled = pipe.encode_prompt(prompts, **options)
-        cond = {"prompt_embeds": embeds}
-        if pooled:
-            cond["pooled"] = pooled[0]
-        return cond
+        if not self.embeds_guidance:  # of those no pipeline asks for a second prompt
+            options["do_classifier_free_guidance"] = False
+        made = [c for c in pipe.encode_prompt(prompts, **options) if c is not None]
+        return dict(zip(self.cond_shapes(), made, strict=False))  # FLUX's has more: text ids
 
     def unconditional(self, pipe):
         """The conditioning of no prompt, {name: (1, ...)}."""
@@ -149,14 +164,18 @@ class Family:
         A DiT's are at 1/4, 2/4 and 3/4 of its depth. The paper does not say which (ours); the last
         quarter turns features into a prediction, and need not run.
         """
-        blocks = getattr(net, self.blocks)
+        blocks = self.layers(net)
         width = self.config.num_attention_heads * self.config.attention_head_dim
         chosen = sorted({max(len(blocks) * k // 4, 1) - 1 for k in (1, 2, 3)})
         return [blocks[i] for i in chosen], blocks[chosen[-1] + 1], [width] * len(chosen)
 
+    def layers(self, net):
+        """A transformer's blocks, in the order in which they run."""
+        return [block for name in self.blocks for block in getattr(net, name)]
+
     def units(self, net):
         """What a sharded network gathers at a time: its blocks, inner ones first."""
-        return list(getattr(net, self.blocks))
+        return self.layers(net)
 
     def to_map(self, output, x_t):
         """A tapped block's output → feature map (B, C, H, W), or (B, C, F, H, W)."""
@@ -187,7 +206,7 @@ class Family:
         whole = height % unit == 0 and width % unit == 0
         require(whole, f"{flag}: {self.name} takes multiples of {unit} pixels")
 
-        shape = (self.config.in_channels, height // self.vae_scale, width // self.vae_scale)
+        shape = (self.channels, height // self.vae_scale, width // self.vae_scale)
         own = list(shape[1:]) == self.default_size
         least = SMALLEST_MAP * unit
         need = "the discriminator's heads need feature maps of at least 8x8"
@@ -399,8 +418,11 @@ def read_vp_schedule(scheduler, prediction, zero_terminal_snr, family):
     return VPSchedule(a_bar, prediction, getattr(scheduler, "final_alpha_cumprod", 1.0))
 
 
-def read_flow_schedule(scheduler, family):
-    """FlowSchedule of a loaded scheduler: BadInput unless it walks the straight line as usual."""
+def read_flow_schedule(scheduler, family, dynamic=False):
+    """FlowSchedule of a loaded scheduler: BadInput unless it walks the straight line as usual.
+
+    dynamic: its shift must depend on the size, for which the one returned does not hold.
+    """
     found = type(scheduler).__name__
     config = scheduler.config
     is_euler = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
@@ -412,5 +434,10 @@ def read_flow_schedule(scheduler, family):
     steps = config.num_train_timesteps
     require(steps == T, f"{family} has {T:.0f} training time steps, not {steps}")
     odd = [option for option in ODD_FOR_A_FLOW if config.get(option)]
+    if dynamic:
+        usual = config.get("time_shift_type") == "exponential"
+        right = usual and "use_dynamic_shifting" in odd
+        require(right, f"{family} shifts times by the size, the folder's {found} in another way")
+        odd.remove("use_dynamic_shifting")
     require(not odd, f"the folder's {found} sets {odd[:1]}, which no {family} teacher does")
     return FlowSchedule(config.shift if is_euler else config.flow_shift)

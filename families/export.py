@@ -17,10 +17,10 @@ from runtime.ranks import gather
 LARGEST_FILE = 2 * 10**9  # bytes: as much of a student is in main memory at a time (ours)
 
 
-def student_scheduler(schedule, steps):
+def student_scheduler(family, schedule, steps):
     """The stock diffusers scheduler that walks the student's `schedule` in `steps` steps.
 
-    It does what ode.student_sample does.
+    It does what ode.student_sample does, in the stock pipeline of the family.
     """
     if isinstance(schedule, VPSchedule):
         # Predict x_0, re-noise: LCM's sampler with its skip connection off.
@@ -41,7 +41,9 @@ def student_scheduler(schedule, steps):
             solver_order=1,
             final_sigmas_type="zero",
         )
-    k, last = stock_warp(schedule.shift, steps)
+    k, last = schedule.shift, None
+    if not family.even_sigmas:
+        k, last = stock_warp(schedule.shift, steps)
     return diffusers.FlowMatchEulerDiscreteScheduler(
         shift=k,
         shift_terminal=last,
@@ -74,8 +76,8 @@ USAGE = """# A {steps}-step student of {base}
 
 Pass all of these, which model_index.json has as `_sampling`: the scheduler visits the student's own
 times at this number of steps only, guidance is in the weights, and the size is what it was trained
-at. The pipelines of Stable Diffusion 3 and Wan draw the noise between steps from torch's global
-generator: seed that (generator=torch.manual_seed(0) does both) for a repeatable picture.
+at. The pipelines of Stable Diffusion 3, Wan and FLUX draw the noise between steps from torch's
+global generator: seed that (generator=torch.manual_seed(0) does both) for a repeatable picture.
 """
 
 
@@ -86,7 +88,7 @@ def how_to_sample(family, steps, shape):
     """
     how = {
         "num_inference_steps": steps,
-        "guidance_scale": 1.0,
+        "guidance_scale": family.guidance if family.embeds_guidance else 1.0,
         "height": shape[-2] * family.vae_scale,
         "width": shape[-1] * family.vae_scale,
     }
@@ -132,7 +134,7 @@ def write_companions(family, schedule, steps, shape, folder):
         if not is_own and (family.folder / name).is_dir():
             shutil.copytree(family.folder / name, folder / name)
     family.meta_net.save_config(folder / family.net_name)
-    scheduler = student_scheduler(schedule, steps)
+    scheduler = student_scheduler(family, schedule, steps)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     # For programs, where it goes with the folder to the hub; diffusers passes over such names.

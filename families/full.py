@@ -19,6 +19,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -63,6 +64,7 @@ COGVIDEOX_2B = dict(num_attention_heads=30, num_layers=30)
 COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
 WAN_1_3B = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_14B = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
+FLUX_DEV = dict(num_layers=19, num_single_layers=38, guidance_embeds=True)
 DENOISERS = {
     "sdxl": (UNet2DConditionModel, UNET),
     "sd3": (SD3Transformer2DModel, MEDIUM),
@@ -71,12 +73,14 @@ DENOISERS = {
     "cogvideox-5b": (CogVideoXTransformer3DModel, COGVIDEOX_5B),
     "wan-1.3b": (WanTransformer3DModel, WAN_1_3B),
     "wan-14b": (WanTransformer3DModel, WAN_14B),
+    "flux-dev": (FluxTransformer2DModel, FLUX_DEV),
 }
 PIPELINES = {
     UNet2DConditionModel: "StableDiffusionXLPipeline",
     SD3Transformer2DModel: "StableDiffusion3Pipeline",
     CogVideoXTransformer3DModel: "CogVideoXPipeline",
     WanTransformer3DModel: "WanPipeline",
+    FluxTransformer2DModel: "FluxPipeline",
 }
 
 
@@ -85,6 +89,8 @@ def scheduler(name):
         return EulerDiscreteScheduler(**SD_BETAS, steps_offset=1, timestep_spacing="leading")
     if name.startswith("sd3"):
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "flux-dev":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name.startswith("wan"):
         line = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
         return UniPCMultistepScheduler(**line, flow_shift=3.0)
@@ -114,13 +120,11 @@ def vae(name):
     if name == "sdxl":
         own = dict(latent_channels=4, scaling_factor=0.13025)
     else:
-        own = dict(
-            latent_channels=16,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        own = dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+        if name == "flux-dev":
+            own |= dict(scaling_factor=0.3611, shift_factor=0.1159)
+        else:
+            own |= dict(scaling_factor=1.5305, shift_factor=0.0609)
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -154,9 +158,9 @@ def text_encoders(name):
     t5_xxl = T5Config(**xxl, architectures=["T5EncoderModel"])
     if name.startswith("cogvideox"):
         return {"text_encoder": t5_xxl}
-    if name == "sdxl":
+    if name in ("sdxl", "flux-dev"):
         clip_l = clip_text(768, 12, 12, "CLIPTextModel")
-        return {"text_encoder": clip_l, "text_encoder_2": clip_g}
+        return {"text_encoder": clip_l, "text_encoder_2": clip_g if name == "sdxl" else t5_xxl}
     clip_l = clip_text(768, 12, 12)
     return {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5_xxl}
 

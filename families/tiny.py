@@ -21,6 +21,8 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -61,6 +63,7 @@ def build(name):
         "tiny-cogvideox-2b": cogvideox,
         "tiny-cogvideox-5b": partial(cogvideox, rotary=True),
         "tiny-wan": wan,
+        "tiny-flux": flux,
         "tiny-sam": sam,
         "tiny-dinov2": dinov2,
     }
@@ -279,6 +282,39 @@ def wan():
     )
     # Its size, of which no part's config says anything: see Wan.measure.
     pipe.register_to_config(_sampling={"height": 64, "width": 64, "num_frames": 9})
+    return pipe
+
+
+def flux():
+    """MM-DiT of two blocks of two streams and two of one, 32x32 images, 16x16 latents."""
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = image_vae(
+        16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipe = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=clip_text(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(512),
+    )
+    pipe.register_to_config(_sampling={"height": 32, "width": 32})  # no part's config says it
     return pipe
 
 

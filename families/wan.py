@@ -11,7 +11,6 @@ from families.video import Video
 from runtime.settings import require
 
 TOKENS = 512  # to so many the pipeline's call pads a prompt; its encode_prompt alone to 226
-USUAL = {"height": 480, "width": 832, "num_frames": 81}  # the pipeline's: no config has a size
 
 
 class Wan(Video):
@@ -23,7 +22,7 @@ class Wan(Video):
     vae_parts = (of_vae.WanResidualBlock, of_vae.WanResample)
     guidance = 5.0
     student_steps = 4
-    blocks = "blocks"
+    blocks = ("blocks",)
 
     def read_schedule(self, scheduler):
         _, second = self.index.get("transformer_2", (None, None))
@@ -34,8 +33,7 @@ class Wan(Video):
         self.vae_scale = self.vae_config.scale_factor_spatial
         self.frame_scale = self.vae_config.scale_factor_temporal
         self.grain = self.config.patch_size[1]
-        size = USUAL | self.index.get("_sampling", {})  # as a folder of ours says
-        self.default_size = [size[side] // self.vae_scale for side in ("height", "width")]
+        size = self.size_of_call(height=480, width=832, num_frames=81)
         self.default_frames = size["num_frames"]
 
     def cond_shapes(self):

@@ -15,7 +15,8 @@ class TeacherConfig:
     model: str = option(
         "digits",
         "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, wan-1.3b, wan-14b, "
-        "tiny-… or a pipeline folder, which has no recipe, only the small defaults of the scripts",
+        "flux-dev, tiny-… or a pipeline folder, which has no recipe, only the scripts' own small "
+        "defaults",
         "what to distil",
     )
     random_init: bool = option(
@@ -48,7 +49,8 @@ class TrainingConfig(TeacherConfig):
     frames: int | None = option(None, "video frames; default: the model's own", "what to distil")
     guidance: float | None = option(
         None,
-        "teacher's CFG scale w in u + w (c - u); default: the stock pipeline's for the model",
+        "teacher's CFG scale w in u + w (c - u), or what FLUX's is told; default: the stock "
+        "pipeline's for the model",
         "what to distil",
     )
     student_steps: int | None = option(

@@ -63,16 +63,17 @@ MAY_CHANGE = (
 MOST_SKIPPED = 20  # updates of one network in a row, after which a run stops
 
 
-def starting_point(init, family, lora_rank):
+def starting_point(init, family, schedule, lora_rank):
     """Where a student starts: (its Schedule, the pipeline folder of its first weights or None).
 
-    init is "teacher", or the folder of an adp.py or adm.py run. Raises BadInput for one that is
-    unfinished, of another model or another LoRA rank, and for LoRA without peft.
+    schedule: the teacher's. init is "teacher", or the folder of an adp.py or adm.py run. Raises
+    BadInput for one that is unfinished, of another model or another LoRA rank, and for LoRA without
+    peft.
     """
     possible = not lora_rank or find_spec("peft")
     require(possible, "--lora-rank needs the peft package: pip install peft")
     if init == "teacher":
-        return family.schedule, None
+        return schedule, None
     pipeline = Path(init) / "pipeline"
     keys = ("teacher", "student", "config")
     saved = read_json(Path(init) / "config.json", "run of adp.py or adm.py", *keys)
@@ -90,8 +91,8 @@ def starting_point(init, family, lora_rank):
         f"--init {init}: its student has another --lora-rank than {lora_rank}",
     )
     if saved["student"]["prediction"] == "flow":
-        return on_the_line(family.schedule), pipeline
-    return family.schedule, pipeline
+        return on_the_line(schedule), pipeline
+    return schedule, pipeline
 
 
 def is_noted(name):

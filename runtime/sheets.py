@@ -118,7 +118,8 @@ class Sheets:
         x_T = draw.normal(self.shape)  # (B, ...)
         uncond = self.prompts.unconditional(len(x_T))
         guided = with_guidance(self.teacher, cond, uncond, self.guidance)
-        return teacher_sample(guided, self.here.family.schedule, x_T, self.teacher_steps)
+        schedule = self.here.family.schedule_at(self.shape)
+        return teacher_sample(guided, schedule, x_T, self.teacher_steps)
 
     def write(self, iteration, kind, title, captions, rows):
         """samples/<iteration><kind>.png of {label: latents}; of videos also a GIF.

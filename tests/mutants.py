@@ -139,6 +139,27 @@ MUTANTS = [
         ("Wan: a decoder run again on a later cache", "[None] * at + [*entries]", "feat_cache"),
         ("Wan: one of two experts", "require(second is None", "require(True"),
     ]),
+    *mutants("families/flux.py", ("tests/test_models.py", "-k", "tiny-flux"), [
+        ("FLUX: time and guidance are rounded", "(t, T * w, args[-1])", "args"),
+        ("FLUX: another model of its class", "require(self.config.guidance_embeds", "require(True"),
+        ("FLUX: one stream alone", '"transformer_blocks", "single_', '"transformer_blocks", "'),
+    ]),
+    *mutants("families/flux.py", ("tests/test_flux.py",), [
+        ("FLUX: student at 1", "torch.full_like(t, self.guidance)", "torch.ones_like(t)"),
+        ("FLUX: one shift for all sizes", "tokens = shape[-2] * shape[-1]", "tokens = 128 * 128"),
+    ]),
+    *mutants("ode.py", ("tests/test_flux.py", "-k", "passes or pass"), [
+        ("FLUX: CFG on top of what is told", "if is_told:", "if False:"),
+    ]),
+    *mutants("families/base.py", ("tests/test_models.py", "-k", "contradicting and flux"), [
+        ("FLUX: a shift of any kind", 'right = usual and "use_dynamic', 'right = "use_dynamic'),
+    ]),
+    *mutants("families/export.py", ("tests/test_models.py", "-k", "tiny-flux and export"), [
+        ("FLUX: a student called at 1",
+         '"guidance_scale": family.guidance if family.embeds_guidance else 1.0',
+         '"guidance_scale": 1.0'),
+        ("FLUX: σ warped twice", "if not family.even_sigmas:", "if steps:"),
+    ]),
     *mutants("adm.py", (BF16, "-k", "twenty and sd3"), [
         ("bf16: a loss too", "F.mse_loss(out.float(), target)",
          "F.mse_loss(out.bfloat16(), target.bfloat16())"),

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FluxPipeline
 from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +26,7 @@ from runtime.settings import BadInput
 from sizing import count
 
 FAMILIES = families.TINY
+SOME = ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan", "tiny-flux"]  # one of each
 TIMES = torch.tensor([999.0, 437.5])  # (2,)
 PROMPTS = ["a red fox", "two dogs"]  # of the fixture `conditionings`
 
@@ -39,9 +40,19 @@ def latents(family, n=2, seed=0):
 # --- Opening --------------------------------------------------------------------------------------
 
 
-def swapped(family, x):
-    """Latents as the stock pipeline has them, or ours again: Wan's has channels before frames."""
+def as_stock(family, x):
+    """Latents as the stock pipeline has them: Wan's has channels before frames, FLUX's tokens."""
+    if family.name == "tiny-flux":
+        return FluxPipeline._pack_latents(x, *x.shape)
     return x.transpose(1, 2) if family.name == "tiny-wan" else x
+
+
+def from_stock(family, x):
+    """The same latents as ours are."""
+    if family.name == "tiny-flux":
+        side = 2 * round(x.shape[1] ** 0.5)
+        return FluxPipeline._unpack_latents(x, side, side, 1)
+    return as_stock(family, x)
 
 
 INDEX = "model_index.json"
@@ -66,6 +77,7 @@ def edited(tmp_path, name, file, **changes):
         ("tiny-cogvideox-2b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
         ("tiny-cogvideox-5b", "v_prediction", (3, 16, 16, 16), 6.0, 4),
         ("tiny-wan", "flow", (3, 16, 16, 16), 5.0, 4),
+        ("tiny-flux", "flow", (16, 16, 16), 3.5, 4),
     ],
 )
 def test_defaults_are_the_familys(teachers, name, prediction, shape, guidance, steps):
@@ -134,7 +146,19 @@ INCOMPLETE = "no complete diffusers pipeline folder"
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
             "two experts are not supported",
         ),
-        ("tiny-sd3", INDEX, {"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
+        (
+            "tiny-flux",
+            "transformer/config.json",
+            {"guidance_embeds": False},
+            "told no guidance: FLUX.1-schnell",
+        ),
+        ("tiny-flux", SCHEDULER, {"use_dynamic_shifting": False}, "in another way"),
+        ("tiny-flux", SCHEDULER, {"time_shift_type": "linear"}, "in another way"),
+        ("tiny-flux", SCHEDULER, {"stochastic_sampling": True}, "stochastic_sampling"),
+        ("tiny-flux", INDEX, {"_class_name": "FluxControlPipeline"}, "is a FluxControlPipeline"),
+        ("tiny-flux", INDEX, {"_class_name": "FluxFillPipeline"}, "is a FluxFillPipeline"),
+        ("tiny-flux", INDEX, {"_class_name": "FluxKontextPipeline"}, "is a FluxKontextPipeline"),
+        ("tiny-flux", INDEX, {"_class_name": "Flux2Pipeline"}, "is a Flux2Pipeline"),
         ("tiny-sd3", INDEX, {"_class_name": "gone"}, INCOMPLETE),
         ("tiny-sdxl", SCHEDULER, {"beta_schedule": "odd"}, INCOMPLETE),
         (
@@ -249,6 +273,9 @@ def test_an_unreachable_hub_is_one_line_that_names_a_tiny_model_instead(name):
         ("tiny-wan", None, 1, "4n \\+ 1 frames"),
         ("tiny-wan", "60", None, "multiples of 8"),
         ("tiny-wan", "56", None, "at least 8x8"),
+        ("tiny-flux", "34", None, "multiples of 4"),
+        ("tiny-flux", "28", None, "at least 8x8"),
+        ("tiny-flux", None, 9, "video"),
     ],
 )
 def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says):
@@ -265,6 +292,7 @@ def test_sizes_out_of_reach_are_refused(teachers, name, resolution, frames, says
         ("tiny-cogvideox-2b", "128x144", 17, (5, 16, 16, 18)),
         ("tiny-cogvideox-5b", "144x128", 9, (3, 16, 18, 16)),
         ("tiny-wan", "64x72", 5, (2, 16, 16, 18)),
+        ("tiny-flux", "32x48", None, (16, 16, 24)),
     ],
 )
 def test_other_sizes_run_through_the_discriminator(
@@ -302,7 +330,8 @@ def test_no_prompt_is_zeros_for_sdxl_and_the_empty_prompt_for_the_others(teacher
 def test_call_is_the_stock_pipelines(teachers, name):
     """One guided step of the stock pipeline from given noise: what its network gets and returns.
 
-    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice.
+    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice; FLUX's
+    once, at an embedded guidance, which it is told beside a time of 1.
     """
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
@@ -315,25 +344,30 @@ def test_call_is_the_stock_pipelines(teachers, name):
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         t = kwargs["timestep"] if "timestep" in kwargs else args[1]
         out = stock(net, *args, **kwargs)[0]
-        passes.append((swapped(family, given), t.reshape(-1), swapped(family, out)))
+        passes.append((from_stock(family, given), t.reshape(-1), from_stock(family, out)))
         return (out,)
 
     net = getattr(pipe, family.net_name)
     net.forward = spy.__get__(net)
     options = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    options |= family.index.get("_sampling", {})
     with torch.no_grad():
-        pipe(PROMPTS, latents=swapped(family, x), **options)
+        pipe(PROMPTS, latents=as_stock(family, x), **options)
         text = family.text_pipeline()
         cond = family.encode(text, PROMPTS)
         none = family.unconditional(text)
-        both = {}
+        told = {}
         for part, c in cond.items():
             halves = [none[part].expand_as(c), c]  # the pipelines put "no prompt" first
             if len(passes) == 2:  # but where it has a pass of its own
                 halves.reverse()
-            both[part] = torch.cat(halves)  # (4, ...)
+            told[part] = torch.cat(halves)  # (4, ...)
         x_t, t, theirs = (torch.cat(parts) for parts in zip(*passes, strict=True))
-        out, _ = models.load_denoiser(family)(x_t, t.float().expand(4), both)
+        if family.embeds_guidance:
+            told = {**cond, "guidance": torch.full((2,), 3.0)}
+            t = 1000 * t
+            assert len(x_t) == 2
+        out, _ = models.load_denoiser(family)(x_t, t.float().expand(len(x_t)), told)
     assert_close(out, theirs.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -527,7 +561,7 @@ def test_video_views_are_frames_of_the_decoded_video(teachers, name):
     assert torch.equal(views, torch.stack([first[0], last[0], first[1], last[1]]))
 
 
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
+@pytest.mark.parametrize("name", SOME)
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
     """Bitwise. What it makes again at a time, the rehearsal tracks."""
     family = teachers[name]
@@ -566,7 +600,7 @@ def test_images_for_the_pixel_discriminator_in_bf16_are_the_same_to_its_rounding
         assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
+@pytest.mark.parametrize("name", SOME)
 def test_decode_is_the_stock_pipelines(teachers, name):
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
@@ -575,7 +609,7 @@ def test_decode_is_the_stock_pipelines(teachers, name):
     with torch.no_grad():
         ours = (family.decode(family.vae(), z) / 2 + 0.5).clamp(0, 1)
         if name == "tiny-wan":  # its whole call, for the statistics of its latents are inside
-            ended = lambda *args: {"latents": swapped(family, z)}  # noqa: E731
+            ended = lambda *args: {"latents": as_stock(family, z)}  # noqa: E731
             how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
             theirs = pipe(PROMPTS, **how, **family.index["_sampling"], callback_on_step_end=ended)
             theirs = theirs.frames.transpose(1, 2)
@@ -695,7 +729,7 @@ def test_frozen_networks_pass_gradient_and_keep_none(
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan"])
+@pytest.mark.parametrize("name", SOME)
 def test_checkpointing_changes_no_gradient(teachers, conditionings, name, lora_rank):
     family, cond = teachers[name], conditionings[name]
     found = []
@@ -773,8 +807,12 @@ def test_lora_roles_share_one_base(teachers, conditionings):
 def our_sample(denoiser, schedule, steps, cond, generator):
     """What ode.py's sampler makes of the denoiser, (2, ...)."""
     family = denoiser.family
-    like_stock = swapped(family, latents(family)).shape  # (2, ...)
-    x_T = swapped(family, torch.randn(like_stock, generator=generator))
+    like_ours = latents(family).shape  # (2, ...)
+    like_stock = as_stock(family, latents(family)).shape  # (2, ...)
+    if family.name == "tiny-flux":  # its pipeline packs what it has drawn, but between steps
+        x_T = torch.randn(like_ours, generator=generator)
+    else:
+        x_T = from_stock(family, torch.randn(like_stock, generator=generator))
     times = schedule.timesteps(steps)[:-1]  # (steps,)
     if family.schedule.prediction == "flow":  # these pipelines draw noise between steps from
         torch.manual_seed(11)  # torch's global one
@@ -784,7 +822,7 @@ def our_sample(denoiser, schedule, steps, cond, generator):
         return denoiser(x, t, cond)[0]
 
     def fresh():
-        return swapped(family, torch.randn(like_stock, generator=generator))
+        return from_stock(family, torch.randn(like_stock, generator=generator))
 
     with torch.no_grad():
         return ode.student_sample(predict, schedule, x_T, times, fresh)
@@ -814,7 +852,7 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
         how = json.loads((folder / INDEX).read_text())["_sampling"]
         generator = torch.Generator().manual_seed(7)
         theirs = pipe(PROMPTS, **how, output_type="latent", generator=generator)[0]
-        theirs = swapped(family, theirs)
+        theirs = from_stock(family, theirs)
         again = torch.Generator().manual_seed(7)
         ours = our_sample(denoiser, schedule, steps, conditionings[name], again)
         label = f"{steps} steps"
@@ -822,26 +860,27 @@ def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "name, size",
+    "name, told",
     [
-        ("tiny-sd3", "height=32, width=32)"),
-        ("tiny-cogvideox-2b", "height=128, width=128, num_frames=9)"),
-        ("tiny-wan", "height=64, width=64, num_frames=9)"),
+        ("tiny-sd3", "guidance_scale=1.0, height=32, width=32)"),
+        ("tiny-cogvideox-2b", "guidance_scale=1.0, height=128, width=128, num_frames=9)"),
+        ("tiny-wan", "guidance_scale=1.0, height=64, width=64, num_frames=9)"),
+        ("tiny-flux", "guidance_scale=3.5, height=32, width=32)"),
     ],
 )
-def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, size):
+def test_an_exports_readme_says_how_it_is_called(teachers, tmp_path, name, told):
     family = teachers[name]
     shape = family.latent_shape()
     denoiser = models.load_denoiser(family)
     families.export.export_pipeline(denoiser, family.schedule, 3, shape, tmp_path / "out")
     says = (tmp_path / "out" / "README.md").read_text()
-    assert f"num_inference_steps=3, guidance_scale=1.0, {size}" in says
+    assert f"num_inference_steps=3, {told}" in says
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     call = ", ".join(f"{argument}={value}" for argument, value in index["_sampling"].items())
     assert f'pipe("a red fox", {call})' in says and index["_teacher"] == name
 
 
-@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl", "tiny-wan"])
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sdxl", "tiny-wan", "tiny-flux"])
 def test_lora_export_merged_and_as_an_adapter(teachers, conditionings, tmp_path, name):
     family, cond = teachers[name], conditionings[name]
     x = latents(family)

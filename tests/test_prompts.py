@@ -211,6 +211,7 @@ def test_embeddings_are_not_encoded_live(encoded, tmp_path, capsys):
         ("sd3", 123_650_304 + 694_659_840 + 4_762_310_656),
         ("cogvideox-5b", 4_762_310_656),
         ("wan-1.3b", 5_680_910_336),
+        ("flux-dev", 123_060_480 + 4_762_310_656),
     ],
 )
 def test_text_encoders_are_the_published_ones(model, parameters):

@@ -70,6 +70,7 @@ class Stock:
             "StableDiffusion3Pipeline": ("transformer", diffusers.SD3Transformer2DModel),
             "CogVideoXPipeline": ("transformer", diffusers.CogVideoXTransformer3DModel),
             "WanPipeline": ("transformer", diffusers.WanTransformer3DModel),
+            "FluxPipeline": ("transformer", diffusers.FluxTransformer2DModel),
         }[self.kind]
         self.net = (
             network_class.from_pretrained(self.folder, subfolder=part)
@@ -86,6 +87,8 @@ class Stock:
         else:
             is_wan = self.kind == "WanPipeline"
             blocks = self.net.blocks if is_wan else self.net.transformer_blocks
+            if self.kind == "FluxPipeline":
+                blocks = [*blocks, *self.net.single_transformer_blocks]
             # After one, two and three quarters of them.
             self.tapped = [blocks[len(blocks) * k // 4 - 1] for k in (1, 2, 3)]
         self.latent_shape = families.load_teacher(name).latent_shape()
@@ -96,7 +99,7 @@ class Stock:
             )
 
     def process(self):
-        if self.kind in ("StableDiffusion3Pipeline", "WanPipeline"):
+        if self.kind in ("StableDiffusion3Pipeline", "WanPipeline", "FluxPipeline"):
             return reference.Process(reference.straight_line, "flow")
         alpha_sigma = reference.variance_preserving(self.scheduler.alphas_cumprod.double())
         return reference.Process(alpha_sigma, self.scheduler.config.prediction_type, t_noise=999)
@@ -113,6 +116,8 @@ class Stock:
 
     def model(self, own, x, t, prompt):
         """The network's own call in its stock pipeline."""
+        if self.kind == "FluxPipeline":
+            return self.flux(own, x, t, prompt)
         if self.kind == "StableDiffusionXLPipeline":
             side = 2 * x.shape[-1]  # pixels: the tiny VAE halves them
             size = x.new_tensor([side, side, 0, 0, side, side]).expand(len(x), 6)
@@ -131,6 +136,26 @@ class Stock:
         latents = "sample" if self.kind == "StableDiffusionXLPipeline" else "hidden_states"
         out = functional_call(self.net, self.weights(own), (), args | {latents: x})[0]
         return out.transpose(1, 2) if self.kind == "WanPipeline" else out
+
+    def flux(self, own, x, t, prompt):
+        """FLUX's: packed, at an embedded guidance, but for the teacher its pipeline's default."""
+        pipeline = diffusers.FluxPipeline
+        batch, _, height, width = x.shape
+        text = prompt["prompt_embeds"]
+        args = {
+            "hidden_states": pipeline._pack_latents(x, *x.shape),
+            "timestep": t / 1000,
+            "guidance": x.new_full((batch,), prompt.get("guidance", 3.5)),
+            "pooled_projections": prompt["pooled"],
+            "encoder_hidden_states": text,
+            "txt_ids": x.new_zeros(text.shape[1], 3),
+            "img_ids": pipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, x.device, x.dtype
+            ),
+            "return_dict": False,
+        }
+        out = functional_call(self.net, self.weights(own), (), args)[0]
+        return pipeline._unpack_latents(out, height, width, 1)
 
     @cache
     def rotary(self, frames, channels, height, width):
@@ -152,7 +177,9 @@ class Stock:
         if self.kind == "WanPipeline":
             tokens, patch = output, patch[1]  # (B, positions, channels)
         else:
-            tokens = output[1 if self.kind == "StableDiffusion3Pipeline" else 0]
+            tokens = output[0 if self.kind == "CogVideoXPipeline" else 1]
+        if self.kind == "FluxPipeline":
+            patch = 2
         *frames, _, height, width = x.shape[1:]
         return tokens.movedim(1, 2).reshape(len(x), -1, *frames, height // patch, width // patch)
 
@@ -381,6 +408,9 @@ def check_adm(folder):
     for r in range(cfg.ttur):
         k = int(ode.common(cfg.seed, adm.STAGE, 1, r).integers(cfg.student_steps))
         draws = adm_draws(run, r, k, prompts)
+        if net.kind == "FluxPipeline":  # the teacher's one pass, at that guidance
+            draws.no_prompt = {**draws.prompt, "guidance": run.config["guidance"]}
+            cfg.guidance = 0
         theta, psi, tau = (leaves(state[name]) for name in ("student", "fake", "heads"))
         out = reference.adm(
             net.model,
@@ -511,7 +541,7 @@ MORE_ADM = {  # for one of them
 }
 ADM_CASES = [(case, model) for case in ADM for model in FAMILIES] + [
     *((case, "tiny-sd3") for case in MORE_ADM),
-    *((case, "tiny-wan") for case in ("k=0", "k=3")),
+    *((case, model) for case in ("k=0", "k=3") for model in ("tiny-wan", "tiny-flux")),
 ]
 
 
@@ -659,7 +689,7 @@ ADP = {
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, encoded):
     folders = {}
-    for model in (*FAMILIES, "tiny-wan"):
+    for model in (*FAMILIES, "tiny-wan", "tiny-flux"):
         folders[model] = tmp_path_factory.mktemp("pairs") / model
         call(
             data.pairs,
@@ -689,6 +719,7 @@ def pairs(tmp_path_factory, encoded):
         ("from regression", "tiny-cogvideox-5b"),
         ("dinov2 lora", "tiny-cogvideox-5b"),
         ("adversaries", "tiny-wan"),
+        ("adversaries", "tiny-flux"),
     ],
 )
 def test_an_iteration_of_adp(case, model, pairs, tmp_path):

@@ -55,7 +55,9 @@ def runs():
     for model in ("sd3.5-large", "cogvideox-2b"):  # what they have that the others have not
         yield model, "adm", "8 ranks" if FULL else "full"
     yield "wan-1.3b", "adp", "8 ranks"
+    yield "flux-dev", "adm", "8 ranks"
     if FULL:
+        yield "flux-dev", "adp", "8 ranks"
         yield "wan-1.3b", "adm", "full"
         yield "wan-14b", "adm", "8 ranks"
 

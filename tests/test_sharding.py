@@ -106,6 +106,7 @@ RUNS = {
     # From adp's student.
     "after adp": ("adm", {"model": "tiny-sd3", "loss": "dmd", "lr_student": 1e-3, "lr_fake": 1e-3}),
     "wan": ("adm", {"model": "tiny-wan", "gradient_checkpointing": True, "dt": 0.25}),
+    "flux": ("adm", {"model": "tiny-flux", "gradient_checkpointing": True, "dt": 0.25}),
     # Of one rank the embeddings are cached.
     "live": ("adm", {"model": "tiny-sd3", "embed": "live", "sample_every": 2}),
 }
@@ -418,6 +419,7 @@ def test_the_plan_is_what_ranks_hold(runs, name):
         ("cogvideox-5b", 5_570_283_072, (13, 16, 60, 90)),
         ("wan-1.3b", 1_418_996_800, (21, 16, 60, 104)),
         ("wan-14b", 14_288_491_584, (21, 16, 60, 104)),
+        ("flux-dev", 11_901_408_256, (16, 128, 128)),
     ],
 )
 def test_full_size_configs_are_the_published_ones(name, parameters, shape):

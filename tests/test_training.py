@@ -18,6 +18,7 @@ import adm
 import adp
 import data
 import models
+from ode import teacher_sample, with_guidance
 from runtime.settings import BadInput
 
 QUICK = ("--head-width", 32, "--batch-size", 2, "--sample-every", 0)
@@ -162,31 +163,56 @@ def test_cogvideox_adp_sees_frames(encoded, tmp_path):
     assert read_log(out)["d_accuracy_pixel"][0] is not None
 
 
-def test_wan_end_to_end(tmp_path, few_prompts):
-    """encode → pairs → adp, by both discriminators → adm of 5 frames → stock diffusers."""
-    model = "tiny-wan"
+@pytest.mark.parametrize(
+    "model, size, latents, made",
+    [
+        ("tiny-wan", ["--resolution", 64, "--frames", 5], (2, 16, 16, 16), (5, 64, 64, 3)),
+        ("tiny-flux", ["--resolution", "32x40"], (16, 16, 20), (32, 40, 3)),
+    ],
+)
+def test_the_later_families_end_to_end(tmp_path, few_prompts, teachers, model, size, latents, made):
+    """encode → pairs → adp, by both discriminators → adm, resumed bitwise → stock diffusers."""
     prompts = tmp_path / "prompts"
     pairs = tmp_path / "pairs"
     first = tmp_path / "adp"
     out = tmp_path / "adm"
-    size = ["--resolution", 64, "--frames", 5]
+    again = tmp_path / "again"
     flags = ["--model", model, "--prompts", few_prompts, "--out", prompts]
     call(data.encode, data.EncodeConfig, *flags)
     flags = ["--model", model, "--prompts", prompts, "--out", pairs, *size]
     call(data.pairs, data.PairsConfig, *flags, "--count", 2, "--steps", 2)
+    family = teachers[model]
+    texts = data.Prompts(prompts, family)
+    x_T, x_0, cond = data.Pairs(pairs, family).batch([0], texts)  # (1, ...) each
+    with torch.no_grad():
+        none = texts.unconditional(1)
+        guided = with_guidance(models.load_denoiser(family), cond, none, family.guidance)
+        solved = teacher_sample(guided, family.schedule_at(latents), x_T, 2)
+    assert_close(solved, x_0, atol=1e-4, rtol=1e-4)
+
     flags = ["--iterations", 2, "--mse-iterations", 1]
     call(adp.main, adp.Config, *adp_args(pairs, first, model), *flags)
     assert read_log(first)["d_accuracy_pixel"][1] is not None
-    flags = ["--prompts", prompts, "--init", first, "--out", out, "--iterations", 1, *size]
-    call(adm.main, adm.Config, "--model", model, *flags, *QUICK, "--sample-every", 1)
-    assert "000001.gif" in names(out / "samples")
+    flags = ["--model", model, "--prompts", prompts, "--init", first, "--iterations", 2, *size]
+    flags += [*QUICK, "--sample-every", 2, "--checkpoint-every", 1]
+    call(adm.main, adm.Config, *flags, "--out", out)
+    picture = "000002.gif" if len(latents) == 4 else "000002.png"
+    assert picture in names(out / "samples")
     config = json.loads((out / "config.json").read_text())
-    times = [1000.0, 900.0, 750.0, 500.0]
+    times = family.schedule_at(latents).timesteps(4)[:4].tolist()
     assert config["student"] == {"prediction": "flow", "times": times, "renoise": True}
+    assert config["latent_shape"] == list(latents)
+
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoints" / "000002")
+    call(adm.main, adm.Config, *flags, "--out", again, "--resume")
+    same_log(out, again, atol=0, rtol=0)
+    assert tree(out / "checkpoints" / "000002") == tree(again / "checkpoints" / "000002")
+
     pipe = DiffusionPipeline.from_pretrained(out / "pipeline")
     how = json.loads((out / "pipeline" / "model_index.json").read_text())["_sampling"]
-    frames = pipe("a red fox", **how).frames[0]
-    assert frames.shape == (5, 64, 64, 3)
+    (shown,) = pipe("a red fox", **how, output_type="np")[0]
+    assert shown.shape == made
 
 
 def test_a_run_logs_each_iteration_in_full_and_keeps_its_checkpoints(sd3_adm):

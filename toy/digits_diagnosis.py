@@ -86,7 +86,7 @@ def alignment(folder, family, batch_size=200):
 
 def players(folder, family, cfg):
     """adm.py's Players after a run in which a one-step student of cfg.init rested."""
-    schedule, pipeline = starting_point(cfg.init, family, 0)
+    schedule, pipeline = starting_point(cfg.init, family, family.schedule, 0)
     teacher, student, fake = make_roles(family, ("student", "fake"))
     student.load(pipeline)
     discriminator = LatentDiscriminator(teacher, cfg.head_width)

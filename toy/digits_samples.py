@@ -72,7 +72,7 @@ def opened(family):
 
 def open_run(folder, family):
     """(denoiser, its Schedule, number of steps) of an adp.py or adm.py run."""
-    schedule, pipeline = starting_point(str(folder), family, 0)
+    schedule, pipeline = starting_point(str(folder), family, family.schedule, 0)
     student = read_json(Path(folder) / "config.json", "run", "student")["student"]
     return load_denoiser(family, folder=pipeline), schedule, len(student["times"])
 

@@ -94,7 +94,8 @@ def make_shallow():
     """Of full width, with as many layers as it takes for each kind of them to be there."""
     for name, (kind, config) in full.DENOISERS.items():
         if "num_layers" in config:
-            fewer = {"num_layers": 2}
+            fewer = {"num_layers": 2, "num_single_layers": 2}
+            fewer = {part: few for part, few in fewer.items() if part in config}
         else:
             fewer = {
                 "block_out_channels": (320, 640),
