@@ -70,7 +70,7 @@ NAMES = [" ".join(run) for run in RUNS]
 PICTURED = [" ".join(run) for run in RUNS if "--sample-every" in HOW[run[2]][0]]
 # {name: (settings, GPUs, blocks)} of runs with another depth than the plan's table was measured at.
 PLANNED = {
-    "sd3 adm LoRA, 12 blocks": ({"lora_rank": 64}, 1, 12),
+    "sd3 adm LoRA, 6 blocks": ({"lora_rank": 64}, 1, 6),
     "sd3 adm 8 ranks, 6 blocks": ({"lora_rank": 0}, 8, 6),
 }
 ENCODED = ["sdxl encode", "sd3 encode", "cogvideox-2b encode"]
@@ -123,7 +123,8 @@ def specs(folder, wanted):
         done.append({"name": name, "script": script, "words": words, "world": world})
     for name in sorted(wanted & {*PLANNED}):  # last: from here on networks have so many blocks
         _, row, blocks = planned(name)
-        done += [{**spec, "name": name} for spec in measure.specs_of(row, blocks, folder / name)]
+        its = measure.specs_of(row, blocks, folder / f"planned-{len(done)}")  # without a space
+        done += [{**spec, "name": name} for spec in its]
     return done
 
 
@@ -343,6 +344,8 @@ def test_each_phase_is_within_three_percent_of_the_plan(name, rehearsed, monkeyp
     found = plan.plan_of(cfg, PLANNED[name][1])
     for made in (full.skeleton, plan.opened, plan.built):
         made.cache_clear()
+    if not found.measured:
+        pytest.skip("the table has no such settings yet")
     moments = 2 * sum(noted["held"][network] for network in ("student", "fake", "heads"))
     peaks = noted["rounds"][1][1]
     compared = set(found.phases) & set(peaks)

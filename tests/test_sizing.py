@@ -26,19 +26,6 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(sizing.plan, "gpu_memory", lambda: 24 * GB)
 
 
-def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(capsys, tmp_path, small_gpu):
-    out = tmp_path / "out"
-    line = refused(capsys, adm.main, adm.Config, "--model", "sdxl", "--out", out)
-    peak, phase = plan_of(config(adm.Config, "--model", "sdxl"), 1).peak
-    assert f"sdxl needs {peak / 1e9:.2f} GB of each of 1 GPU(s) with 24.00" in line
-    assert f"(planned, {phase}; " in line and peak > 97 * GB
-    assert "weights 25.78, gradients 20.64, moments 41.28, ema 10.27" in line
-    flags = re.search("it fits with (.*)", line)[1].split()
-    assert "--lora-rank" in flags
-    assert plan_of(config(adm.Config, "--model", "sdxl", *flags), 1).peak[0] < 24 * GB
-    assert not out.exists()
-
-
 def test_what_fits_is_not_refused(tmp_path, small_gpu):
     flags = ["--model", "tiny-sd3", "--iterations", 1, "--batch-size", 1, "--head-width", 8]
     call(adm.main, adm.Config, *flags, "--sample-every", 0, "--out", tmp_path / "out")
@@ -61,13 +48,6 @@ def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_number_of_gpus_that_is_advised_is_the_least():
-    cfg = config(adm.Config, "--model", "sdxl")
-    gpus = enough_gpus(cfg, 1, 60 * GB)
-    assert plan_of(cfg, gpus).needed <= 60 * GB < plan_of(cfg, gpus // 2).needed
-    assert enough_gpus(cfg, 1, 1 * GB) is None
-
-
 # Of a network that nobody has rehearsed: {phase: MB at each of the two depths}, of a first
 # micro-batch and of a later one.
 GROWS = {"forward": [[1000, 500], [3000, 900]], "backward, student": [[100, 2000], [100, 2400]]}
@@ -75,11 +55,11 @@ GROWS = {"forward": [[1000, 500], [3000, 900]], "backward, student": [[100, 2000
 
 @pytest.fixture
 def of_any_row(monkeypatch):
-    monkeypatch.setattr(sizing.plan, "table", lambda: defaultdict_of(GROWS))
+    monkeypatch.setattr(sizing.plan, "table", lambda: Always(GROWS))
 
 
-class defaultdict_of(dict):
-    """It has every key, each with this value."""
+class Always(dict):
+    """It has every key, each with the same value."""
 
     def __init__(self, value):
         self.value = value
@@ -89,6 +69,29 @@ class defaultdict_of(dict):
 
     def __getitem__(self, key):
         return self.value
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(
+    capsys, tmp_path, small_gpu, of_any_row
+):
+    out = tmp_path / "out"
+    words = ["--model", "sdxl", "--sample-every", 0]
+    line = refused(capsys, adm.main, adm.Config, *words, "--out", out)
+    peak, phase = plan_of(config(adm.Config, *words), 1).peak
+    assert f"sdxl needs {peak / 1e9:.2f} GB of each of 1 GPU(s) with 24.00" in line
+    assert f"(planned, {phase}; " in line and peak > 97 * GB
+    assert "weights 25.78, gradients 20.64, moments 41.28, ema 10.27" in line
+    flags = re.search("it fits with (.*)", line)[1].split()
+    assert "--lora-rank" in flags
+    assert plan_of(config(adm.Config, *words, *flags), 1).needed < 24 * GB
+    assert not out.exists()
+
+
+def test_the_number_of_gpus_that_is_advised_is_the_least(of_any_row):
+    cfg = config(adm.Config, "--model", "sd3", "--lora-rank", 0, "--sample-every", 0)
+    gpus = enough_gpus(cfg, 1, 30 * GB)
+    assert plan_of(cfg, gpus).needed <= 30 * GB < plan_of(cfg, gpus // 2).needed
+    assert enough_gpus(cfg, 1, 1 * GB) is None
 
 
 def test_what_is_advised_can_be_typed(of_any_row):
@@ -209,25 +212,42 @@ def test_dmd_step_and_regression_have_no_adversary():
 
 
 def test_the_tool_knows_recipes_and_both_stages(capsys):
-    call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 8)
+    words = ["--no-measure", "--sample-every", 0, "--world-size"]
+    call(plan.show, plan.AdmConfig, "--model", "sd3", *words, 8)
     shown = capsys.readouterr().out
     assert "1 a GPU x 8 GPUs x 4 micro-batches" in shown and "student             37.6M" in shown
-    call(plan.show, plan.AdpConfig, "--model", "tiny-sd3", "--world-size", 1, "--gpu-gb", 0.2)
+    call(plan.show, plan.AdpConfig, "--model", "sd3", *words, 1, "--gpu-gb", 5)
     shown = capsys.readouterr().out
-    assert "VAE, encoder" in shown
-    assert re.search("of 0.2, .*: it does not fit; with --", shown)
+    assert "VAE, encoder" in shown and "features of the pixel discriminator" in shown
+    assert re.search("of 5: it does not fit; no flag makes it fit", shown)
     assert "at least 1" in refused(capsys, plan.show, plan.AdmConfig, "--world-size", 0)
     assert "a multiple of 8" in refused(capsys, plan.show, plan.AdpConfig, "--head-width", 3)
 
 
-def test_the_readmes_figures_are_what_the_tool_prints(capsys):
-    """The whole output in sizing/README.md, and a row of README.md's table."""
-    call(plan.show, plan.AdmConfig, "--model", "sdxl")
+def test_fit_finds_what_costs_least_and_says_where_nothing_does(capsys, of_any_row):
+    words = ["--model", "sd3", "--lora-rank", 0, "--world-size", 8, "--sample-every", 0, "--fit"]
+    call(plan.show, plan.AdmConfig, *words, "--gpu-gb", 80)
+    assert "fits with: --no-gradient-checkpointing\n" in capsys.readouterr().out
+    cfg = config(adm.Config, *words[:4], "--sample-every", 0)
+    offloaded = plan_of(replace(cfg, offload=True), 8).needed / GB
+    call(plan.show, plan.AdmConfig, *words, "--gpu-gb", offloaded + 0.1)
     shown = capsys.readouterr().out
-    assert shown in (ROOT / "sizing" / "README.md").read_text()
-    call(plan.show, plan.AdmConfig, "--model", "sdxl", "--world-size", 1)
-    peak = re.search(r"^peak +(\S+)", shown, re.M)[1]
-    alone = re.search(r"with (--\S+) it takes (\S+)", capsys.readouterr().out)
-    checkpoint = re.search(r"^checkpoint +(\d+)", shown, re.M)[1]
-    row = f"| {checkpoint} GB | {peak}; {alone[2]} with `{alone[1]}` |"
-    assert row in (ROOT / "README.md").read_text()
+    assert "fits with: --offload\n" in shown and "it fits" in shown.splitlines()[-1]
+    said = refused(capsys, plan.show, plan.AdmConfig, *words, "--gpu-gb", 2)
+    assert "no flags make it fit 2 GB" in said
+
+
+def test_pairs_and_encoding_are_planned(capsys):
+    call(plan.show_pairs, plan.PairsConfig, "--model", "sd3", "--no-measure")
+    shown = capsys.readouterr().out
+    assert "pairs of 16x128x128 latents, 8 at a time" in shown and "forward of teacher" in shown
+    peak = re.search(r"^peak +(\S+), forward of teacher", shown, re.M)[1]
+    assert 4.1 < float(peak) < 5  # two bytes a parameter, and the passes
+    call(plan.show_encoding, plan.EncodeConfig, "--model", "sdxl", "--no-measure")
+    assert "encoder 2" in capsys.readouterr().out
+
+
+def test_the_readmes_figures_are_what_the_tool_prints(capsys):
+    """The whole output in sizing/README.md."""
+    call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 1, "--no-measure")
+    assert capsys.readouterr().out in (ROOT / "sizing" / "README.md").read_text()
