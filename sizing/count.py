@@ -1,24 +1,19 @@
-"""Counts what networks hold and what autograd keeps, on networks without storage.
+"""Counts what networks hold, and the FLOPs of passes, on networks without storage.
 
-Weights, gradients, moments and the average are exact. Activations are those that autograd saves in
-the passes of adm.py and adp.py, in bf16 with memory-efficient attention. Kernels' workspace and
-fragmentation come on top.
+Weights, gradients, moments and the average are exact.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import tiny
 from models import Denoiser, LatentDiscriminator, PixelDiscriminator, frozen, make_roles
 from ode import with_guidance
 
-BF16 = 2  # bytes
 ADVERSARIAL = ("adm", "adp")  # losses under which the heads learn
 
 
@@ -129,143 +124,7 @@ def states(parts, cfg, sharing, encoders=()):
     return rows
 
 
-def gathered(family, net, world):
-    """Bytes of the bf16 weights that a pass holds: the largest unit and, on its way, the next.
-
-    On one GPU nothing is gathered.
-    """
-    if world == 1:
-        return 0
-    sizes, counted = [], set()
-    for unit in (*family.units(net), net):  # inner ones first: each has what they leave
-        own = {id(p): p.numel() for p in unit.parameters() if id(p) not in counted}
-        counted |= own.keys()
-        sizes.append(BF16 * sum(own.values()))
-    return 2 * max(sizes)
-
-
-def copies(row, world, lora_rank):
-    """Bytes of autocast's copies of a network's float32 weights, which its graph keeps."""
-    if world > 1 or lora_rank:
-        return 0
-    return BF16 * row["parameters"]
-
-
-# --- Activations ----------------------------------------------------------------------------------
-
-
-class Attention(torch.autograd.Function):
-    """What flash attention leaves for backward: inputs, output, one number a query and head."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        log_sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        return out
-
-
-class FlashAttention(TorchFunctionMode):
-    """Inside, attention is Attention."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
-            q, k, v = [*args, *named][:3]
-            return Attention.apply(q, k, v)
-        return func(*args, **kwargs)
-
-
-class Saved:
-    """Inside, counts what autograd keeps for backward, each storage once, the modules' own not."""
-
-    def __init__(self, *modules):
-        own = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-        self.seen = {x.untyped_storage()._cdata for x in own}
-        self.bytes = 0
-        self.told = 0  # of them, by `taken`
-        self.keep = []  # so that no id comes twice
-
-    def pack(self, x):
-        key = x.untyped_storage()._cdata
-        if key not in self.seen:
-            self.seen.add(key)
-            self.keep.append(x)
-            self.bytes += x.untyped_storage().nbytes()
-        return x
-
-    def taken(self):
-        """Bytes since the last call."""
-        new = self.bytes - self.told
-        self.told = self.bytes
-        return new
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-
-class Blocks:
-    """Inside, what each of these modules keeps, and what it is given: {module: bytes}."""
-
-    def __init__(self, blocks, saved):
-        self.blocks = blocks
-        self.saved = saved
-        self.kept = {}
-        self.given = {}
-
-    def enters(self, block, args):
-        self.given[block] = sum(x.nbytes for x in args if isinstance(x, torch.Tensor))
-        self.kept[block] = -self.saved.bytes
-
-    def leaves(self, block, args, output):
-        self.kept[block] += self.saved.bytes
-
-    def __enter__(self):
-        self.hooks = [b.register_forward_pre_hook(self.enters) for b in self.blocks]
-        self.hooks += [b.register_forward_hook(self.leaves) for b in self.blocks]
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-
-
-def made_again(blocks, parts):
-    """Bytes that backward makes again at a time of Blocks, of which it makes the `parts` singly.
-
-    What enters each part of a block, what lies between them, and one part.
-    """
-    needs = [0]
-    for block in blocks.kept:
-        inside = [m for m in block.modules() if m in parts.kept]
-        one = max((parts.kept[m] for m in inside), default=0)
-        entering = sum(parts.given[m] for m in inside)
-        between = blocks.kept[block] - sum(parts.kept[m] for m in inside)
-        needs.append(between + entering + one)
-    return max(needs)
-
-
-def innermost(units):
-    """Those of the units in which there is no other."""
-    return [u for u in units if not any(v is not u and v in units for v in u.modules())]
-
-
-def decoder_blocks(family, vae):
-    """What checkpointing recomputes at a time of a VAE's decoder: a block, or of video a part."""
-    if not vae._supports_gradient_checkpointing:  # then see Family.recompute
-        return family.parts_of(vae)
-    blocks = []
-    for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
-        # A video's block checkpoints its resnets one by one.
-        parts = block.resnets if hasattr(block, "gradient_checkpointing") else [block]
-        blocks += parts
-    return blocks
+# --- Work -----------------------------------------------------------------------------------------
 
 
 def inputs(family, parts, shape, batch):
@@ -294,40 +153,6 @@ def generator_pass(family, parts, cfg, x, t, cond):
         yield "encoder", parts.pixel.logits(parts.pixel.features(images))
     if cfg.loss in ADVERSARIAL:
         yield "discriminator", parts.latent.logits(parts.latent.features(x_fake, t, cond))
-
-
-def activations(family, parts, cfg, shape, batch):
-    """({phase: {network: bytes that wait for its backward}}, {network: the most of one block}).
-
-    shape: of one latent; batch: samples at a time. In the order of forward.
-    """
-    x, t, cond = inputs(family, parts, shape, batch)
-    modules = [module for module in parts if module is not None]
-    saved = Saved(*modules)
-    waiting = {}  # of the generator's phase
-    of_student = Blocks(innermost(family.units(parts.student.net)), saved)
-    of_vae = Blocks(decoder_blocks(family, parts.vae) if parts.vae else [], saved)
-    of_parts = Blocks(family.parts_of(parts.vae) if parts.vae else [], saved)
-    with FlashAttention(), of_student, of_vae, of_parts, saved:
-        with frozen(*parts.resting()):
-            for network, _ in generator_pass(family, parts, cfg, x, t, cond):
-                waiting[network] = saved.taken()
-        phases = {"generator": waiting}
-        if parts.fake:
-            parts.fake(x, t, cond)
-            phases["fake score"] = {"fake": saved.taken()}
-    block = max(of_student.kept.values())  # the others' are like it
-    blocks = {
-        "student": block,
-        "fake": block,
-        "discriminator": block,
-        "VAE": made_again(of_vae, of_parts),
-        "encoder": 0,
-    }
-    return phases, blocks
-
-
-# --- Work -----------------------------------------------------------------------------------------
 
 
 def flops(family, parts, cfg, shape, guided):

@@ -4,28 +4,50 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 
+import torch
+
 from families import HUB, load_teacher, recipes
 from runtime.ranks import gpu_memory, micro_batches, sharing, world_size
-from runtime.settings import BadInput, flag, require
-from sizing.count import COLUMNS, activations, build, copies, flops, gathered, states
+from runtime.settings import BadInput, require
+from sizing.count import COLUMNS, build, flops, part, states
+from sizing.measure import (
+    MB,
+    RANKS,
+    Row,
+    along,
+    blocks_of,
+    hub_name,
+    size_of,
+    table,
+    training_row,
+    typed,
+)
 
 FLOAT32 = 4  # bytes
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 
 
+# What a rehearsal does not see, in bytes. CUDA's own context and its kernels' code: half a gigabyte
+# (ours, as nvidia-smi shows of a process that has done nothing yet). Workspaces: cuBLAS has 32 MB
+# (CUBLAS_WORKSPACE_CONFIG in runtime/ranks.py), cuDNN's convolutions and NCCL what they ask for, a
+# gigabyte (ours). What the allocator cannot use, between tensors: a twentieth (ours). Nobody has
+# measured them with this code: tools/first_hour_on_a_gpu.sh will.
+CONTEXT = 500 * MB
+WORKSPACE = 1000 * MB
+FRAGMENTED = 0.05
+
+
 @dataclass
 class Plan:
-    """Bytes on each GPU. `rows` are those of sizing.count.states, `phases` of an iteration."""
+    """Bytes on each GPU. `rows` are those of sizing.count.states."""
 
     rows: dict  # {role: {"parameters": number, "weights" ...: bytes}}
-    waiting: dict  # {phase: {network: bytes of its activations}}
-    again: dict  # {network: bytes of one block that checkpointing recomputes}
-    phases: dict  # {phase: bytes, all that is there at its peak}
-    gathered: int  # in them, of weights, for a pass
-    loading: int  # of main memory, while all ranks of one node load
-    latent: tuple  # the shape of one
-    each: int  # samples at a time
-    accumulate: int  # micro-batches
+    phases: dict  # {phase: bytes of all tensors at its peak}
+    measured: bool  # else passes are not in the phases: nobody has rehearsed them
+    loading: int = 0  # of main memory, while all ranks of one node load
+    latent: tuple = ()  # the shape of one
+    each: int = 1  # samples at a time
+    accumulate: int = 1  # micro-batches
 
     @property
     def total(self):
@@ -39,42 +61,85 @@ class Plan:
         phase = max(self.phases, key=self.phases.get)
         return self.phases[phase], phase
 
+    @property
+    def needed(self):
+        """Bytes of a GPU: the peak, and what no rehearsal sees."""
+        return CONTEXT + WORKSPACE + self.peak[0] * (1 + FRAGMENTED)
 
-def plan_of(cfg, world, latent=None):
+
+def plan_of(cfg, world, latent=None, measure=None):
     """The Plan of adm.py or adp.py with these settings on `world` GPUs.
 
     latent: the shape of one, by default as --resolution and --frames say, or the model's own.
+    measure(row): rehearses a Row that the table has not; by default the plan is without its passes.
     Nothing is loaded or fetched. Raises BadInput for settings that cannot be.
     """
     family = opened(cfg.model)
     own = family.latent_shape(cfg.resolution, cfg.frames)
-    latent = latent or own
+    latent = tuple(latent or own)
     same_kind = len(latent) == len(own) and latent[-3] == own[-3]
-    require(same_kind, f"latents of shape {tuple(latent)} are not {cfg.model}'s")
+    require(same_kind, f"latents of shape {latent} are not {cfg.model}'s")
     together = sharing(world, cfg.shard_ranks)
     accumulate, each = micro_batches(cfg.batch_size, world, cfg.accumulate, cfg.samples)
-    settings = [(name, getattr(cfg, name)) for name in OF_NETWORKS if hasattr(cfg, name)]
-    parts, waiting, again = counted(cfg.model, latent, each, tuple(settings))
+    parts = built(cfg.model, tuple((n, getattr(cfg, n)) for n in OF_NETWORKS if hasattr(cfg, n)))
     live = family.text_encoders() if cfg.embed == "live" else ()
     rows = states(parts, cfg, together, live)
-    of_pass = gathered(family, parts.student.net, world)
-    phases = peaks(cfg, rows, waiting, again, of_pass, world, accumulate)
-    largest = max(row["parameters"] for row in rows.values())
+    always, gradients, largest = held(rows, cfg.offload)
+
+    which = of_model(family, latent)
+    passes = figures(training_row(cfg, which, each, world), measure)
+    # Gradients of earlier micro-batches are there from the start; otherwise they come as backward
+    # goes on, each rank's part of them: in the rehearsal, of RANKS.
+    more = gradients
+    if accumulate == 1 and world > 1:
+        _, of_rehearsal, _ = held(states(parts, cfg, RANKS), cfg.offload)
+        more = max(0, gradients - of_rehearsal)
+    elif accumulate == 1:
+        more = 0
+    phases = {}
+    for phase, (less, deeper) in passes.items():
+        nth = 0 if accumulate == 1 else 1
+        size = along(family.config, blocks_of(family.config), less[nth], deeper[nth])
+        phases[phase] = always + more + MB * size
+    phases["updates"] = always + gradients + largest
+    picture = figures(Row("decode", which, ""), measure) if cfg.sample_every else {}
+    for ((size,),) in picture.values():
+        phases["picture"] = always + MB * size
     loading = 0
     if world > 1:  # see Family.load: files are mapped, and ranks read their rows
-        loading = FLOAT32 * largest * (world if cfg.random_init else 1)
-    return Plan(rows, waiting, again, phases, of_pass, loading, latent, each, accumulate)
+        most = max(row["parameters"] for row in rows.values())
+        loading = FLOAT32 * most * (world if cfg.random_init else 1)
+    return Plan(rows, phases, bool(passes), loading, latent, each, accumulate)
 
 
-# The settings that networks and their activations depend on.
+def held(rows, offload):
+    """Bytes of (what is there all the time, all gradients, moments that come for an update)."""
+    total = {c: sum(row.get(c, 0) for row in rows.values()) for c in COLUMNS}
+    always = total["weights"] + total["ema"]
+    if offload:
+        return always, total["gradients"], max(row.get("moments", 0) for row in rows.values())
+    return always + total["moments"], total["gradients"], 0
+
+
+def figures(row, measure=None):
+    """{phase: MB at each depth} of a Row: the table's, else by measure(row), else none."""
+    if not row.which:
+        return {}
+    if str(row) in table():
+        return table()[str(row)]
+    return measure(row) if measure else {}
+
+
+def of_model(family, latent=None):
+    """The words that name this denoiser among the hub's, and latents of this shape; "" if none."""
+    name = hub_name(family)
+    return typed({"model": name, **size_of(family, latent)}) if name else ""
+
+
+# The settings that networks depend on.
 OF_NETWORKS = (
-    "loss",
-    "lora_rank",
-    "head_width",
-    "gradient_checkpointing",
-    "fake_gradient",
-    "pixel",
-    "pixel_backbone",
+    *("loss", "lora_rank", "head_width", "gradient_checkpointing"),
+    *("fake_gradient", "pixel", "pixel_backbone"),
 )
 
 
@@ -85,22 +150,40 @@ def opened(model):
 
 
 @cache
-def counted(model, latent, each, settings):
-    """(the Parts, their activations, those of a block), for `each` samples at a time.
+def built(model, settings):
+    """The Parts of a stage, once for all numbers of GPUs."""
+    return build(opened(model), SimpleNamespace(**dict(settings)))
 
-    Once for all numbers of GPUs: it takes seconds.
-    """
-    cfg = SimpleNamespace(**dict(settings))
-    family = opened(model)
-    parts = build(family, cfg)
-    plain = SimpleNamespace(**dict(settings, gradient_checkpointing=False))
-    waiting, again = activations(family, build(family, plain), cfg, latent, each)
-    if cfg.gradient_checkpointing:
-        recomputing = build(family, cfg)
-        waiting, _ = activations(family, recomputing, cfg, latent, each)
-    else:
-        again = dict.fromkeys(again, 0)
-    return parts, waiting, again
+
+def plan_of_pairs(cfg, measure=None):
+    """The Plan of `data.py pairs` on each GPU: the teacher alone."""
+    family = opened(cfg.model)
+    latent = family.latent_shape(cfg.resolution, cfg.frames)
+    net = family.network("meta", torch.bfloat16)
+    tensors = [*net.parameters(), *net.buffers()]
+    weights = sum(x.nbytes for x in tensors)
+    count = sum(p.numel() for p in net.parameters())
+    row = Row("pairs", of_model(family, latent), f"--batch-size {cfg.batch_size}")
+    passes = figures(row, measure)
+    phases = {"weights": weights}
+    phases |= {phase: weights + MB * n for phase, ((n,),) in passes.items()}
+    rows = {"teacher": {"parameters": count, "weights": weights}}
+    return Plan(rows, phases, bool(passes), latent=latent, each=cfg.batch_size)
+
+
+def plan_of_encoding(cfg, measure=None):
+    """The Plan of `data.py encode` on each GPU: the text encoders, whole."""
+    family = opened(cfg.model)
+    rows = {}
+    for number, encoder in enumerate(family.text_encoders(), 1):
+        own = list(encoder.parameters())
+        size = {"parameters": sum(p.numel() for p in own), "weights": part(own, 1)}
+        rows[f"encoder {number}"] = size
+    row = Row("encode", of_model(family), f"--batch-size {cfg.batch_size}")
+    passes = figures(row, measure)
+    phases = {"weights": sum(size["weights"] for size in rows.values())}
+    phases |= {phase: MB * n for phase, ((n,),) in passes.items()}
+    return Plan(rows, phases, bool(passes), each=cfg.batch_size)
 
 
 def work_of(cfg):
@@ -132,48 +215,6 @@ def checkpoint_bytes(plan):
     if plan.total["ema"]:
         size += FLOAT32 * plan.rows["student"]["parameters"]
     return size
-
-
-def peaks(cfg, rows, waiting, again, of_pass, world, accumulate):
-    """{phase: bytes at its peak}, as the phases follow each other in an iteration.
-
-    All gradients of a round are made before any network steps; those of earlier micro-batches are
-    there from the start.
-    """
-    total = {c: sum(row.get(c, 0) for row in rows.values()) for c in COLUMNS}
-    always = total["weights"] + total["ema"]
-    if not cfg.offload:
-        always += total["moments"]
-    gradients = {name: row["gradients"] for name, row in rows.items() if "gradients" in row}
-
-    made = {"generator": [], "fake score": ["student", "heads"]}  # gradients, before its backward
-    learns = {"generator": "student", "fake score": "fake"}
-    phases = {}
-    for phase, of_networks in waiting.items():
-        in_graph = [name for name in ("student", "fake") if of_networks.get(name)]
-        cast = sum(copies(rows[name], world, cfg.lora_rank) for name in in_graph)
-        graph = most_in_backward(of_networks, again) + cast
-        there = sum(gradients.values())
-        if accumulate == 1:
-            there = sum(gradients.get(name, 0) for name in made[phase])
-            # As backward goes on, the graph goes and this network's gradient comes.
-            graph = max(graph, gradients[learns[phase]])
-        phases[phase] = always + there + graph + of_pass
-    moments = max(row.get("moments", 0) for row in rows.values()) if cfg.offload else 0
-    phases["updates"] = always + sum(gradients.values()) + moments
-    return phases
-
-
-def most_in_backward(waiting, again):
-    """Bytes: of {network: its activations}, in the order of forward, the last goes first.
-
-    While a network's goes, one block of it at a time is made again.
-    """
-    most = there = 0
-    for network, size in waiting.items():
-        there += size
-        most = max(most, there + again[network])
-    return most
 
 
 # --- What would make it fit -----------------------------------------------------------------------
@@ -209,14 +250,32 @@ def remedies(cfg, world):
         yield {**less, "pixel": False}
 
 
-def cheapest(cfg, world, gpu_bytes, latent=None):
-    """(flags with which it fits, as they are typed; its Plan), or (None, None)."""
+def cheapest(cfg, world, gpu_bytes, latent=None, measure=None):
+    """(flags with which it fits, as they are typed; its Plan), or (None, None).
+
+    Without `measure`, of settings that are in the table.
+    """
     for less in remedies(cfg, world):
-        smaller = plan_of(replace(cfg, **less), world, latent)
-        if smaller.peak[0] <= gpu_bytes:
+        smaller = plan_of(replace(cfg, **less), world, latent, measure)
+        if smaller.measured and smaller.needed <= gpu_bytes:
             changed = {name: v for name, v in less.items() if v != getattr(cfg, name)}
             return typed(changed), smaller
     return None, None
+
+
+def fitting(cfg, world, gpu_bytes, measure=None):
+    """{setting that changes: value} with which cfg costs least and fits, or None.
+
+    What cfg itself saves memory with is taken back first, but for LoRA, which trains other
+    parameters.
+    """
+    free = {"gradient_checkpointing": False, "offload": False}
+    for less in ({}, *remedies(replace(cfg, **free), world)):
+        settings = {**free, **less}
+        plan = plan_of(replace(cfg, **settings), world, measure=measure)
+        if plan.measured and plan.needed <= gpu_bytes:
+            return {name: v for name, v in settings.items() if v != getattr(cfg, name)}
+    return None
 
 
 def enough_gpus(cfg, world, gpu_bytes, latent=None):
@@ -225,25 +284,12 @@ def enough_gpus(cfg, world, gpu_bytes, latent=None):
         if more <= world:
             continue
         try:
-            needed, _ = plan_of(cfg, more, latent).peak
+            plan = plan_of(cfg, more, latent)
         except BadInput:
             continue  # the batch does not come out even
-        if needed <= gpu_bytes:
+        if plan.measured and plan.needed <= gpu_bytes:
             return more
     return None
-
-
-def typed(settings):
-    """{name: value} as flags on a command line."""
-    words = []
-    for name, value in settings.items():
-        if value is True:
-            words.append(flag(name))
-        elif value is False:
-            words.append(flag("no_" + name))
-        else:
-            words.append(f"{flag(name)} {value}")
-    return " ".join(words)
 
 
 def must_fit(cfg, latent=None):
@@ -260,10 +306,10 @@ def refuse_what_does_not_fit(cfg, world, gpu_bytes, latent=None):
     """Raises BadInput where the plan of cfg on `world` GPUs needs more than gpu_bytes of each."""
     plan = plan_of(cfg, world, latent)
     peak, phase = plan.peak
-    if peak <= gpu_bytes:
+    if peak <= gpu_bytes:  # the allowances are no reason to refuse
         return
     total = plan.total
-    held = ", ".join(f"{name} {gb(total[name])}" for name in COLUMNS if total[name])
+    there = ", ".join(f"{name} {gb(total[name])}" for name in COLUMNS if total[name])
     flags, _ = cheapest(cfg, world, gpu_bytes, latent)
     advice = f"it fits with {flags}"
     if not flags:
@@ -271,7 +317,7 @@ def refuse_what_does_not_fit(cfg, world, gpu_bytes, latent=None):
         advice = f"no flag makes it fit, {more} GPUs do" if more else "no flag makes it fit"
     raise BadInput(
         f"{cfg.model} needs {gb(peak)} GB of each of {world} GPU(s) with {gb(gpu_bytes)} "
-        f"(planned, in the {phase}'s phase; {held}): {advice}"
+        f"(planned, {phase}; {there}): {advice}"
     )
 
 

@@ -287,6 +287,13 @@ MUTANTS = [
         ("groups: planned as one", "states(parts, cfg, together, live)",
          "states(parts, cfg, world, live)"),
     ]),
+    *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "sums"), [
+        ("the plan forgets earlier gradients", "    more = gradients\n", "    more = 0\n"),
+        ("the plan leaves moments on the GPU", "if offload:", "if False:"),
+    ]),
+    *mutants("sizing/measure.py", ("tests/test_sizing.py", "-k", "sums or depth"), [
+        ("the plan is of few blocks", "(blocks - at)", "(then - at)"),
+    ]),
     *mutants("runtime/folder.py", ("tests/test_training.py", "-k", "resume or damaged"), [
         ("resume forgets the moments", '{"state": slots,', '{"state": {},'),
         ("resume begins again", "return done\n", "return 0\n"),

@@ -10,13 +10,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
+from conftest import config as config_of
 from fake_cuda import shim
 from safetensors import safe_open
 
-from families import load_teacher
+import adm
+import adp
+from families import full, load_teacher
+from sizing import measure, plan
 
 FULL = os.environ.get("REHEARSAL") == "full"
 PEAKS = ROOT / "tests" / "fake_cuda" / "peaks.json"
@@ -65,6 +70,11 @@ def runs():
 RUNS = list(runs())
 NAMES = [" ".join(run) for run in RUNS]
 PICTURED = [" ".join(run) for run in RUNS if "--sample-every" in HOW[run[2]][0]]
+# {name: (settings, GPUs, blocks)} of runs with another depth than the plan's table was measured at.
+PLANNED = {
+    "sd3 adm LoRA, 6 blocks": ({"lora_rank": 64}, 1, 6),
+    "sd3 adm 8 ranks, 6 blocks": ({"lora_rank": 0}, 8, 6),
+}
 ENCODED = ["sdxl encode", "sd3 encode", "cogvideox-2b encode"]
 
 
@@ -83,7 +93,8 @@ def specs(folder, wanted):
     (folder / "prompts.txt").write_text("a red fox\ntwo dogs on a hill\n" * 16)
     prompts = ["--prompts", str(folder / "prompts.txt")]
     all_runs = dict(zip(NAMES, RUNS, strict=True))
-    wanted = wanted | {other for name in wanted - {*ENCODED} for other in read_by(*all_runs[name])}
+    training = wanted - {*ENCODED, *PLANNED}
+    wanted = wanted | {other for name in training for other in read_by(*all_runs[name])}
     chosen = [(name, run) for name, run in all_runs.items() if name in wanted]
     encoded = [name.split()[0] for name in ENCODED if name in wanted]
     live = [model for _, (model, _, how) in chosen if "live" in how]
@@ -112,7 +123,19 @@ def specs(folder, wanted):
         if how in FROM_ADP:
             words += ["--init", str(folder / f"{model} adp {FROM_ADP[how]}")]
         done.append({"name": name, "script": script, "words": words, "world": world})
+    for name in sorted(wanted & {*PLANNED}):  # last: from here on networks have so many blocks
+        _, row, blocks = planned(name)
+        its = measure.specs_of(row, blocks, folder / f"planned-{len(done)}")  # without a space
+        done += [{**spec, "name": name} for spec in its]
     return done
+
+
+def planned(name):
+    """(the settings, the row of the plan's table, how many blocks) of one of PLANNED."""
+    settings, world, blocks = PLANNED[name]
+    cfg = adm.Config(model="sd3", **settings, gradient_checkpointing=True, sample_every=0)
+    cfg = replace(cfg, batch_size=2 * world, samples=1)  # two micro-batches
+    return cfg, measure.training_row(cfg, "--model sd3", 1, world), blocks
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +329,41 @@ def is_as_recorded(name, peak):
 
 def test_the_peak_is_as_recorded(name, run):
     is_as_recorded(name, run["iterations"][-1]["peak"])
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_each_phase_is_within_three_percent_of_the_plan(name, rehearsed, monkeypatch):
+    """Of a depth that the table's line is drawn through; moments come after the first iteration."""
+    noted = rehearsed[name]
+    assert not noted["error"], noted["error"]
+    cfg, row, blocks = planned(name)
+    kind, config = full.DENOISERS["sd3"]
+    monkeypatch.setitem(full.DENOISERS, "sd3", (kind, measure.with_blocks(config, blocks)))
+    for made in (full.skeleton, plan.opened, plan.built):
+        made.cache_clear()
+    found = plan.plan_of(cfg, PLANNED[name][1])
+    for made in (full.skeleton, plan.opened, plan.built):
+        made.cache_clear()
+    if not found.measured:
+        pytest.skip("the table has no such settings yet")
+    moments = 2 * sum(noted["held"][network] for network in ("student", "fake", "heads"))
+    peaks = noted["rounds"][1][1]
+    compared = set(found.phases) & set(peaks)
+    assert {"forward of student", "backward of the fake score, fake"} <= compared
+    for phase in compared:
+        assert found.phases[phase] == pytest.approx(peaks[phase] + moments, rel=0.03), phase
+    passes = [size for phase, size in found.phases.items() if phase != "updates"]
+    assert max(passes) == pytest.approx(max(peaks[p] for p in compared) + moments, rel=0.03)
+
+
+@pytest.mark.skipif(not FULL, reason="the plan is of all blocks: make rehearse")
+def test_the_peak_is_within_three_percent_of_the_plan(name, run):
+    """Of settings that the plan's table has."""
+    model, script, how = RUNS[NAMES.index(name)]
+    flags, world = HOW[how]
+    words = f"--model {model} {ALWAYS} {flags} --sample-every 0 --out {name}".split()
+    stage = adm.Config if script == "adm" else adp.Config
+    found = plan.plan_of(config_of(stage, *words), world)
+    if not found.measured:
+        pytest.skip("the table has no such settings")
+    assert run["iterations"][-1]["peak"] == pytest.approx(found.peak[0], rel=0.03)

@@ -5,17 +5,16 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 from conftest import ROOT, call, config, refused
 
 import adm
 import adp
 import families
-import models
 import sizing.plan
 from runtime.settings import BadInput
-from sizing import count
-from sizing.plan import cheapest, enough_gpus, plan_of, remedies, typed
+from sizing import measure
+from sizing.measure import typed
+from sizing.plan import cheapest, enough_gpus, plan_of, remedies
 from tools import plan
 
 GB = 1e9
@@ -25,17 +24,6 @@ GB = 1e9
 def small_gpu(monkeypatch):
     """This process's device, as if it were a GPU of 24 GB."""
     monkeypatch.setattr(sizing.plan, "gpu_memory", lambda: 24 * GB)
-
-
-def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(capsys, tmp_path, small_gpu):
-    out = tmp_path / "out"
-    line = refused(capsys, adm.main, adm.Config, "--model", "sdxl", "--out", out)
-    assert "sdxl needs 109.86 GB of each of 1 GPU(s) with 24.00" in line
-    assert "weights 25.78, gradients 20.64, moments 41.28, ema 10.27" in line
-    flags = re.search("it fits with (.*)", line)[1].split()
-    assert "--lora-rank" in flags
-    assert plan_of(config(adm.Config, "--model", "sdxl", *flags), 1).peak[0] < 24 * GB
-    assert not out.exists()
 
 
 def test_what_fits_is_not_refused(tmp_path, small_gpu):
@@ -55,33 +43,71 @@ def test_adp_is_planned_with_the_latents_of_its_pairs(capsys, tmp_path, monkeypa
     line = refused(capsys, adp.main, adp.Config, *flags)
     cfg = config(adp.Config, *flags)
     peak, phase = plan_of(cfg, 1, shape).peak
-    assert f"needs {peak / 1e9:.2f} GB" in line and f"{phase}'s phase" in line
+    assert f"needs {peak / 1e9:.2f} GB" in line and f"(planned, {phase}; " in line
     assert "no flag makes it fit" in line
-    assert plan_of(cfg, 1, shape).peak > plan_of(cfg, 1).peak
     assert not (tmp_path / "out").exists()
 
 
-def test_the_number_of_gpus_that_is_advised_is_the_least():
-    cfg = config(adm.Config, "--model", "sdxl")
-    gpus = enough_gpus(cfg, 1, 60 * GB)
-    assert plan_of(cfg, gpus).peak[0] <= 60 * GB < plan_of(cfg, gpus // 2).peak[0]
+# Of a network that nobody has rehearsed: {phase: MB at each of the two depths}, of a first
+# micro-batch and of a later one.
+GROWS = {"forward": [[1000, 500], [3000, 900]], "backward, student": [[100, 2000], [100, 2400]]}
+
+
+@pytest.fixture
+def of_any_row(monkeypatch):
+    monkeypatch.setattr(sizing.plan, "table", lambda: Always(GROWS))
+
+
+class Always(dict):
+    """It has every key, each with the same value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __contains__(self, key):
+        return True
+
+    def __getitem__(self, key):
+        return self.value
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_fetched(
+    capsys, tmp_path, small_gpu, of_any_row
+):
+    out = tmp_path / "out"
+    words = ["--model", "sdxl", "--sample-every", 0]
+    line = refused(capsys, adm.main, adm.Config, *words, "--out", out)
+    peak, phase = plan_of(config(adm.Config, *words), 1).peak
+    assert f"sdxl needs {peak / 1e9:.2f} GB of each of 1 GPU(s) with 24.00" in line
+    assert f"(planned, {phase}; " in line and peak > 97 * GB
+    assert "weights 25.78, gradients 20.64, moments 41.28, ema 10.27" in line
+    flags = re.search("it fits with (.*)", line)[1].split()
+    assert "--lora-rank" in flags
+    assert plan_of(config(adm.Config, *words, *flags), 1).needed < 24 * GB
+    assert not out.exists()
+
+
+def test_the_number_of_gpus_that_is_advised_is_the_least(of_any_row):
+    cfg = config(adm.Config, "--model", "sd3", "--lora-rank", 0, "--sample-every", 0)
+    gpus = enough_gpus(cfg, 1, 30 * GB)
+    assert plan_of(cfg, gpus).needed <= 30 * GB < plan_of(cfg, gpus // 2).needed
     assert enough_gpus(cfg, 1, 1 * GB) is None
 
 
-def test_what_is_advised_can_be_typed():
+def test_what_is_advised_can_be_typed(of_any_row):
     """Of one who gave --accumulate more of it; LoRA where no earlier run forbids it."""
-    flags = ["--model", "tiny-sd3", "--batch-size", 8, "--accumulate", 2, "--head-width", 32]
+    flags = ["--model", "sd3", "--lora-rank", 0, "--batch-size", 8, "--accumulate", 2]
+    flags += ["--sample-every", 0]
     cfg = config(adm.Config, *flags)
-    two = plan_of(cfg, 1).peak[0]
-    less = plan_of(replace(cfg, accumulate=8, gradient_checkpointing=True), 1).peak[0]
-    advice, _ = cheapest(cfg, 1, (two + less) / 2)
-    assert "--accumulate 8" in advice or advice == "--gradient-checkpointing"
+    two = plan_of(cfg, 1).needed
+    advice, smaller = cheapest(cfg, 1, two - 1 * GB)
+    assert advice == "--accumulate 8 --offload" and smaller.needed <= two - 1 * GB
     assert plan_of(config(adm.Config, *flags, *advice.split()), 1).peak[0] < two
     offers = [settings for settings in remedies(cfg, 1) if "lora_rank" in settings]
     assert offers and all(settings["lr_fake"] == 1e-5 for settings in offers)
     after = replace(cfg, init="out/adp")
     assert not [settings for settings in remedies(after, 1) if "lora_rank" in settings]
-    adp_offers = list(remedies(config(adp.Config, "--model", "tiny-sd3"), 1))
+    adp_offers = list(remedies(config(adp.Config, "--model", "sd3"), 1))
     assert adp_offers[-1]["pixel"] is False and typed({"pixel": False}) == "--no-pixel"
 
 
@@ -98,7 +124,7 @@ def test_groups_of_ranks_hold_what_so_many_ranks_alone_would(capsys):
     assert grouped.rows == two.rows and grouped.peak == two.peak > four.peak
     assert (grouped.each, grouped.accumulate) == (1, 2)
     copied = plan_of(replace(pairs, shard_ranks=1), 4)  # FSDP gathers all the same
-    assert copied.rows == plan_of(all_four, 1).rows and copied.gathered == four.gathered > 0
+    assert copied.rows == plan_of(all_four, 1).rows
     assert next(remedies(pairs, 4)) == {"shard_ranks": 4}
     assert "shard_ranks" not in next(remedies(all_four, 4))
     words = ["--model", "tiny-sd3", "--world-size", 4, "--shard-ranks", 3]
@@ -117,90 +143,111 @@ def test_tiny_models_are_planned_with_the_encoder_that_they_use():
     assert tiny.rows["VAE, encoder"]["parameters"] < 1e6 and tiny.peak[0] < 1 * GB
 
 
-def test_the_phases_are_sums_of_what_is_there(teachers):
-    """By hand, where all is known: two micro-batches have all gradients from the start."""
-    flags = ["--model", "tiny-sd3", "--batch-size", 2]
+def test_the_phases_are_sums_of_what_is_there(of_any_row):
+    """By hand: 24 blocks, along the line from 4 and 8; with micro-batches above all gradients."""
+    flags = ["--model", "sd3", "--lora-rank", 0, "--batch-size", 16, "--samples", 4]
+    flags += ["--sample-every", 0]
     one, two = (plan_of(config(adm.Config, *flags, "--accumulate", n), 1) for n in (1, 2))
-    held = sum(two.total[name] for name in ("weights", "gradients", "moments"))
-    assert two.phases["updates"] == one.phases["updates"] == held
-    graph = sum(two.waiting["generator"].values())
-    copies = 2 * (two.rows["student"]["parameters"] + two.rows["fake"]["parameters"])
-    assert two.phases["generator"] == held + graph + copies
-    before = held - one.total["gradients"]
-    assert one.phases["generator"] == before + sum(one.waiting["generator"].values()) + copies
+    held = sum(one.total[name] for name in ("weights", "moments", "ema"))
+    gradients = one.total["gradients"]
+    assert one.phases["updates"] == two.phases["updates"] == held + gradients
+    assert one.phases["forward"] == held + (1000 + 5 * 2000) * 1e6
+    assert two.phases["forward"] == held + gradients + (500 + 5 * 400) * 1e6
+    assert one.peak == (one.phases["updates"], "updates")
+    assert two.peak[1] == "backward, student"
+    assert two.needed == pytest.approx(two.peak[0] * 1.05 + 1.5e9)
     less = plan_of(replace(config(adm.Config, *flags), offload=True), 1)
     moments = [row["moments"] for row in less.rows.values() if "moments" in row]
-    assert less.phases["updates"] == held - sum(moments) + max(moments)
-    average = plan_of(replace(config(adm.Config, *flags), ema=0.9), 1)
-    assert average.total["ema"] == average.rows["student"]["weights"]
+    assert less.phases["updates"] == held - sum(moments) + gradients + max(moments)
+    # Of eight ranks gradients were there in the rehearsal as they come; four have twice as much.
+    four, eight, more = (plan_of(config(adm.Config, *flags), n) for n in (4, 8, 16))
+    twice = four.total["gradients"] - eight.total["gradients"]
+    for some, beside in ((four, twice), (eight, 0), (more, 0)):
+        always = sum(some.total[name] for name in ("weights", "moments", "ema"))
+        assert some.phases["forward"] == always + beside + 11000 * 1e6
 
 
-def planned(batch=1, fake_gradient="exact", gradient_checkpointing=False):
-    """Bytes of activations of tiny-sd3, {network: bytes}."""
-    family = families.load_teacher("tiny-sd3")
-    cfg = adm.Config(
-        model="tiny-sd3", fake_gradient=fake_gradient, gradient_checkpointing=gradient_checkpointing
-    )
-    parts = count.build(family, cfg)
-    phases, _ = count.activations(family, parts, cfg, family.latent_shape(), batch)
-    return phases["generator"]
+def test_passes_that_nobody_has_rehearsed_are_left_out_or_measured():
+    cfg = config(adm.Config, "--model", "sd3", "--head-width", 24, "--sample-every", 0)
+    asked = []
+    without = plan_of(cfg, 8)
+    assert not without.measured and set(without.phases) == {"updates"}
+    plan = plan_of(cfg, 8, measure=lambda row: asked.append(row) or GROWS)
+    (row,) = asked
+    assert plan.measured and set(plan.phases) == {"updates", *GROWS}
+    assert row.stage == "adm" and row.which == "--model sd3" and row.world == 8
+    assert "--head-width 24" in row.how and row.how.endswith("--samples 1")
+    tiny = plan_of(config(adm.Config, "--model", "tiny-sd3"), 1, measure=asked.append)
+    assert not tiny.measured and len(asked) == 1  # the rehearsal knows the hub's
 
 
-def test_planned_activations_follow_the_batch_and_what_saves_memory():
-    one, two = planned(), planned(batch=2)
-    for network in one:
-        assert two[network] == pytest.approx(2 * one[network], rel=0.02)
-    around = planned(fake_gradient="straight-through")
-    assert around["fake"] == 0 < one["fake"]
-    assert around["student"] == one["student"]
-    checkpointed = planned(gradient_checkpointing=True)
-    assert checkpointed["student"] < one["student"] / 3
-
-
-def test_planned_activations_are_what_autograd_saves():
-    """On a real CPU pass of the student in bf16 and on its meta twin."""
-    family = families.load_teacher("tiny-sd3")
-    real = models.load_denoiser(family)
-    real.net.bfloat16().requires_grad_(True)
-    x = torch.randn(1, *family.latent_shape()).bfloat16()  # (1, ...)
-    t = torch.tensor([500.0])  # (1,)
-    cond = {name: c.bfloat16() for name, c in family.random_cond(["a"]).items()}
-    with count.FlashAttention(), count.Saved(real) as counted:
-        real(x, t, cond)
-    # A CPU keeps LayerNorm's statistics in bf16, others do not.
-    assert counted.bytes == pytest.approx(planned()["student"], rel=0.02)
+def test_a_rehearsal_is_of_the_depth_and_the_size_that_are_asked(tmp_path):
+    """Of each kind of block as many, in proportion; ADP reads pairs of its own depth."""
+    assert measure.with_blocks({"num_layers": 19, "num_single_layers": 38}, 4) == {
+        "num_layers": 4,
+        "num_single_layers": 8,
+    }
+    unet = measure.with_blocks({"transformer_layers_per_block": (1, 2, 10)}, 3)
+    assert unet == {"transformer_layers_per_block": (1, 2, 3)}
+    family = families.load_teacher("cogvideox-2b", random_init=True)
+    assert measure.hub_name(family) == "cogvideox-2b"
+    assert measure.hub_name(families.load_teacher("tiny-sdxl")) is None
+    size = measure.size_of(family, (5, 16, 30, 40))
+    assert size == {"resolution": "240x320", "frames": 17}
+    assert family.latent_shape(**size) == (5, 16, 30, 40)
+    row = measure.Row("adp", "--model sd3", "--samples 2", 8)
+    pairs, own = measure.specs_of(row, 4, tmp_path / "0")
+    assert pairs["blocks"] == own["blocks"] == 4 and own["world"] == 8
+    made_at = pairs["words"][pairs["words"].index("--out") + 1]
+    assert own["words"][own["words"].index("--pairs") + 1] == made_at
+    assert own["words"][-2:] == ["--batch-size", "32"]
 
 
 def test_dmd_step_and_regression_have_no_adversary():
     for loss in ("dmd", "step"):
         alone = plan_of(config(adm.Config, "--model", "tiny-sd3", "--loss", loss), 1)
-        waiting = alone.waiting["generator"]
-        assert set(waiting) == {"student", "fake"} and waiting["fake"] == 0 < waiting["student"]
         assert "gradients" not in alone.rows["heads"]
     mse = plan_of(config(adp.Config, "--model", "tiny-sd3", "--loss", "mse"), 1)
-    assert set(mse.waiting["generator"]) == {"student"} and "VAE, encoder" not in mse.rows
+    assert "VAE, encoder" not in mse.rows
 
 
 def test_the_tool_knows_recipes_and_both_stages(capsys):
-    call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 8)
+    words = ["--no-measure", "--sample-every", 0, "--world-size"]
+    call(plan.show, plan.AdmConfig, "--model", "sd3", *words, 8)
     shown = capsys.readouterr().out
     assert "1 a GPU x 8 GPUs x 4 micro-batches" in shown and "student             37.6M" in shown
-    call(plan.show, plan.AdpConfig, "--model", "tiny-sd3", "--world-size", 1, "--gpu-gb", 0.2)
+    call(plan.show, plan.AdpConfig, "--model", "sd3", *words, 1, "--gpu-gb", 5)
     shown = capsys.readouterr().out
-    assert "VAE, encoder" in shown
-    assert re.search("of 0.2, .*: it does not fit; with --", shown)
+    assert "VAE, encoder" in shown and "features of the pixel discriminator" in shown
+    assert re.search("of 5: it does not fit; no flag makes it fit", shown)
     assert "at least 1" in refused(capsys, plan.show, plan.AdmConfig, "--world-size", 0)
     assert "a multiple of 8" in refused(capsys, plan.show, plan.AdpConfig, "--head-width", 3)
 
 
-def test_the_readmes_figures_are_what_the_tool_prints(capsys):
-    """The whole output in sizing/README.md, and a row of README.md's table."""
-    call(plan.show, plan.AdmConfig, "--model", "sdxl")
+def test_fit_finds_what_costs_least_and_says_where_nothing_does(capsys, of_any_row):
+    words = ["--model", "sd3", "--lora-rank", 0, "--world-size", 8, "--sample-every", 0, "--fit"]
+    call(plan.show, plan.AdmConfig, *words, "--gpu-gb", 80)
+    assert "fits with: --no-gradient-checkpointing\n" in capsys.readouterr().out
+    cfg = config(adm.Config, *words[:4], "--sample-every", 0)
+    offloaded = plan_of(replace(cfg, offload=True), 8).needed / GB
+    call(plan.show, plan.AdmConfig, *words, "--gpu-gb", offloaded + 0.1)
     shown = capsys.readouterr().out
-    assert shown in (ROOT / "sizing" / "README.md").read_text()
-    call(plan.show, plan.AdmConfig, "--model", "sdxl", "--world-size", 1)
-    peak = re.search(r"^peak +(\S+)", shown, re.M)[1]
-    alone = re.search(r"with (--\S+) it takes (\S+)", capsys.readouterr().out)
-    checkpoint = re.search(r"^checkpoint +(\d+)", shown, re.M)[1]
-    row = f"| {checkpoint} GB | {peak}; {alone[2]} with `{alone[1]}` |"
-    assert row in (ROOT / "README.md").read_text()
+    assert "fits with: --offload\n" in shown and "it fits" in shown.splitlines()[-1]
+    said = refused(capsys, plan.show, plan.AdmConfig, *words, "--gpu-gb", 2)
+    assert "no flags make it fit 2 GB" in said
+
+
+def test_pairs_and_encoding_are_planned(capsys):
+    call(plan.show_pairs, plan.PairsConfig, "--model", "sd3", "--no-measure")
+    shown = capsys.readouterr().out
+    assert "pairs of 16x128x128 latents, 8 at a time" in shown and "forward of teacher" in shown
+    peak = re.search(r"^peak +(\S+), forward of teacher", shown, re.M)[1]
+    assert 4.1 < float(peak) < 5  # two bytes a parameter, and the passes
+    call(plan.show_encoding, plan.EncodeConfig, "--model", "sdxl", "--no-measure")
+    assert "encoder 2" in capsys.readouterr().out
+
+
+def test_the_readmes_figures_are_what_the_tool_prints(capsys):
+    """The whole output in sizing/README.md."""
+    call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 1, "--no-measure")
+    assert capsys.readouterr().out in (ROOT / "sizing" / "README.md").read_text()

@@ -1,10 +1,15 @@
-"""What a training run needs of each GPU, counted on networks without storage.
+"""What a run needs of each GPU: its states counted, its passes as a rehearsal has measured them.
 
     python tools/plan.py adm --model sd3.5-large --world-size 8 --gpu-gb 80
-    python tools/plan.py adp --model sdxl --world-size 8
+    python tools/plan.py adp --model sdxl --world-size 8 --gpu-gb 24 --fit
+    python tools/plan.py pairs --model sdxl
+    python tools/plan.py encode --model sd3
+    python tools/plan.py record --models sd3
 
-Any flag of adm.py or adp.py will do, and a model's recipe holds as there. Nothing is loaded or
-fetched. Not counted: CUDA's own context, kernels' workspace, fragmentation.
+Any flag of adm.py, adp.py or data.py will do, and a model's recipe holds as there. Nothing is
+loaded or fetched. Passes of settings that sizing/measured.json has not are rehearsed on fake
+tensors, which takes minutes and a C++ compiler; --no-measure leaves them out. `record` rehearses
+what runs usually are, and writes that table.
 """
 
 import sys
@@ -16,12 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import adm
 import adp
 import data
-from families import recipes
+from families import HUB, recipes
 from runtime.flags import option
 from runtime.script import subcommand
 from runtime.settings import at_least, require
 from sizing.count import COLUMNS
-from sizing.plan import cheapest, checkpoint_bytes, enough_gpus, gb, plan_of, work_of
+from sizing.measure import Row, along, blocks_of, measured, recorded, table, training_row, typed
+from sizing.plan import (
+    CONTEXT,
+    FRAGMENTED,
+    WORKSPACE,
+    cheapest,
+    checkpoint_bytes,
+    enough_gpus,
+    fitting,
+    gb,
+    of_model,
+    opened,
+    plan_of,
+    plan_of_encoding,
+    plan_of_pairs,
+    work_of,
+)
 
 PEAK = {"H100": 989e12, "A100": 312e12}  # FLOP/s, dense bf16: NVIDIA's data sheets
 SHARE = 0.4  # ours: what good training code reaches; nobody has measured it here
@@ -29,6 +50,10 @@ SHARE = 0.4  # ours: what good training code reaches; nobody has measured it her
 HOURS = option(False, "count the passes' FLOPs too, which takes a minute", "hardware")
 WORLD = option(8, "GPUs", "hardware")
 GPU_GB = option(80.0, "memory of each, in GB of 1e9 bytes", "hardware")
+FIT = option(False, "search the flags that cost least and fit, and show that run", "hardware")
+MEASURE = option(
+    True, "rehearse passes that the table has not: minutes, and a C++ compiler", "hardware"
+)
 
 
 @dataclass
@@ -36,6 +61,8 @@ class AdmConfig(adm.Config):
     world_size: int = WORLD
     gpu_gb: float = GPU_GB
     hours: bool = HOURS
+    fit: bool = FIT
+    measure: bool = MEASURE
 
 
 @dataclass
@@ -43,6 +70,36 @@ class AdpConfig(adp.Config):
     world_size: int = WORLD
     gpu_gb: float = GPU_GB
     hours: bool = HOURS
+    fit: bool = FIT
+    measure: bool = MEASURE
+
+
+@dataclass
+class PairsConfig(data.PairsConfig):
+    gpu_gb: float = GPU_GB
+    measure: bool = MEASURE
+
+
+@dataclass
+class EncodeConfig(data.EncodeConfig):
+    gpu_gb: float = GPU_GB
+    measure: bool = MEASURE
+
+
+@dataclass
+class RecordConfig:
+    """Settings of `record`."""
+
+    models: str = option(",".join(HUB), "which, with commas between", "what to rehearse")
+    stages: str = option(
+        "adm,adp,pairs,encode,decode", "of them: decode is of a picture", "what to rehearse"
+    )
+    again: bool = option(False, "also what the table has", "what to rehearse")
+    check: bool = option(
+        False,
+        "compare what the table has of training with rehearsals of all blocks; nothing is written",
+        "what to rehearse",
+    )
 
 
 def check(cfg):
@@ -53,34 +110,91 @@ def check(cfg):
     stage.check(cfg)
 
 
+def rehearsing(row):
+    """{phase: MB at each depth} of a Row that the table has not."""
+    print(f"rehearsing, which takes minutes: {row}", file=sys.stderr)
+    (_, found), *_ = measured([row])
+    return found
+
+
 def show(cfg):
     """Print what a run with these settings needs. Raises BadInput for one that cannot be."""
     check(cfg)
-    plan = plan_of(cfg, cfg.world_size)
+    measure = rehearsing if cfg.measure else None
+    if cfg.fit:
+        changed = fitting(cfg, cfg.world_size, cfg.gpu_gb * 1e9, measure)
+        require(changed is not None, f"{cfg.model}: no flags make it fit {cfg.gpu_gb:g} GB")
+        print(f"fits with: {typed(changed) or 'its settings as they are'}")
+        cfg = replace(cfg, **changed)
+    plan = plan_of(cfg, cfg.world_size, measure=measure)
     latent = "x".join(str(n) for n in plan.latent)
     title = f"{cfg.model}, {latent} latents, {plan.each} a GPU x {cfg.world_size} GPUs"
     if plan.accumulate > 1:
         title += f" x {plan.accumulate} micro-batches"
-    print(f"{title}; GB (1e9 bytes) on each:")
-    print_table({**plan.rows, "sum": plan.total})
-    if plan.gathered:
-        print_line("gathered", f"{gb(plan.gathered)} of weights, for a pass")
-    for phase, size in plan.phases.items():
-        waiting = plan.waiting.get(phase, {})
-        of_it = ", ".join(f"{name} {gb(n)}" for name, n in waiting.items())
-        print_line(phase, gb(size) + (f"; of it activations: {of_it}" if of_it else ""))
-    if cfg.gradient_checkpointing:
-        most = max(plan.again, key=plan.again.get)
-        print_line("made again", f"{gb(plan.again[most])} at most, one block of the {most}'s")
+    print_plan(title, plan)
     if plan.loading:
         print_line("loading", f"{gb(plan.loading)} of main memory, if all ranks are on one node")
     copies = f"; --keep-checkpoints {cfg.keep_checkpoints}, and one while it is written"
     print_line("checkpoint", f"{gb(checkpoint_bytes(plan))} of disk{copies}")
     if cfg.hours:
         print_work(cfg)
+    print_peak(cfg, plan, lambda: advice(cfg, cfg.gpu_gb * 1e9, measure))
+
+
+def show_pairs(cfg):
+    """Print what `data.py pairs` with these settings needs."""
+    at_least(1, cfg, "batch_size")
+    plan = plan_of_pairs(cfg, rehearsing if cfg.measure else None)
+    latent = "x".join(str(n) for n in plan.latent)
+    print_plan(f"{cfg.model}, pairs of {latent} latents, {plan.each} at a time", plan)
+    print_peak(cfg, plan, lambda: "a smaller --batch-size takes less")
+
+
+def show_encoding(cfg):
+    """Print what `data.py encode` with these settings needs."""
+    at_least(1, cfg, "batch_size")
+    plan = plan_of_encoding(cfg, rehearsing if cfg.measure else None)
+    print_plan(f"{cfg.model}, {plan.each} prompts at a time", plan)
+    print_peak(cfg, plan, lambda: "a smaller --batch-size takes less")
+
+
+def print_plan(title, plan):
+    print(f"{title}; GB (1e9 bytes) on each:")
+    print_table({**plan.rows, "sum": plan.total})
+    print()
+    for phase, (size, network) in by_phase(plan).items():
+        print(f"{phase:36}{gb(size):>10}" + (f", at the {network}" if network else ""))
+    if not plan.measured:
+        print_line("passes", "not counted: they are of no model in the table")
+
+
+def by_phase(plan):
+    """{phase: (bytes, the network at which it has them)}: backward goes through several."""
+    found = {}
+    for name, size in plan.phases.items():
+        phase, _, network = name.partition(", ")
+        if size > found.get(phase, (0, ""))[0]:
+            found[phase] = size, network.removeprefix("the ")
+    return found
+
+
+def print_peak(cfg, plan, otherwise):
+    """The last line: whether it fits, or what otherwise() says."""
     peak, phase = plan.peak
-    there = cfg.gpu_gb * 1e9
-    print_line("peak", f"{gb(peak)} of {cfg.gpu_gb:g}, {phase}: {verdict(cfg, peak, there)}")
+    beside = f"{gb(CONTEXT)} for CUDA's context, {gb(WORKSPACE)} for workspaces, {FRAGMENTED:.0%}"
+    print_line("beside", f"{beside} between tensors: our allowance")
+    fits = plan.needed <= cfg.gpu_gb * 1e9
+    said = "it fits" if fits else f"it does not fit; {otherwise()}"
+    print_line("peak", f"{gb(peak)}, {phase}; needed {gb(plan.needed)} of {cfg.gpu_gb:g}: {said}")
+
+
+def advice(cfg, there, measure):
+    """What would make it fit."""
+    flags, smaller = cheapest(cfg, cfg.world_size, there, measure=measure)
+    if flags:
+        return f"with {flags} it takes {gb(smaller.peak[0])}"
+    more = enough_gpus(cfg, cfg.world_size, there)
+    return f"on {more} GPUs it does" if more else "no flag makes it fit"
 
 
 def print_work(cfg):
@@ -106,16 +220,6 @@ def hours(flops):
     return f"{' or '.join(each)} at {SHARE:.0%} of its peak"
 
 
-def verdict(cfg, peak, there):
-    if peak <= there:
-        return "it fits"
-    flags, smaller = cheapest(cfg, cfg.world_size, there)
-    if flags:
-        return f"it does not fit; with {flags} it takes {gb(smaller.peak[0])}"
-    more = enough_gpus(cfg, cfg.world_size, there)
-    return f"it does not fit; on {more} GPUs it does" if more else "it does not fit"
-
-
 def print_table(rows):
     print(f"{'':14}{'parameters':>11}" + "".join(f"{column:>11}" for column in COLUMNS))
     for name, row in rows.items():
@@ -129,10 +233,78 @@ def print_line(name, said):
     print(f"{name:14}{said}")
 
 
-def main():
-    commands = {"adm": (show, AdmConfig), "adp": (show, AdpConfig)}
-    subcommand(commands, "plan.py", __doc__)
+# --- The table ------------------------------------------------------------------------------------
+
+
+USUAL = (  # {settings: (lora_rank, gradient_checkpointing), GPUs}, the most usual first
+    (64, True, 1),
+    (0, True, 8),
+    (0, True, 1),
+    (64, True, 8),
+    (64, False, 1),
+    (0, False, 8),
+)
+
+
+def usual(models):
+    """The Rows of runs as they usually are, for all models."""
+    names = {model: of_model(opened(model)) for model in models}
+    for model, which in names.items():
+        batch = recipes.PAIRS.get(model, {}).get("batch_size", data.PairsConfig.batch_size)
+        yield Row("pairs", which, f"--batch-size {batch}")
+        yield Row("decode", which, "")
+        yield Row("encode", which, f"--batch-size {data.ENCODED}")
+    for rank, again, world in USUAL:
+        for which in names.values():
+            for kind in (adm.Config, adp.Config):
+                cfg = kind(lora_rank=rank, gradient_checkpointing=again)
+                yield training_row(cfg, which, 1, world)
+    cfg = adm.Config(lora_rank=64, gradient_checkpointing=True)
+    for model in names.keys() & {"sdxl", "sd3"}:  # of first_hour_on_a_gpu.sh
+        yield training_row(cfg, names[model], 8, 1)
+
+
+def record(cfg):
+    """Write sizing/measured.json anew, row by row; or compare it with whole networks."""
+    models = cfg.models.split(",")
+    for model in models:
+        require(model in HUB, f"--models {model}: one of {', '.join(HUB)}")
+    rows = [row for row in usual(models) if row.stage in cfg.stages.split(",")]
+    if cfg.check:
+        for row in rows:
+            if row.stage in ("adm", "adp") and str(row) in table():
+                compare(row)
+        return
+    for row, found in measured([row for row in rows if cfg.again or str(row) not in table()]):
+        recorded(row, found)
+        print(f"{row}: {most(found)} MB", flush=True)
+
+
+def most(found):
+    """MB of the phase that needs most, at the last depth that was rehearsed."""
+    return max(max(mb[-1]) for mb in found.values())
+
+
+def compare(row):
+    """Print how far the table's few blocks, drawn out, are from a rehearsal of all."""
+    config = opened(row.which.split()[1]).config
+    blocks = blocks_of(config)
+    ((_, whole),) = measured([row], blocks)
+    drawn_out = {}
+    for phase, (less, deeper) in table()[str(row)].items():
+        ends = zip(less, deeper, strict=True)
+        drawn_out[phase] = [[along(config, blocks, *end) for end in ends]]
+    planned, there = most(drawn_out), most(whole)
+    print(f"{row}, {blocks} blocks: {planned:.0f} MB planned, {there} rehearsed", flush=True)
+    print(f"  off by {planned / there - 1:+.2%}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    commands = {
+        "adm": (show, AdmConfig),
+        "adp": (show, AdpConfig),
+        "pairs": (show_pairs, PairsConfig),
+        "encode": (show_encoding, EncodeConfig),
+        "record": (record, RecordConfig),
+    }
+    subcommand(commands, "plan.py", __doc__)

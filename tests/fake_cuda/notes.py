@@ -13,11 +13,13 @@ import torch
 from files import header_bytes
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from watch import lines_of
 
 import families
 import families.base
 import models
+import ode
 import runtime.files
 import runtime.folder
 import runtime.optimize
@@ -41,6 +43,7 @@ class Notes:
         self.encoders = Counter()  # of text: their parameters and buffers
         self.iterations = []
         self.pictured = None  # bytes there, right after the last picture
+        self.most = None  # after so many the run is left
 
     def as_json(self):
         counted = ("parameters", "buffers", "gradients", "times", "conditions", "encoders")
@@ -51,7 +54,12 @@ class Notes:
             "iterations": self.iterations,
             "pictured": self.pictured,
             "end": figures(self.watch),
+            "rounds": self.watch.rounds,
         }
+
+
+class Enough(Exception):
+    """Leaves a run of which no more is to be seen."""
 
 
 now = None  # the Notes of the run that is on
@@ -81,6 +89,7 @@ def install():
     for kind in vaes:
         wrap(getattr(diffusers, kind), "decode", vae_phase)
     wrap(torch.Tensor, "backward", backward_phase)
+    ode.Draw.__init__ = beginning_a_round(ode.Draw.__init__)
     for name in ("save", "finish", "restore"):
         wrap(runtime.folder.Run, name, lambda *args, name=name, **kwargs: name)
     for name in ("draw", "batch"):
@@ -167,8 +176,13 @@ def wrap(owner, name, phase_of):
     def inside(*args, **kwargs):
         if now is None:
             return plain(*args, **kwargs)
-        with now.watch.phase(phase_of(*args, **kwargs)):
-            return plain(*args, **kwargs)
+        watch, phase = now.watch, phase_of(*args, **kwargs)
+        with watch.phase(phase):
+            out = plain(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.register_hook(lambda gradient: watch.back_to(phase.rpartition(" of ")[2]))
+        return out
 
     setattr(owner, name, inside)
 
@@ -204,10 +218,31 @@ def vae_phase(vae, *args, **kwargs):
 
 
 def backward_phase(*args, **kwargs):
-    """Named by the line of a script that asked for it."""
+    """Named by whose loss it is, as the line of a script says that asks for it."""
     for file, line, name in lines_of("project"):
         if name not in ("learn", "backward"):
-            return f"backward in {name}: {linecache.getline(file, line).strip()}"
+            loss = linecache.getline(file, line).strip().removeprefix("learn(")
+            return f"backward of {LOSSES[loss.split()[0].rstrip(')')]}"
+
+
+LOSSES = {
+    "loss_g": "the generator",
+    "loss_d": "the heads",
+    "loss": "the fake score",
+    "loss_mse": "the regression",
+}
+
+
+def beginning_a_round(init):
+    """Random numbers are a micro-batch's first step."""
+
+    @wraps(init)
+    def beginning(*args, **kwargs):
+        if now is not None:
+            now.watch.rounds.append((now.watch.now, Counter()))
+        init(*args, **kwargs)
+
+    return beginning
 
 
 def noting_record(record):
@@ -217,6 +252,8 @@ def noting_record(record):
             record(self, *args, **kwargs)
         now.iterations.append(figures(now.watch))
         now.watch.clear()
+        if len(now.iterations) == now.most:
+            raise Enough
 
     return noting
 

@@ -6,8 +6,9 @@ Every tensor is fake, on a fake cuda:0: shapes, types, devices and storages are 
 Networks of any size take no memory; --shallow ones have few layers, of full width. RUNS.json is a
 list of
 
-    {"name", "script": "adm", "adp", "encode" or "pairs", "words": [of its command line],
-     "world": number of ranks, of which this is the first; 1 where it is not there}
+    {"name", "script": "adm", "adp", "encode", "pairs" or "decode", "words": [of its command line],
+     "world": number of ranks, of which this is the first; 1 where it is not there,
+     "blocks": networks of so many, and one iteration alone; else all}
 
 or {"name", "script": "folder", "words": [model, path]}, for a model's folder with text encoders.
 

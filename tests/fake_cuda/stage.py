@@ -21,34 +21,53 @@ from watch import Watch
 import adm
 import adp
 import data
+import families.base
 import models
 from families import full
+from runtime.ranks import own
 from runtime.script import run
 from sizing import plan
+from sizing.measure import with_blocks
 
 torch.set_num_threads(1)
 adm.teacher_steps = lambda model: 2  # of a sheet's teacher: fifty would show no more
 plan.gpu_memory = lambda: None  # runs that do not fit are rehearsed too, and tell by how much
 model_loading_utils.set_module_tensor_to_device = device.set_by_slot
 
+REAL = dict(full.DENOISERS)
+
+
+@torch.no_grad()
+def decode(cfg):
+    """What a picture of a run takes beside the run: the VAE in float32, one latent."""
+    family = families.load_teacher(cfg.model, cfg.random_init)
+    latent = torch.empty(1, *family.latent_shape(cfg.resolution, cfg.frames), device="cuda")
+    family.decode(family.vae("cuda"), latent)
+
+
 SCRIPTS = {
     "adm": (adm.main, adm.Config),
     "adp": (adp.main, adp.Config),
     "encode": (data.encode, data.EncodeConfig),
     "pairs": (data.pairs, data.PairsConfig),
+    "decode": (decode, adm.Config),
 }
 
 
-def rehearse(script, words, world=1):
+def rehearse(script, words, world=1, blocks=None):
     """Run a script to its end; what was noted, and what went wrong.
 
     The script "folder" makes a model's whole folder: its words are the model's name and a path.
+    blocks: of networks with so many, and of training the first iteration alone.
     """
+    if blocks:
+        of_depth(blocks)
     if script == "folder":
         whole.make(*words)
         return {"error": None}
     watch = Watch()
     notes.now = notes.Notes(watch)
+    notes.now.most = 1 if blocks else None
     FakeTensor.tolist = lambda x: watch.values_of(x)
     torch.cuda.max_memory_allocated = lambda *args: watch.peak
     torch.UntypedStorage.resize_ = lambda storage, size: watch.resize(storage, size)
@@ -58,6 +77,8 @@ def rehearse(script, words, world=1):
     try:
         with ranks_of(world), contextlib.redirect_stdout(sys.stderr), fakes, watch:
             run(*SCRIPTS[script], words, prog=f"{script}.py")
+    except notes.Enough:
+        pass
     except SystemExit as e:
         wrong = f"it ended with {e.code}"
     except Exception:
@@ -88,6 +109,15 @@ def ranks_of(world):
 def all_alike(found, mine):
     """What a rank says, all say."""
     found[:] = [mine] * len(found)
+
+
+def of_depth(blocks):
+    """Networks of full width from here on, with so many blocks; pairs are of any of them."""
+    for name, (kind, config) in REAL.items():
+        full.DENOISERS[name] = (kind, with_blocks(config, blocks))
+    full.skeleton.cache_clear()
+    families.base.Family.reader = lambda family, folder=None: lambda name, x: own(x)
+    families.base.Family.sha256_of = lambda family, pipeline: "of any depth"
 
 
 def make_shallow():

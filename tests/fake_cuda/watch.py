@@ -45,6 +45,7 @@ class Watch(TorchDispatchMode):
         self.now = 0
         self.pinned = weakref.WeakSet()  # storages
         self.phases = ["begin"]  # innermost last
+        self.rounds = []  # of each micro-batch: (what lay there before it, {phase: bytes})
         self.reduced = Counter()  # {phase, how and type of what is reduced over the ranks: times}
         self.clear()
 
@@ -63,6 +64,12 @@ class Watch(TorchDispatchMode):
             yield
         finally:
             self.phases.pop()
+
+    def back_to(self, network):
+        """Backward has come to what this network has made."""
+        phase = self.phases[-1]
+        if phase.startswith("backward"):
+            self.phases[-1] = f"{phase.partition(', ')[0]}, {network}"
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if DTensor in types:
@@ -168,7 +175,8 @@ class Watch(TorchDispatchMode):
     def seen(self):
         self.peak = max(self.peak, self.now)
         phase = self.phases[-1]
-        self.peaks[phase] = max(self.peaks[phase], self.now)
+        for peaks in (self.peaks, *[peaks for _, peaks in self.rounds[-1:]]):
+            peaks[phase] = max(peaks[phase], self.now)
 
 
 def rounded(size):
