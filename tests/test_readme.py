@@ -49,7 +49,7 @@ SCRIPTS = {
     "tests/bench_peers.py": (bench_peers.Config, None),
 }
 # Of scripts whose flags are their own, and of other programs.
-OTHER_FLAGS = {"--no-pixel", "--help", "--json", "--nproc_per_node", "--rehearse"}
+OTHER_FLAGS = {"--no-pixel", "--no-measure", "--help", "--json", "--nproc_per_node", "--rehearse"}
 OTHER_FLAGS |= {"--no-deps", "--logdir", "--videos_path", "--dimension"}
 OTHER_FLAGS |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
 OTHER_FLAGS |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
