@@ -22,6 +22,7 @@ from ode import student_sample
 from toy import digits
 from toy.digits_clip import CLIP, clip
 from toy.digits_experiment import METHODS, curve, seeds_of
+from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
 from toy.digits_measure import LABELS, METRICS, NUMBERS, look, measure, read
 from toy.digits_samples import (
     GUIDANCE,
@@ -392,3 +393,34 @@ def test_committed_results_are_whole():
         first, last = row["curve"][0], row["curve"][-1]
         assert row["iterations"] == int(budget) == last[0] and first[:2] == [0, 0]
         assert last[2:] == pytest.approx([row["fd"], row["fd_any"], row["coverage"]])
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_other_discriminators_judge_too_and_only_inside(family, name):
+    teacher = models.load_denoiser(family)
+    cond, _ = opened(family)
+    some = {key: c[:4] for key, c in cond.items()}  # (4, ...) each
+    x = torch.randn(4, *family.latent_shape())
+    with discriminator_is(name):
+        discriminator = adm.LatentDiscriminator(teacher, 64)
+    assert type(discriminator) is DISCRIMINATORS[name]
+    assert adm.LatentDiscriminator is DISCRIMINATORS[ORDINARY]
+    for t in (100.0, 900.0):
+        logits = discriminator.logits(discriminator.features(x, torch.full((4,), t), some))
+        assert logits.shape == (4,) and logits.isfinite().all()
+
+
+def test_heads_are_told_t(family):
+    teacher = models.load_denoiser(family)
+    cond, _ = opened(family)
+    some = {key: c[:2] for key, c in cond.items()}  # (2, ...) each
+    discriminator = DISCRIMINATORS["heads that are told t"](teacher, 64)
+    x = torch.randn(2, *family.latent_shape())
+    plain = models.LatentDiscriminator(teacher, 64)
+    early, late = torch.full((2,), 10.0), torch.full((2,), 990.0)
+    for h, other in zip(
+        discriminator.features(x, early, some), plain.features(x, early, some), strict=True
+    ):
+        assert torch.equal(h[:, :-8], other)
+    told = [discriminator.features(x, t, some)[0][:, -8:] for t in (early, late)]
+    assert (told[0] - told[1]).abs().max() > 0.5

@@ -18,9 +18,9 @@ What D learns of a student that rests; how near its teacher a student comes in e
 
 The experiment and the README's tables and pictures of it (hours):
 
-    python toy/digits.py search         # or of one method: search adm
-    python toy/digits.py experiment     # or of one seed: experiment 0
-    python toy/digits.py levers
+    python toy/digits.py search         # or of one method: search adm-recipe
+    python toy/digits.py experiment     # or of one method
+    python toy/digits.py levers         # or of one seed: levers 0
     python toy/digits.py readme
     python toy/digits.py picture
 """
@@ -35,13 +35,12 @@ from runtime.script import quiet
 from runtime.settings import BadInput, require
 from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose
-from toy.digits_experiment import SECOND_STAGES, experiment, levers, search
+from toy.digits_experiment import METHODS, SECOND_STAGES, experiment, levers, search
 from toy.digits_report import gain, picture, readme
 from toy.digits_samples import samples
 from toy.digits_teacher import train
 
 ANY_NUMBER = {"nargs": "*"}
-SEEDS = {"seeds": {**ANY_NUMBER, "type": int}}
 # {name: (what it does, {its argument: argparse's description of that})}
 COMMANDS = {
     "train": (train, {}),
@@ -50,8 +49,8 @@ COMMANDS = {
     "diagnose": (diagnose, {"init": {}}),
     "gain": (gain, {"first": {}, "second": {}, "out": {}}),
     "search": (search, {"methods": {**ANY_NUMBER, "choices": SECOND_STAGES}}),
-    "experiment": (experiment, SEEDS),
-    "levers": (levers, SEEDS),
+    "experiment": (experiment, {"methods": {**ANY_NUMBER, "choices": list(METHODS)}}),
+    "levers": (levers, {"seeds": {**ANY_NUMBER, "type": int}}),
     "readme": (readme, {}),
     "picture": (picture, {}),
 }

@@ -19,6 +19,7 @@ from models import load_denoiser
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
 from toy.claims import least
+from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
 from toy.digits_measure import NUMBERS
 from toy.digits_samples import RESULTS, judge, open_run, sample, teacher_samples
 
@@ -53,28 +54,30 @@ METHODS = {
     "adm-recipe, four steps": "adm.py",
     "adm-paper, four steps": PAPER,
 }
-LEVERS = (  # a method, and flags of it that differ
-    ("adp+step", "--dt 0.015625"),
-    ("adp+step", "--dt 0.015625 --gen-weight dmd"),
-    ("adp+step", "--dt 0.0625"),
-    ("adp+step", "--dt 0.5"),
-    ("adp+adm-recipe", "--dt 0.015625"),
-    ("adp+adm-recipe", "--dt 0.5"),
-    ("adp+adm-recipe", "--gen-weight dmd"),
-    ("adp+adm-recipe", "--ttur 4"),
+STEP, ADM = "adp+step", "adp+adm-recipe"
+# What could help: a method, flags of it that differ, and another discriminator of digits_heads.py.
+LEVERS = (
+    *[(STEP, f"--dt {dt}", ORDINARY) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
+    (STEP, f"--dt {1 / 64} --lr-student 1e-05", ORDINARY),
+    (STEP, f"--dt {1 / 64} --gen-weight dmd", ORDINARY),
+    *[(ADM, f"--dt {dt}", ORDINARY) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
+    (ADM, "--gen-weight dmd", ORDINARY),
+    (ADM, "--ttur 4", ORDINARY),
+    (ADM, "--ttur 4 --lr-student 3e-05", ORDINARY),
+    *[(ADM, "", name) for name in DISCRIMINATORS if name != ORDINARY],
 )
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
 # --- One trial ------------------------------------------------------------------------------------
 
 
-def trial(method, seed, rate, iterations=ITERATIONS, more=""):
+def trial(method, seed, rate, iterations=ITERATIONS, more="", heads=ORDINARY):
     """One run of a method, measured: a row of digits.json but for its curve.
 
-    more: flags of that stage that differ.
+    more: flags of that stage that differ. heads: one of digits_heads.py's DISCRIMINATORS.
     """
     flags = METHODS[method]
-    words = f"{method} {seed} {rate or ''} {iterations} {more}".replace(",", "")
+    words = f"{method} {seed} {rate or ''} {iterations} {more} {heads}".replace(",", "")
     out = HOME / "-".join(words.replace("--", "").split())
     if flags.startswith("adp.py"):
         iterations = LONGER if method == "mse-longer" else FIRST + iterations
@@ -87,8 +90,9 @@ def trial(method, seed, rate, iterations=ITERATIONS, more=""):
         kind = f"{kind} --warmup {warmup} --lr-student {rate:g}"
     line = f"python {flags} {kind} {more} {written(seed, out, iterations // POINTS)}"
     commands.append(" ".join(line.split()))
-    for command in commands:
-        folder, log = execute(command)
+    with discriminator_is(heads):
+        for command in commands:
+            folder, log = execute(command)
     family = load_teacher("digits")
     images = sample(family, *open_run(folder, family), 0, NUMBERS)  # (1000, 3, 32, 32)
     return {
@@ -99,6 +103,7 @@ def trial(method, seed, rate, iterations=ITERATIONS, more=""):
         "iterations": len(log),
         "rate": rate,
         "flags": more,
+        "heads": heads,
         "command": " && ".join(commands),
     }
 
@@ -207,10 +212,11 @@ def search(methods=()):
         write_json(SEARCH_JSON, found)
 
 
-def experiment(seeds=()):
-    """results/digits.json: what it lacks of every method with these seeds (default: its own)."""
-    for method in METHODS:
-        for seed in seeds or seeds_of(method):
+def experiment(methods=()):
+    """results/digits.json: what it lacks of these methods (default: all)."""
+    pairs()
+    for method in methods or METHODS:
+        for seed in seeds_of(method):
             keep(method, seed, DIGITS_JSON)
 
 
@@ -222,17 +228,22 @@ def seeds_of(method):
 def levers(seeds=()):
     """results/digits-levers.json: each of LEVERS likewise (default: SEEDS)."""
     for seed in seeds or SEEDS:
-        for method, more in LEVERS:
-            keep(method, seed, LEVERS_JSON, more)
+        for method, more, heads in LEVERS:
+            keep(method, seed, LEVERS_JSON, more, heads)
 
 
-def keep(method, seed, path, more=""):
+def what_of(row):
+    """(method, flags, discriminator) of a row of the results."""
+    return row["method"], row["flags"], row["heads"]
+
+
+def keep(method, seed, path, more="", heads=ORDINARY):
     """Run a trial at its method's rate and put its row into the json file, if it is not there."""
     runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
-    if (method, seed, more) in [(r["method"], r["seed"], r["flags"]) for r in runs]:
+    if (method, more, heads) in [what_of(row) for row in runs if row["seed"] == seed]:
         return
     rate = read_json(SEARCH_JSON, "search", "rates")["rates"].get(method)
-    row = trial(method, seed, rate, more=more)
+    row = trial(method, seed, rate, more=more, heads=heads)
     row["curve"] = curve(Path(row["command"].split()[-1]))
     # Read once more: another may have been written meanwhile.
     runs = read_json(path, "results", "runs")["runs"] if path.exists() else []

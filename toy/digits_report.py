@@ -7,7 +7,20 @@ from matplotlib.figure import Figure
 
 from families import load_teacher
 from runtime.files import read_json
-from toy.digits_experiment import DIGITS_JSON, LEVERS_JSON, METHODS, curve, seeds_of
+from toy.digits_experiment import (
+    ADM,
+    DIGITS_JSON,
+    LEVERS,
+    LEVERS_JSON,
+    METHODS,
+    STEP,
+    curve,
+    execute,
+    pairs,
+    seeds_of,
+    what_of,
+)
+from toy.digits_heads import ORDINARY
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
@@ -19,6 +32,7 @@ STAGE_2 = {
     "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
 COLOURS = {"dmd": "C0", "step": "C2", "adm-recipe": "C3", "adm-paper": "C1"}
+BESIDE = ("adp+dmd", STEP, ADM)  # what the levers are compared with
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
 
@@ -64,29 +78,31 @@ def spread(values):
 
 
 def table_of_levers(runs, levers):
-    """Lines: methods as they are, of the levers' seeds, then with flags that differ."""
-    lines = ["| method | flags | fd | seconds |", "| --- " * 4 + "|"]
+    """Lines: DMD and the methods as they are, then with what differs, of the levers' seeds."""
+    lines = ["| method | what differs | seeds | fd | fd_any | seconds |", "| --- " * 6 + "|"]
     seeds = {run["seed"] for run in levers}
-    different = {(run["method"], run["flags"]): [] for run in levers}
-    ordinary = {(method, ""): [] for method, _ in different}
-    rows = {**ordinary, **different}
-    for run in [*runs, *levers]:
-        name = run["method"], run["flags"]
-        if name in rows and run["seed"] in seeds:
-            rows[name].append(run)
-    for (method, flags), mine in rows.items():
+    everything = [run for run in [*runs, *levers] if run["seed"] in seeds]
+    for what in (*[(method, "", ORDINARY) for method in BESIDE], *LEVERS):
+        mine = [run for run in everything if what_of(run) == what]
+        method, flags, heads = what
+        differs = f"`{flags}`" if flags else heads
+        cells = [", ".join(str(seed) for seed in sorted(run["seed"] for run in mine))]
+        cells += [spread([run[name] for run in mine]) for name in ("fd", "fd_any")]
         seconds = np.median([run["seconds"] for run in mine])
-        cell = spread([run["fd"] for run in mine])
-        lines.append(f"| {method} | `{flags}` | {cell} | {seconds:.0f} |".replace("``", ""))
+        lines.append(f"| {method} | {differs} | {' | '.join(cells)} | {seconds:.0f} |")
     return lines
 
 
 def picture():
-    """results/digits-curves.png, from digits.json alone, then results/digits.png, from the runs."""
+    """results/digits-curves.png, from digits.json alone, then results/digits.png, from the runs.
+
+    Those that are not in out/ are made again, by their commands.
+    """
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     runs = read_runs()
     curves(runs, measure(teacher["teacher, 28 steps"], teacher[REFERENCE]))
+    pairs()
     numbers = [NUMBERS[i] for i in SHOWN]
     rows = {"held-out images": some_held_out()}
     for kind in ("teacher, 28 steps", "teacher, 1 step"):
@@ -94,8 +110,9 @@ def picture():
     for method in METHODS:
         first = method, seeds_of(method)[0]
         (run,) = [run for run in runs if (run["method"], run["seed"]) == first]
-        student = open_run(run["command"].split()[-1], family)
-        rows[method] = sample(family, *student, 0, numbers)
+        for command in run["command"].split(" && "):
+            folder, _ = execute(command)
+        rows[method] = sample(family, *open_run(folder, family), 0, numbers)
     sheet(rows, RESULTS / "digits.png")
 
 
