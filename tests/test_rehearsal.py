@@ -59,8 +59,8 @@ def runs():
     yield from (("sd3", "adm", how) for how in HOW if how not in USUAL)
     for model in ("sd3.5-large", "cogvideox-2b"):  # what they have that the others have not
         yield model, "adm", "8 ranks" if FULL else "full"
-    yield "wan-1.3b", "adp", "8 ranks"
-    yield "flux-dev", "adm", "8 ranks"
+    for model, script in (("wan-1.3b", "adp"), ("flux-dev", "adm")):
+        yield model, script, "8 ranks" if FULL else "full"
     if FULL:
         yield "flux-dev", "adp", "8 ranks"
         yield "wan-1.3b", "adm", "full"
@@ -73,8 +73,9 @@ PICTURED = [" ".join(run) for run in RUNS if "--sample-every" in HOW[run[2]][0]]
 # {name: (settings, GPUs, blocks)} of runs with another depth than the plan's table was measured at.
 PLANNED = {
     "sd3 adm LoRA, 6 blocks": ({"lora_rank": 64}, 1, 6),
-    "sd3 adm 8 ranks, 6 blocks": ({"lora_rank": 0}, 8, 6),
 }
+if FULL:
+    PLANNED["sd3 adm 8 ranks, 6 blocks"] = ({"lora_rank": 0}, 8, 6)
 ENCODED = ["sdxl encode", "sd3 encode", "cogvideox-2b encode"]
 
 
