@@ -34,7 +34,7 @@ demo: $(VENV)/.installed
 
 # Two halves side by side, one on each core; the first says what it found when the second is through.
 HALF := tests/test_reference.py tests/test_rehearsal.py tests/test_training.py tests/test_faults.py tests/test_digits.py \
-	tests/test_flux.py tests/test_sizing.py
+	tests/test_sizing.py
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 test: $(VENV)/.installed
