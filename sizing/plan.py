@@ -255,12 +255,8 @@ def cheapest(cfg, world, gpu_bytes, latent=None, measure=None):
 
     Without `measure`, of settings that are in the table.
     """
-    for less in remedies(cfg, world):
-        smaller = plan_of(replace(cfg, **less), world, latent, measure)
-        if smaller.measured and smaller.needed <= gpu_bytes:
-            changed = {name: v for name, v in less.items() if v != getattr(cfg, name)}
-            return typed(changed), smaller
-    return None, None
+    changed, plan = first_fit(cfg, remedies(cfg, world), world, gpu_bytes, latent, measure)
+    return (typed(changed), plan) if plan else (None, None)
 
 
 def fitting(cfg, world, gpu_bytes, measure=None):
@@ -270,12 +266,23 @@ def fitting(cfg, world, gpu_bytes, measure=None):
     parameters.
     """
     free = {"gradient_checkpointing": False, "offload": False}
-    for less in ({}, *remedies(replace(cfg, **free), world)):
-        settings = {**free, **less}
-        plan = plan_of(replace(cfg, **settings), world, measure=measure)
+    remedied = remedies(replace(cfg, **free), world)
+    changes = ({**free, **less} for less in ({}, *remedied))
+    changed, _ = first_fit(cfg, changes, world, gpu_bytes, measure=measure)
+    return changed
+
+
+def first_fit(cfg, changes, world, gpu_bytes, latent=None, measure=None):
+    """(what differs from cfg, its Plan) of the first of changes, {name: value} each, that fits.
+
+    (None, None) where none does.
+    """
+    for settings in changes:
+        plan = plan_of(replace(cfg, **settings), world, latent, measure)
         if plan.measured and plan.needed <= gpu_bytes:
-            return {name: v for name, v in settings.items() if v != getattr(cfg, name)}
-    return None
+            changed = {name: v for name, v in settings.items() if v != getattr(cfg, name)}
+            return changed, plan
+    return None, None
 
 
 def enough_gpus(cfg, world, gpu_bytes, latent=None):

@@ -57,7 +57,9 @@ MEASURE = option(
 
 
 @dataclass
-class AdmConfig(adm.Config):
+class TrainingHardware:
+    """What a training run is planned for."""
+
     world_size: int = WORLD
     gpu_gb: float = GPU_GB
     hours: bool = HOURS
@@ -66,12 +68,13 @@ class AdmConfig(adm.Config):
 
 
 @dataclass
-class AdpConfig(adp.Config):
-    world_size: int = WORLD
-    gpu_gb: float = GPU_GB
-    hours: bool = HOURS
-    fit: bool = FIT
-    measure: bool = MEASURE
+class AdmConfig(TrainingHardware, adm.Config):
+    pass
+
+
+@dataclass
+class AdpConfig(TrainingHardware, adp.Config):
+    pass
 
 
 @dataclass
