@@ -275,10 +275,11 @@ def main(cfg):
     vae = None
     if use_pixel:
         vae = family.vae(ranks.device, ranks.frozen_dtype)
-        if cfg.gradient_checkpointing:
-            family.recompute(vae)
         backbone.to(ranks.frozen_dtype)
         pixel_disc = PixelDiscriminator(backbone, cfg.head_width, ranks.mesh).to(ranks.device)
+        if cfg.gradient_checkpointing:
+            family.recompute(vae)
+            pixel_disc.recompute()
         discriminators.append(pixel_disc)
         lambdas.append(cfg.lambda_pixel)
     heads = torch.nn.ModuleList(d.heads for d in discriminators)

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import tiny
 from families.base import SMALLEST_MAP
@@ -332,6 +333,12 @@ class PixelDiscriminator(Discriminator):
         # ImageNet's, of RGB.
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1))
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1))
+
+    def recompute(self):
+        """Keep of each layer its input alone: SAM-B's four global ones would keep gigabytes."""
+        for layer in self.backbone.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def features(self, images):
         """Four maps (N, C, H', W') of images (N, 3, H, W) in [−1, 1].

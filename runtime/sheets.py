@@ -127,7 +127,7 @@ class Sheets:
         The VAE is loaded for this and dropped again.
         """
         family = self.here.family
-        vae = family.vae(self.here.ranks.device)
+        vae = decoder(family, self.shape, self.here.ranks.device)
         shown = {label: decoded(family, vae, z) for label, z in rows.items()}
         folder = self.here.folder / "samples"
         folder.mkdir(exist_ok=True)
@@ -150,6 +150,16 @@ class Sheets:
 def most_columns(shape):
     """How many images, or videos, of this latent shape a sheet has."""
     return VIDEOS if len(shape) == 4 else IMAGES
+
+
+def decoder(family, shape, device):
+    """The VAE for pictures of latents of this shape: float32, so that no digit is lost.
+
+    But bf16 on a GPU for videos, which are decoded whole: CogVideoX's would take 32 GB.
+    """
+    is_video = len(shape) == 4
+    in_half = is_video and device.type == "cuda"
+    return family.vae(device, torch.bfloat16 if in_half else torch.float32)
 
 
 def plural(steps):

@@ -60,6 +60,7 @@ def build(family, cfg, frozen_dtype=torch.bfloat16):
         vae = vae.to(frozen_dtype).eval().requires_grad_(False)
         if checkpointing:
             family.recompute(vae)
+            pixel.recompute()
     return Parts(teacher, student, fake, latent, pixel, vae)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -560,33 +561,59 @@ def test_video_views_are_frames_of_the_decoded_video(teachers, name):
     assert torch.equal(views, torch.stack([first[0], last[0], first[1], last[1]]))
 
 
+@contextmanager
+def what_autograd_keeps(*modules):
+    """Yields {storage: its bytes}, but for the modules' own parameters."""
+    own = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
     """Bitwise. What it makes again at a time, the rehearsal tracks."""
     family = teachers[name]
-    kept, gradients = {}, {}
+    sizes, gradients = {}, {}
     for how in ("plain", "recompute"):
         vae = family.vae()
         if how == "recompute":
             family.recompute(vae)
         z = latents(family)[:1].requires_grad_()  # (1, ...)
-        own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
-        saved = {}  # {storage: its bytes}, which autograd keeps
-
-        def pack(x, own=own, saved=saved):
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with what_autograd_keeps(vae) as kept:
             images = family.views(vae, z, (0.6, 0.0, 0.999))  # (N, 3, H', W')
-        kept[how] = sum(saved.values())
+        sizes[how] = sum(kept.values())
         images.square().mean().backward()
         gradients[how] = z.grad
     assert torch.equal(gradients["plain"], gradients["recompute"])
     assert gradients["plain"].abs().max() > 0
-    assert kept["recompute"] < kept["plain"] / 3
+    assert sizes["recompute"] < sizes["plain"] / 3
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_vision_encoder_that_recomputes_keeps_little_and_gives_the_same_gradient(name):
+    sizes, gradients = {}, {}
+    for how in ("plain", "recompute"):
+        torch.manual_seed(0)  # of the heads, and the images
+        disc = models.PixelDiscriminator(load_pixel_backbone(name), width=32)
+        if how == "recompute":
+            disc.recompute()
+        images = torch.rand(1, 3, 64, 64).requires_grad_()
+        with what_autograd_keeps(disc.backbone) as kept:
+            maps = disc.features(images)  # [(1, C, H', W')]
+        sizes[how] = sum(kept.values())
+        disc.logits(maps).sum().backward()
+        gradients[how] = images.grad
+    assert torch.equal(gradients["plain"], gradients["recompute"])
+    assert gradients["plain"].abs().max() > 0
+    assert sizes["recompute"] < 0.7 * sizes["plain"]  # such small layers have large inputs
 
 
 @pytest.mark.parametrize("model", ["digits", "tiny-sdxl", "tiny-cogvideox-5b", "tiny-wan"])

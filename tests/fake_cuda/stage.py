@@ -24,6 +24,7 @@ import data
 import families.base
 import models
 from families import full
+from runtime import sheets
 from runtime.ranks import own
 from runtime.script import run
 from sizing import plan
@@ -39,10 +40,11 @@ REAL = dict(full.DENOISERS)
 
 @torch.no_grad()
 def decode(cfg):
-    """What a picture of a run takes beside the run: the VAE in float32, one latent."""
+    """What a picture of a run takes beside the run: the VAE, one latent."""
     family = families.load_teacher(cfg.model, cfg.random_init)
-    latent = torch.empty(1, *family.latent_shape(cfg.resolution, cfg.frames), device="cuda")
-    family.decode(family.vae("cuda"), latent)
+    shape = family.latent_shape(cfg.resolution, cfg.frames)
+    latent = torch.empty(1, *shape, device="cuda")
+    family.decode(sheets.decoder(family, shape, latent.device), latent)
 
 
 SCRIPTS = {
