@@ -12,6 +12,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same everywhere
 
 import atexit
 import csv
+import gc
 import multiprocessing
 import runpy
 import signal
@@ -38,6 +39,12 @@ torch.set_num_threads(1)
 
 FORK = multiprocessing.get_context("forkserver")  # of a process that has computed nothing
 FORK.set_forkserver_preload(["adm", "adp", "families.tiny", "peft"])
+
+
+def pytest_collection_finish():
+    """Python need not look through all that is imported again and again: a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 # --- What many tests read -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ For each a line of json on stdout: what went wrong, when the host waited, what l
 which types parameters, gradients and times were.
 """
 
+import gc
 import json
 import os
 import sys
@@ -47,6 +48,7 @@ def main():
     notes.install()
     import stage
 
+    gc.freeze()  # of all that is imported: it is looked through no more, which takes time
     if "--shallow" in flags:
         stage.make_shallow()
     for spec in json.loads(Path(runs).read_text()):
