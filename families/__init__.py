@@ -17,6 +17,7 @@ from families.flux import Flux  # noqa: E402
 from families.sd3 import SD3  # noqa: E402
 from families.sdxl import SDXL  # noqa: E402
 from families.wan import Wan  # noqa: E402
+from families.wan22 import Wan22  # noqa: E402
 
 transformers.utils.logging.set_verbosity(verbosity)
 del verbosity
@@ -32,6 +33,7 @@ HUB = {
     "cogvideox-5b": "THUDM/CogVideoX-5b",
     "wan-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan-2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "flux-dev": "black-forest-labs/FLUX.1-dev",
 }
 
@@ -61,17 +63,25 @@ def load_teacher(name_or_folder, random_init=False):
     name = str(name_or_folder)
     require(name in HUB or not random_init, f"--random-init is for {', '.join(HUB)}")
     folder = full.skeleton(name) if random_init else pipeline_folder(name)
-    families = {family.pipeline_class.__name__: family for family in FAMILIES}
     try:
-        pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
-        known = ", ".join(families)
-        require(pipeline in families, f"{name} is a {pipeline}; the families here are {known}")
-        return families[pipeline](folder, name, random_init)
+        index = json.loads((Path(folder) / "model_index.json").read_text())
+        family = family_of(index)
+        known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
+        require(family, f"{name} is a {index['_class_name']}; the families here are {known}")
+        return family(folder, name, random_init)
     except BadInput:
         raise
     except Exception as e:  # whatever json, diffusers or torch make of a damaged file
         said = f"{type(e).__name__} {' '.join(str(e).split())[:300]}"
         raise BadInput(f"{name} is no complete diffusers pipeline folder: {said}") from None
+
+
+def family_of(index):
+    """The Family of a pipeline, by its model_index.json; None where it is no family's."""
+    kind = index["_class_name"]
+    if kind == "WanPipeline" and index.get("expand_timesteps"):
+        return Wan22
+    return next((family for family in FAMILIES if family.pipeline_class.__name__ == kind), None)
 
 
 def pipeline_folder(name):

@@ -32,6 +32,7 @@ class CogVideoX(Video):
     student_steps = 4
     tokens_at = 0
     decoded_together = 2
+    fps = 8
 
     def read_schedule(self, scheduler):
         return read_vp_schedule(

@@ -64,6 +64,13 @@ COGVIDEOX_2B = dict(num_attention_heads=30, num_layers=30)
 COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
 WAN_1_3B = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_14B = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
+WAN_2_2_5B = dict(
+    num_attention_heads=24,
+    ffn_dim=14336,
+    num_layers=30,
+    in_channels=48,
+    out_channels=48,
+)
 FLUX_DEV = dict(num_layers=19, num_single_layers=38, guidance_embeds=True)
 DENOISERS = {
     "sdxl": (UNet2DConditionModel, UNET),
@@ -73,6 +80,7 @@ DENOISERS = {
     "cogvideox-5b": (CogVideoXTransformer3DModel, COGVIDEOX_5B),
     "wan-1.3b": (WanTransformer3DModel, WAN_1_3B),
     "wan-14b": (WanTransformer3DModel, WAN_14B),
+    "wan-2.2-5b": (WanTransformer3DModel, WAN_2_2_5B),
     "flux-dev": (FluxTransformer2DModel, FLUX_DEV),
 }
 PIPELINES = {
@@ -82,6 +90,32 @@ PIPELINES = {
     WanTransformer3DModel: "WanPipeline",
     FluxTransformer2DModel: "FluxPipeline",
 }
+# fmt: off
+WAN_2_2_VAE = dict(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+    latents_mean=[
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542,
+        0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665,
+        -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799,
+        -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957,
+        0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    ],
+    latents_std=[
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894,
+        1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146,
+        0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709,
+        0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537,
+        0.5444, 0.4089, 0.7468, 0.7744,
+    ],
+)
+# fmt: on
 
 
 def scheduler(name):
@@ -93,7 +127,7 @@ def scheduler(name):
         return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if name.startswith("wan"):
         line = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-        return UniPCMultistepScheduler(**line, flow_shift=3.0)
+        return UniPCMultistepScheduler(**line, flow_shift=5.0 if "2.2" in name else 3.0)
     return CogVideoXDDIMScheduler(
         **SD_BETAS,
         prediction_type="v_prediction",
@@ -107,7 +141,7 @@ def scheduler(name):
 
 def vae(name):
     if name.startswith("wan"):
-        return AutoencoderKLWan()
+        return AutoencoderKLWan(**WAN_2_2_VAE if "2.2" in name else {})
     if name.startswith("cogvideox"):
         return AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -184,5 +218,7 @@ def skeleton(name):
         config.save_pretrained(folder / part)
     classes = {part: ["diffusers", type(made).__name__] for part, made in parts.items()}
     index = {"_class_name": PIPELINES[kind], **classes}
+    if name == "wan-2.2-5b":
+        index["expand_timesteps"] = True  # see families.family_of
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -64,6 +64,7 @@ ADM = {
     "cogvideox-5b": {**ADM_LARGE, **usual(CogVideoX), **VIDEO},
     "wan-1.3b": {**ADM_LARGE, **usual(Wan), **VIDEO},
     "wan-14b": {**ADM_LARGE, **usual(Wan), **VIDEO},
+    "wan-2.2-5b": {**ADM_LARGE, **usual(Wan), **VIDEO},
     "flux-dev": {**ADM_LARGE, **usual(Flux)},
 }
 # --paper: the paper's method, also where a recipe above has another, and what --help compares with.
@@ -102,6 +103,7 @@ ADP = {
     "cogvideox-5b": {**ADP_LARGE, **VIDEO},
     "wan-1.3b": {**ADP_LARGE, **VIDEO},
     "wan-14b": {**ADP_LARGE, **VIDEO},
+    "wan-2.2-5b": {**ADP_LARGE, **VIDEO},
     "flux-dev": ADP_LARGE,
 }
 ADP_PAPER = {
@@ -135,5 +137,6 @@ PAIRS = {
     "cogvideox-5b": {**PAIRS_VIDEO, "guidance": CogVideoX.guidance},
     "wan-1.3b": {**PAIRS_VIDEO, "guidance": Wan.guidance},
     "wan-14b": {**PAIRS_VIDEO, "guidance": Wan.guidance},
+    "wan-2.2-5b": {**PAIRS_VIDEO, "guidance": Wan.guidance},
     "flux-dev": {**PAIRS_LARGE, "guidance": Flux.guidance},
 }

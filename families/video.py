@@ -7,10 +7,14 @@ from runtime.settings import require
 
 
 class Video(Family):
-    """A Family whose latents are (B, F, C, H, W): `measure` sets these two as well."""
+    """A Family whose latents are (B, F, C, H, W).
+
+    `measure` sets frame_scale and default_frames as well; a new family says fps.
+    """
 
     frame_scale: int  # frames per latent frame, after the first, which is one
     default_frames: int  # of the model's own videos
+    fps: int  # frames a second of them
     decoded_together = 1  # latent frames that the VAE takes at a time, after the first
 
     def latent_shape(self, resolution=None, frames=None):

@@ -22,6 +22,8 @@ class Wan(Video):
     vae_parts = (of_vae.WanResidualBlock, of_vae.WanResample)
     guidance = 5.0
     student_steps = 4
+    fps = 16
+    call_size = {"height": 480, "width": 832, "num_frames": 81}  # no config says it
     blocks = ("blocks",)
 
     def read_schedule(self, scheduler):
@@ -33,7 +35,7 @@ class Wan(Video):
         self.vae_scale = self.vae_config.scale_factor_spatial
         self.frame_scale = self.vae_config.scale_factor_temporal
         self.grain = self.config.patch_size[1]
-        size = self.size_of_call(height=480, width=832, num_frames=81)
+        size = self.size_of_call(**self.call_size)
         self.default_frames = size["num_frames"]
 
     def cond_shapes(self):

@@ -15,8 +15,8 @@ class TeacherConfig:
     model: str = option(
         "digits",
         "teacher: digits, sdxl, sd3, sd3.5-large, cogvideox-2b, cogvideox-5b, wan-1.3b, wan-14b, "
-        "flux-dev, tiny-… or a pipeline folder, which has no recipe, only the scripts' own small "
-        "defaults",
+        "wan-2.2-5b, flux-dev, tiny-… or a pipeline folder, which has no recipe, only the scripts' "
+        "own small defaults",
         "what to distil",
     )
     random_init: bool = option(

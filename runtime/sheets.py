@@ -20,7 +20,6 @@ VIDEOS = 2
 FRAMES = 8  # of a video's, in its strip
 SMALLEST = 128  # pixels along a side, to which small pictures are enlarged
 GIF_HEIGHT = 320  # pixels at most: a GIF of full size would be tens of megabytes
-GIF_MS = 125  # a frame: 8 a second, CogVideoX's rate
 
 
 class Sheets:
@@ -143,8 +142,7 @@ class Sheets:
         if is_video:
             frames = moving(title, captions, shown)
             with aside(folder / f"{name}.gif") as partial:
-                how = {"save_all": True, "append_images": frames[1:], "loop": 0}
-                frames[0].save(partial, format="GIF", duration=GIF_MS, **how)
+                save_gif(frames, partial, family.fps)
 
 
 def most_columns(shape):
@@ -211,6 +209,15 @@ def moving(title, captions, rows):
         shown = {label: [low(frame) for frame in videos[:, k]] for label, videos in rows.items()}
         frames.append(grid(title, captions, shown))
     return frames
+
+
+def save_gif(frames, path, fps):
+    """Write PIL images as a GIF, over and over again, so many a second but for rounding.
+
+    Its file counts hundredths of a second: 8 a second are shown at 8.3, 16 at 16.7, 24 at 25.
+    """
+    ms = 10 * round(100 / fps)  # of a frame
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=ms, loop=0)
 
 
 def low(image):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -95,6 +96,12 @@ def sdxl_pairs(tmp_path_factory, encoded):
     flags += ["--count", 6, "--steps", 3, "--batch-size", 2, "--shard-size", 4]
     call(data.pairs, data.PairsConfig, *flags)
     return folder
+
+
+def played(path):
+    """For how many milliseconds a GIF is shown, all its frames; the file may have joined some."""
+    with Image.open(path) as image:
+        return sum(frame.info["duration"] for frame in ImageSequence.Iterator(image))
 
 
 # --- Running scripts ------------------------------------------------------------------------------

@@ -139,6 +139,9 @@ MUTANTS = [
         ("Wan: a decoder run again on a later cache", "[None] * at + [*entries]", "feat_cache"),
         ("Wan: one of two experts", "require(second is None", "require(True"),
     ]),
+    *mutants("families/__init__.py", ("tests/test_models.py", "-k", "wan_2_2s"), [
+        ("Wan 2.2 is taken for 2.1", 'and index.get("expand_timesteps")', "and False"),
+    ]),
     *mutants("families/flux.py", ("tests/test_models.py", "-k", "tiny-flux"), [
         ("FLUX: time and guidance are rounded", "(t, T * w, args[-1])", "args"),
         ("FLUX: another model of its class", "require(self.config.guidance_embeds", "require(True"),
@@ -237,6 +240,9 @@ MUTANTS = [
     *mutants("runtime/sheets.py", ("tests/test_following.py", "-k", "shows_what or below_it"), [
         ("a sheet of the student's first step", "steps)[:-1].to", "steps)[:1].to"),
         ("a sheet's teacher without guidance", "uncond, self.guidance)", "uncond, 1.0)"),
+    ]),
+    *mutants("runtime/sheets.py", ("tests/test_training.py", "-k", "later and wan"), [
+        ("a sheet of CogVideoX's rate", "partial, family.fps)", "partial, 8)"),
     ]),
     *mutants("runtime/configs.py", ("tests/test_following.py", "-k", "tensorboard"), [
         ("an extra that is not there", "not cfg.tensorboard or find_spec", "True or find_spec"),
@@ -347,6 +353,9 @@ MUTANTS = [
         ("sample: other settings go on",
          'check_same(read_json(path, "images", "count"), manifest, out)', "pass"),
         ("sample: a student's own steps unheard", "    call |= student\n", ""),
+        ("sample: another size of a teacher", 'getattr(family_of(index), "call_size", {})', "{}"),
+        ("sample: videos of one rate", 'getattr(family_of(index), "fps", FPS)', "FPS"),
+        ("sample: arrays for pictures", 'output_type="pil", ', ""),
         ("sample: T5's tokens by the pipeline", "min(usual, t5[0].model_max_length)", "usual"),
         ("sample: any steps of a student", "cfg.steps is None or cfg.steps == own", "True"),
         ("sample: the recipe unheard", 'if "guidance" in recipe:', "if False:"),

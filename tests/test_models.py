@@ -22,11 +22,13 @@ import models
 import ode
 from families import load_teacher
 from families.tiny import build
+from families.wan import Wan
 from models import PixelDiscriminator, load_pixel_backbone
 from runtime.settings import BadInput
 
 FAMILIES = families.TINY
 SOME = ["tiny-sdxl", "tiny-sd3", "tiny-cogvideox-5b", "tiny-wan", "tiny-flux"]  # one of each
+WAN_2_2 = "like-wan-2.2-5b"  # the fixture `teachers` has it too
 TIMES = torch.tensor([999.0, 437.5])  # (2,)
 PROMPTS = ["a red fox", "two dogs"]  # of the fixture `conditionings`
 
@@ -37,6 +39,32 @@ def latents(family, n=2, seed=0):
     return torch.randn(n, *family.latent_shape(), generator=generator)
 
 
+@pytest.fixture(scope="session")
+def teachers(teachers, tmp_path_factory):
+    """{model: Family} of the tiny ones, and one like Wan 2.2's 5B.
+
+    Its pipeline shows the network a time for each token, and its VAE is another: residual, of
+    patches, with a wider decoder.
+    """
+    folder = tmp_path_factory.mktemp("wan") / WAN_2_2
+    shutil.copytree(build("tiny-wan"), folder)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "expand_timesteps": True}))
+    own = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    own |= {"decoder_base_dim": 16, "scale_factor_spatial": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan.from_config({**vars(teachers["tiny-wan"].vae_config), **own})
+    vae.save_pretrained(folder / "vae")
+    return {**teachers, WAN_2_2: load_teacher(folder)}
+
+
+@pytest.fixture(scope="session")
+def conditionings(conditionings):
+    """{name: conditioning of two prompts}"""
+    return {**conditionings, WAN_2_2: conditionings["tiny-wan"]}
+
+
 # --- Opening --------------------------------------------------------------------------------------
 
 
@@ -44,7 +72,7 @@ def as_stock(family, x):
     """Latents as the stock pipeline has them: Wan's has channels before frames, FLUX's tokens."""
     if family.name == "tiny-flux":
         return FluxPipeline._pack_latents(x, *x.shape)
-    return x.transpose(1, 2) if family.name == "tiny-wan" else x
+    return x.transpose(1, 2) if isinstance(family, Wan) else x
 
 
 def from_stock(family, x):
@@ -234,6 +262,18 @@ def test_scheduler_settings_are_read_not_guessed(tmp_path):
     assert_close(cog_2b.schedule.alphas_cumprod, cog_5b.schedule.alphas_cumprod)
 
 
+def test_wan_2_2s_5b_has_a_size_of_its_own(tmp_path):
+    """By its name and from a folder: a student says so, for the stock call has another."""
+    family = load_teacher("wan-2.2-5b", random_init=True)
+    size = {"height": 704, "width": 1280, "num_frames": 121}
+    how = families.export.how_to_sample(family, 4, family.latent_shape())
+    assert how == {"num_inference_steps": 4, "guidance_scale": 1.0, **size}
+    assert family.schedule.shift == 5.0 and family.fps == 24
+    changes = {"_sampling": "gone", "expand_timesteps": True}
+    local = load_teacher(edited(tmp_path, "tiny-wan", INDEX, **changes))
+    assert local.latent_shape() == (31, 16, 704 // 4, 1280 // 4)
+
+
 def test_unknown_models_are_refused(tmp_path):
     with pytest.raises(BadInput, match="unknown model 'sd9'"):
         load_teacher("sd9")
@@ -326,12 +366,13 @@ def test_no_prompt_is_zeros_for_sdxl_and_the_empty_prompt_for_the_others(teacher
 # --- The denoiser ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, WAN_2_2])
 def test_call_is_the_stock_pipelines(teachers, name):
     """One guided step of the stock pipeline from given noise: what its network gets and returns.
 
-    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice; FLUX's
-    once, at an embedded guidance, which it is told beside a time of 1.
+    Conditioning, time ids, rotary positions, time and CFG are ours there. Wan's runs twice, that of
+    2.2 with a time for each token; FLUX's once, at an embedded guidance, which it is told beside a
+    time of 1.
     """
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
@@ -367,7 +408,8 @@ def test_call_is_the_stock_pipelines(teachers, name):
             told = {**cond, "guidance": torch.full((2,), 3.0)}
             t = 1000 * t
             assert len(x_t) == 2
-        out, _ = models.load_denoiser(family)(x_t, t.float().expand(len(x_t)), told)
+        t = t.unique().float().expand(len(x_t))  # it is one for all
+        out, _ = models.load_denoiser(family)(x_t, t, told)
     assert_close(out, theirs.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -577,7 +619,7 @@ def what_autograd_keeps(*modules):
         yield kept
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, WAN_2_2])
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
     """Bitwise. What it makes again at a time, the rehearsal tracks."""
     family = teachers[name]
@@ -635,7 +677,7 @@ def test_images_for_the_pixel_discriminator_in_bf16_are_the_same_to_its_rounding
         assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, WAN_2_2])
 def test_decode_is_the_stock_pipelines(teachers, name):
     family = teachers[name]
     pipe = DiffusionPipeline.from_pretrained(family.folder)
@@ -643,7 +685,7 @@ def test_decode_is_the_stock_pipelines(teachers, name):
     z = latents(family)
     with torch.no_grad():
         ours = (family.decode(family.vae(), z) / 2 + 0.5).clamp(0, 1)
-        if name == "tiny-wan":  # its whole call, for the statistics of its latents are inside
+        if isinstance(family, Wan):  # its whole call, for the statistics of its latents are inside
             ended = lambda *args: {"latents": as_stock(family, z)}  # noqa: E731
             how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
             theirs = pipe(PROMPTS, **how, **family.index["_sampling"], callback_on_step_end=ended)
@@ -658,40 +700,6 @@ def test_decode_is_the_stock_pipelines(teachers, name):
             image = pipe.vae.decode(z / config.scaling_factor + shift)[0]  # (2, 3, H', W')
             theirs = pipe.image_processor.postprocess(image, output_type="pt")
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_a_folder_like_wan_2_2s_5b_is_a_wan(teachers, conditionings, tmp_path):
-    """One transformer, which its pipeline shows a time for each position, and another VAE."""
-    folder = shutil.copytree(build("tiny-wan"), tmp_path / "like-5b")
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "expand_timesteps": True}))
-    own = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan.from_config(
-        {**vars(teachers["tiny-wan"].vae_config), **own, "scale_factor_spatial": 8}
-    )
-    vae.save_pretrained(folder / "vae")
-
-    family = load_teacher(folder)
-    z = torch.randn(2, *family.latent_shape("128"))
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    seen = {}
-    ended = lambda pipe, i, t, now: seen.update(now) or {}  # noqa: E731
-    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
-    with torch.no_grad():
-        frames = pipe(PROMPTS, latents=z.transpose(1, 2), callback_on_step_end=ended, **how).frames
-        t = torch.full((2,), 999.0)
-        v = models.load_denoiser(family)(z, t, conditionings["tiny-wan"])[0]  # (2, ...)
-        x0 = z - 0.999999 * v  # by UniPC's first σ
-        assert_close(seen["latents"].transpose(1, 2), x0, atol=1e-5, rtol=1e-5)
-        ours = (family.decode(family.vae(), x0) / 2 + 0.5).clamp(0, 1)  # (2, 3, 9, 128, 128)
-    assert_close(ours, frames.transpose(1, 2), atol=1e-4, rtol=0)
-    x0.requires_grad_()
-    vae = family.vae()
-    family.recompute(vae)
-    family.views(vae, x0, (0.6, 0.0, 0.999)).sum().backward()
-    assert x0.grad.isfinite().all() and x0.grad.abs().max() > 0
 
 
 # --- Who gets gradient ----------------------------------------------------------------------------
@@ -864,7 +872,7 @@ def our_sample(denoiser, schedule, steps, cond, generator):
 
 
 @pytest.mark.parametrize("after_adp", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, WAN_2_2])
 def test_exported_pipeline_equals_our_sampler(teachers, conditionings, tmp_path, name, after_adp):
     """For several numbers of steps; what exports share, all but the scheduler, is opened once."""
     family = teachers[name]

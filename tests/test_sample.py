@@ -3,18 +3,22 @@
 import importlib.util
 import json
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, ended, refused, script, start
+from conftest import call, ended, played, refused, script, start
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import families.export
 import models
+from families.tiny import build
 from tools import sample
 
 TEACHER = ("--pipeline", "digits", "--steps", 2, "--batch-size", 4)
@@ -155,7 +159,7 @@ def test_a_video_is_a_folder_of_frames(few_prompts, tmp_path):
     out = draw(tmp_path / "out", few_prompts, "--pipeline", "tiny-cogvideox-2b", *flags)
     frames = sorted((out / "000000").glob("*.png"))
     assert len(frames) == 9 and Image.open(frames[0]).size == (64, 64)
-    assert Image.open(out / "000000" / "video.gif").n_frames > 1
+    assert played(out / "000000" / "video.gif") == 9 * 120  # in hundredths of a second
     assert manifest(out)["images"][0]["file"] == "000000"
 
 
@@ -189,6 +193,51 @@ def test_videos_as_vbench_looks_for_them(tmp_path):
     second.unlink()
     draw(out, tmp_path / "prompts.txt", *VIDEO, "--vbench")
     assert second.exists() and found["a red fox.-0.mp4"].stat().st_mtime_ns == kept
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    """In place of imageio-ffmpeg, whether it is here or not: a file of the rate alone."""
+
+    def write_frames(path, size, fps, **how):
+        path.write_text(str(fps))
+        while True:
+            yield
+
+    module = ModuleType("imageio_ffmpeg")
+    module.__spec__ = ModuleSpec("imageio_ffmpeg", None)
+    module.write_frames = write_frames
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", module)
+
+
+@pytest.mark.parametrize(
+    "model, more, fps, shown",
+    [
+        ("tiny-cogvideox-2b", {}, 8, 120),
+        ("tiny-wan", {}, 16, 60),
+        ("tiny-wan", {"expand_timesteps": True}, 24, 40),  # by which Wan 2.2's 5B is known
+    ],
+)
+def test_a_video_has_its_models_rate(encoder, tmp_path, model, more, fps, shown):
+    """The GIF's is rounded, for its file counts hundredths of a second."""
+    folder = shutil.copytree(build(model), tmp_path / "pipeline")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **more}))
+    (tmp_path / "prompts.txt").write_text("a red fox\n")
+    flags = ("--pipeline", folder, *VIDEO[2:], "--vbench", "--count", 1)
+    out = draw(tmp_path / "out", tmp_path / "prompts.txt", *flags)
+    assert (out / "vbench" / "a red fox-0.mp4").read_text() == str(fps)
+    assert played(out / "000000" / "video.gif") == 9 * shown
+
+
+def test_a_teacher_of_a_size_of_its_own_is_sampled_at_that():
+    """Wan 2.2's 5B, whose pipeline's call has Wan 2.1's by default."""
+    pipe = DiffusionPipeline.from_pretrained(build("tiny-wan"))
+    index = {"_class_name": "WanPipeline", "expand_timesteps": True}
+    cfg = sample.Config(pipeline="wan-2.2-5b", resolution="352x640")
+    found = sample.call_of(pipe, index, cfg)
+    assert found["num_frames"] == 121 and found["guidance_scale"] == 5.0
+    assert (found["height"], found["width"]) == (352, 640)  # a flag comes first
 
 
 # --- Mistakes -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call, read_log, refused, same_log, script, tree
+from conftest import call, played, read_log, refused, same_log, script, tree
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -149,6 +149,7 @@ def test_cogvideox_adm_draws_its_samples(encoded, tmp_path):
     assert len(frames) == 9 and frames[0].size == (128, 128)
     sheets = ["000001-batch.gif", "000001-batch.png", "000001.gif", "000001.png"]
     assert names(out / "samples") == sheets
+    assert played(out / "samples" / "000001.gif") == 9 * 120  # 8 a second, in hundredths of one
 
 
 def test_cogvideox_adp_sees_frames(encoded, tmp_path):
@@ -196,8 +197,9 @@ def test_the_later_families_end_to_end(tmp_path, few_prompts, teachers, model, s
     flags = ["--model", model, "--prompts", prompts, "--init", first, "--iterations", 2, *size]
     flags += [*QUICK, "--sample-every", 2, "--checkpoint-every", 1]
     call(adm.main, adm.Config, *flags, "--out", out)
-    picture = "000002.gif" if len(latents) == 4 else "000002.png"
-    assert picture in names(out / "samples")
+    if len(latents) == 4:
+        assert played(out / "samples" / "000002.gif") == made[0] * 60  # 16 a second
+    assert "000002.png" in names(out / "samples")
     config = json.loads((out / "config.json").read_text())
     times = family.schedule_at(latents).timesteps(4)[:4].tolist()
     assert config["student"] == {"prediction": "flow", "times": times, "renoise": True}

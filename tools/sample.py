@@ -36,7 +36,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data import PROMPTS
-from families import HUB, pipeline_folder, recipes
+from families import HUB, family_of, pipeline_folder, recipes
 from runtime.files import aside, claim, file_sha256, read_json, write_json
 from runtime.flags import option
 from runtime.lines import Lines
@@ -44,9 +44,10 @@ from runtime.ranks import Ranks
 from runtime.rows import check_same
 from runtime.script import run
 from runtime.settings import BadInput, at_least, require
+from runtime.sheets import save_gif
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk's name and checksum
-FPS = 8  # of videos: CogVideoX's
+FPS = 8  # of a video whose pipeline is no family's (ours)
 VBENCH_EACH = 5  # videos of a prompt that VBench looks at
 LONGEST_NAME = 255  # bytes that file systems take
 
@@ -187,6 +188,7 @@ def call_of(pipe, index, cfg):
     recipe = recipes.PAIRS.get(cfg.pipeline, {})
     if "guidance" in recipe:
         call["guidance_scale"] = recipe["guidance"]
+    call |= getattr(family_of(index), "call_size", {})
     student = index.get("_sampling", {})
     call |= student
     own = student.get("num_inference_steps", cfg.steps)
@@ -226,7 +228,8 @@ def sampled(pipe, prompts, seeds, call):
     if "generator" in inspect.signature(plain).parameters:
         pipe.scheduler.step = partial(plain, pipe.scheduler, generator=generators)
     try:
-        made = pipe(prompt=prompts, generator=generators, **call)
+        # Wan's would be arrays by default.
+        made = pipe(prompt=prompts, generator=generators, output_type="pil", **call)
     except ValueError as e:  # of a size that the pipeline does not take, and the like
         raise BadInput(" ".join(str(e).split())[:300]) from None
     return made.frames if hasattr(made, "frames") else made.images
@@ -239,7 +242,7 @@ def name_of(i, is_video):
     return f"{i:06d}" if is_video else f"{i:06d}.png"
 
 
-def write(out, made, row):
+def write(out, made, row, fps):
     """Write one image, or the frames of a video, whole or not at all.
 
     The row of the manifest goes into the picture too: nothing else is to be kept in step with it.
@@ -253,13 +256,7 @@ def write(out, made, row):
         partial_path.mkdir(parents=True)
         for n, frame in enumerate(made):
             frame.save(partial_path / f"{n:03d}.png", "PNG", pnginfo=about)
-        made[0].save(
-            partial_path / "video.gif",
-            save_all=True,
-            append_images=made[1:],
-            duration=1000 // FPS,
-            loop=0,
-        )
+        save_gif(made, partial_path / "video.gif", fps)
 
 
 def vbench_name(i, prompts):
@@ -281,12 +278,12 @@ def check_vbench(count, prompts):
     require(there, "--vbench needs an optional package: pip install imageio-ffmpeg")
 
 
-def write_mp4(frames, path):
+def write_mp4(frames, path, fps):
     """Write the frames of a folder as a video, whole or not at all."""
     import imageio_ffmpeg  # an optional extra
 
     images = [Image.open(frame).convert("RGB") for frame in sorted(frames.glob("*.png"))]
-    how = {"fps": FPS, "quality": None, "macro_block_size": 2}  # H.264 by ffmpeg's own defaults
+    how = {"fps": fps, "quality": None, "macro_block_size": 2}  # H.264 by ffmpeg's own defaults
     how |= {"output_params": ["-f", "mp4"]}  # which a partial file's name does not say
     with (
         aside(path) as partial_path,
@@ -340,6 +337,7 @@ def main(cfg):
     pipe = opened(folder, cfg.pipeline, index, ranks)
     call = call_of(pipe, index, cfg)
     videos = "num_frames" in inspect.signature(pipe.__call__).parameters
+    fps = getattr(family_of(index), "fps", FPS)
     require(videos or not cfg.vbench, f"--vbench: {cfg.pipeline} makes images, not videos")
     names = {address: name for name, address in HUB.items()}
     manifest = {
@@ -373,13 +371,13 @@ def main(cfg):
                 "guidance": call.get("guidance_scale"),
                 "seconds": round(seconds, 4),
             }
-            write(out, one, row)
+            write(out, one, row, fps)
     if cfg.vbench:
         (out / "vbench").mkdir(exist_ok=True)
         for i in share:
             path = out / "vbench" / vbench_name(i, prompts)
             if not path.exists():
-                write_mp4(out / name_of(i, True), path)
+                write_mp4(out / name_of(i, True), path, fps)
     ranks.barrier()
     if ranks.main:
         rows = [row_at(out, i) for i in range(count)]
