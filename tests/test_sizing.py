@@ -251,3 +251,27 @@ def test_the_readmes_figures_are_what_the_tool_prints(capsys):
     """The whole output in sizing/README.md."""
     call(plan.show, plan.AdmConfig, "--model", "sd3", "--world-size", 1, "--no-measure")
     assert capsys.readouterr().out in (ROOT / "sizing" / "README.md").read_text()
+
+
+ROW = re.compile(r"^\| `(\S+)` \| [^|]*\| ([\d.]+) GB \| ([^|]*) \|", re.M)
+ROWS = ROW.findall((ROOT / "README.md").read_text())
+
+
+def test_the_readme_has_a_row_of_every_model():
+    assert [model for model, _, _ in ROWS] == list(families.HUB)
+
+
+@pytest.mark.parametrize("model, checkpoint, peaks", ROWS)
+def test_the_readmes_peaks_are_the_plans(model, checkpoint, peaks):
+    """As "14.45; 11.60 with `--lora-rank 64`": on each of 8 GPUs, and on one."""
+    for world, said in zip((8, 1), peaks.split("; "), strict=True):
+        size, *flags = said.replace("`", "").replace("with ", "").split()
+        if said == "too much":  # whatever is done
+            small = config(adm.Config, "--model", model, "--lora-rank", 64, "--offload")
+            assert plan.plan_of(small, world).needed > 80e9
+            continue
+        found = plan.plan_of(config(adm.Config, "--model", model, *flags), world)
+        assert f"{found.peak[0] / 1e9:.2f}" == size
+        assert found.needed < 80e9
+    usual = plan.plan_of(config(adm.Config, "--model", model), 8)
+    assert plan.checkpoint_bytes(usual) / 1e9 == pytest.approx(float(checkpoint), rel=0.01)
