@@ -59,6 +59,9 @@ class Nothing:
     def query(self):
         return True
 
+    def is_capturing(self):
+        return False
+
 
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, total_memory=80 * 10**9, multi_processor_count=132
