@@ -326,6 +326,17 @@ MUTANTS = [
     *mutants("families/base.py", ("tests/test_sharding.py", "-k", "ranks_hold and live"), [
         ("live encoders not sharded", "shard(part, layers, mesh)", "shard(part, layers, None)"),
     ]),
+    *mutants("models.py", ("tests/test_models.py", "-k", "recomputes"), [
+        ("D_τ2: its layers are kept", "layer.forward = partial(checkpoint, layer.forward,",
+         "partial(checkpoint, layer.forward,"),
+    ]),
+    *mutants("adp.py", ("tests/test_training.py", "-k", "once_more"), [
+        ("memory: SAM's layers are kept", "            pixel_disc.recompute()\n", ""),
+    ]),
+    *mutants("runtime/sheets.py", ("tests/test_rehearsal.py", "-k", "nothing_behind and wan"), [
+        ("memory: a video decoded in float32", "in_half = is_video and",
+         "in_half = not is_video and"),
+    ]),
     *mutants("families/cogvideox.py", ("tests/test_models.py", "-k", "recomputes"), [
         ("decoder: SiLU left out", "return F.silu(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])",
          "return x * norm.conv_y(z)[0] + norm.conv_b(z)[0]"),

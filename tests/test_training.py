@@ -6,6 +6,7 @@ Every stage on every family, phases, resuming, ranks, and what users get wrong.
 import json
 import os
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import call, played, read_log, refused, same_log, script, tree
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers.models.sam.modeling_sam import SamVisionLayer
 
 import adm
 import adp
@@ -265,6 +267,23 @@ def test_each_network_is_clipped_and_logs_the_norm_before(clip, encoded, sdxl_pa
         for norm, after in found.values():
             assert norm > 1e-3
             assert after == pytest.approx(min(norm, clip), rel=1e-3)
+
+
+def test_with_checkpointing_sams_layers_run_once_more(sdxl_pairs, tmp_path, monkeypatch):
+    """Else the student's images go through them with a graph, the pairs' without."""
+    passes = Counter()
+    plain = SamVisionLayer.forward
+
+    def counted(self, *args, **kwargs):
+        passes[flag] += 1
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(SamVisionLayer, "forward", counted)
+    for flag in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
+        args = adp_args(sdxl_pairs, tmp_path / flag.strip("-"))
+        call(adp.main, adp.Config, *args, "--iterations", 1, "--mse-iterations", 0, flag)
+    layers = 4
+    assert list(passes.values()) == [2 * layers, 3 * layers]
 
 
 def test_adp_skips_an_update_that_is_not_finite(sdxl_pairs, tmp_path):
