@@ -24,8 +24,8 @@ def install():
     FakeTensorMode.avoid_device_init = True
     for name, value in ANSWERS.items():
         setattr(torch.cuda, name, value)
-    # FSDP's last wait, of a stream in C++, would take a Nothing for an event and read memory that is
-    # none of its: now and then that was an error.
+    # FSDP's last wait is of a stream in C++, which would take a Nothing for an event, and read what
+    # is no memory of it: now and then that was an error.
     torch.accelerator.current_stream = ANSWERS["current_stream"]
     torch.Generator = Generator
     torch.Tensor.record_stream = lambda self, stream: None
