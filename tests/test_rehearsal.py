@@ -62,6 +62,7 @@ def runs():
         yield model, "adm", "8 ranks" if FULL else "full"
     if FULL:
         yield "wan-14b", "adm", "8 ranks"
+        yield from (("wan-2.2-5b", script, "8 ranks") for script in ("adm", "adp"))
     else:
         yield "wan-1.3b", "adp", "full"
         yield "flux-dev", "adm", "full"
