@@ -49,6 +49,11 @@ from transformers import (
 )
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+NO_QUANT = dict(use_quant_conv=False, use_post_quant_conv=False)
+# What configs of one kind have in common, under the names that their classes share.
+T5_SIZE = dict(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+DIT_SIZE = dict(in_channels=16, out_channels=16, num_layers=4, num_attention_heads=2)
+VIT_SIZE = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
 
 
 @cache
@@ -120,8 +125,7 @@ def clip_text(model_class=CLIPTextModelWithProjection, vocab_size=514, **config)
 
 
 def t5():
-    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(**T5_SIZE))
 
 
 def image_vae(latent_channels, **config):
@@ -171,29 +175,19 @@ def sdxl():
 def sd3():
     """MM-DiT of four blocks, 32x32 images, 16x16 latents."""
     transformer = SD3Transformer2DModel(
+        **DIT_SIZE,
         sample_size=16,
         patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=4,
         attention_head_dim=8,
-        num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=16,
         pooled_projection_dim=32,
         pos_embed_max_size=16,
     )
-    vae = image_vae(
-        16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
+        vae=image_vae(16, scaling_factor=1.5305, shift_factor=0.0609, **NO_QUANT),
         text_encoder=clip_text(),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip_text(),
@@ -209,13 +203,10 @@ def cogvideox(rotary=False):
     Positions as in 2b, or 5b (rotary).
     """
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
+        **DIT_SIZE,
         attention_head_dim=16,
-        in_channels=16,
-        out_channels=16,
         time_embed_dim=16,
         text_embed_dim=32,
-        num_layers=4,
         sample_width=16,
         sample_height=16,
         sample_frames=9,
@@ -253,14 +244,11 @@ def cogvideox(rotary=False):
 def wan():
     """Video DiT of four blocks, nine 64x64 frames, latents of three 16x16 frames."""
     transformer = WanTransformer3DModel(
-        num_attention_heads=2,
+        **DIT_SIZE,
         attention_head_dim=16,
-        in_channels=16,
-        out_channels=16,
         text_dim=32,
         freq_dim=16,
         ffn_dim=64,
-        num_layers=4,
     )
     vae = AutoencoderKLWan(
         base_dim=8,  # of four channels its norms would make rounding errors large
@@ -272,10 +260,9 @@ def wan():
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    config = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     pipe = WanPipeline(
         tokenizer=t5_tokenizer(512),
-        text_encoder=UMT5EncoderModel(config),
+        text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZE)),
         transformer=transformer,
         vae=vae,
         scheduler=scheduler,
@@ -298,17 +285,10 @@ def flux():
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = image_vae(
-        16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     pipe = FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
+        vae=image_vae(16, scaling_factor=0.3611, shift_factor=0.1159, **NO_QUANT),
         text_encoder=clip_text(CLIPTextModel),
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5(),
@@ -320,10 +300,8 @@ def flux():
 
 def sam():
     config = SamVisionConfig(
-        hidden_size=16,
+        **VIT_SIZE,
         output_channels=8,
-        num_hidden_layers=4,
-        num_attention_heads=2,
         image_size=128,
         patch_size=16,
         window_size=4,
@@ -335,11 +313,4 @@ def sam():
 
 
 def dinov2():
-    config = Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=112,
-        patch_size=14,
-    )
-    return Dinov2Model(config)
+    return Dinov2Model(Dinov2Config(**VIT_SIZE, image_size=112, patch_size=14))

@@ -1,9 +1,11 @@
 """How a script is run: its command line, its mistakes in one line, its exit codes."""
 
+import argparse
 import errno
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 
 import diffusers
 import huggingface_hub
@@ -65,6 +67,37 @@ def parse(parser, config_class, argv):
     return config_class(**vars(settings))
 
 
+def plain_parser(description):
+    """An ArgumentParser for a script without a Config: to be used inside `in_one_line`."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=as_written, allow_abbrev=False
+    )
+    parser.error = lambda message: require(False, message)
+    return parser
+
+
+@contextmanager
+def in_one_line(who):
+    """What ends a script early ends it without a traceback.
+
+    Bad input: one line on stderr, exit code 2. A reader of stdout that has gone, as `| head` does:
+    no line, exit code 1.
+    """
+    try:
+        try:
+            yield
+        finally:  # --help too, which exits
+            sys.stdout.flush()
+    except BadInput as e:
+        print(f"{who}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # Python flushes stdout once more at its exit: what is left then goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
 def disk_is_full(error):
     """The system's words for it where an error says that a disk is full, otherwise None."""
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -77,8 +110,8 @@ def disk_is_full(error):
 def run(main, config_class, argv=None, **about):
     """Parse the command line and call main(config).
 
-    Bad input, an unknown flag too: one line on stderr, exit code 2. A full disk: one line and 1. A
-    run that is stopped: one line and its exit code.
+    Bad input, an unknown flag too, and a reader that has gone: see `in_one_line`. A full disk: one
+    line and 1. A run that is stopped: one line and its exit code.
     """
     quiet()
     parser = parser_of(config_class, **about)
@@ -87,10 +120,8 @@ def run(main, config_class, argv=None, **about):
     if "RANK" in os.environ:
         who = f"{parser.prog} (rank {os.environ['RANK']})"
     try:
-        main(parse(parser, config_class, sys.argv[1:] if argv is None else argv))
-    except BadInput as e:
-        print(f"{who}: {e}", file=sys.stderr)
-        sys.exit(2)
+        with in_one_line(who):
+            main(parse(parser, config_class, sys.argv[1:] if argv is None else argv))
     except Stopped as e:
         code, line = e.args
         if os.environ.get("RANK", "0") == "0":  # all ranks stop, one says so

@@ -299,6 +299,15 @@ def enough_gpus(cfg, world, gpu_bytes, latent=None):
     return None
 
 
+def advice(cfg, world, gpu_bytes, latent=None, measure=None):
+    """What would make cfg fit, in words: flags, or else more GPUs."""
+    flags, smaller = cheapest(cfg, world, gpu_bytes, latent, measure)
+    if flags:
+        return f"in {gb(smaller.peak[0])} GB it fits with {flags}"
+    more = enough_gpus(cfg, world, gpu_bytes, latent)
+    return f"no flag makes it fit, {more} GPUs do" if more else "no flag makes it fit"
+
+
 def must_fit(cfg, latent=None):
     """Raises BadInput where a run cannot fit its GPU: the plan's figures, and what would make it.
 
@@ -317,14 +326,9 @@ def refuse_what_does_not_fit(cfg, world, gpu_bytes, latent=None):
         return
     total = plan.total
     there = ", ".join(f"{name} {gb(total[name])}" for name in COLUMNS if total[name])
-    flags, _ = cheapest(cfg, world, gpu_bytes, latent)
-    advice = f"it fits with {flags}"
-    if not flags:
-        more = enough_gpus(cfg, world, gpu_bytes, latent)
-        advice = f"no flag makes it fit, {more} GPUs do" if more else "no flag makes it fit"
     raise BadInput(
         f"{cfg.model} needs {gb(peak)} GB of each of {world} GPU(s) with {gb(gpu_bytes)} "
-        f"(planned, {phase}; {there}): {advice}"
+        f"(planned, {phase}; {there}): {advice(cfg, world, gpu_bytes, latent)}"
     )
 
 

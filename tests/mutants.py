@@ -289,6 +289,12 @@ MUTANTS = [
         ("rows: some may lack a tensor", "if len(kinds) == len(paths) else ()",
          "if kinds else ()"),
     ]),
+    *mutants("runtime/script.py", ("tests/test_toy.py", "-k", "reader_that_has_gone"), [
+        ("a reader that has gone: a traceback", "except BrokenPipeError:", "except EOFError:"),
+        ("a reader that has gone: not before the exit", "sys.stdout.flush()", "pass"),
+        ("a reader that has gone: once more",
+         "os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())", "pass"),
+    ]),
     *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "groups"), [
         ("groups: planned as one", "states(parts, cfg, together, live)",
          "states(parts, cfg, world, live)"),

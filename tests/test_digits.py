@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -19,11 +20,11 @@ import models
 import runtime.settings
 from families import recipes
 from ode import student_sample
-from toy import digits
+from toy import digits, digits_experiment
 from toy.digits_clip import CLIP, clip
-from toy.digits_experiment import METHODS, curve, seeds_of
+from toy.digits_experiment import METHODS, curve, measured, seeds_of
 from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
-from toy.digits_measure import LABELS, METRICS, NUMBERS, look, measure, read
+from toy.digits_measure import LABELS, NUMBERS, look, measure, read
 from toy.digits_samples import (
     GUIDANCE,
     KINDS,
@@ -351,14 +352,19 @@ def test_mistakes(arguments, said):
         digits.main(*arguments)
 
 
-def test_curve_of_a_run(distilled, family, teacher):
+def test_curve_of_a_run(distilled, family):
     """The curve begins with the run's start and ends with what it exported, the average.
 
-    In the warm-up the student rests.
+    In the warm-up the student rests. What has been measured is not drawn again.
     """
-    rows = [judge(drawn(distilled / name, family), teacher) for name in ("adp", "adm")]
+    rows = [measured(distilled / name) for name in ("adp", "adm")]
     first, last = ([row[name] for name in ("fd", "fd_any", "coverage")] for row in rows)
-    points = curve(distilled / "adm")
+    with mock.patch.object(digits_experiment, "sample", wraps=sample) as draws:
+        points = curve(distilled / "adm")
+    assert draws.call_count == 2  # the checkpoints between
+    average = weights(distilled / "adm" / "checkpoints" / "000020", "ema")
+    exported = models.load_denoiser(family, folder=distilled / "adm" / "pipeline").own_parameters()
+    assert exported and all(torch.equal(average[name], p) for name, p in exported.items())
     iterations, seconds, *_ = zip(*points, strict=True)
     start, rested, trained, end = (now for _, _, *now in points)
     assert iterations == (0, 8, 16, 20)
@@ -377,15 +383,16 @@ def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):
     assert all(one in text for one in tables)
 
 
-def test_committed_results_are_whole():
+def test_committed_results_are_whole(teacher):
     """One row a method and seed, each with metrics, commands and the curve of its last run."""
     runs = json.loads((RESULTS / "digits.json").read_text())["runs"]
     rates = json.loads((RESULTS / "digits-search.json").read_text())["rates"]
+    metrics = measure(teacher[REFERENCE], teacher[REFERENCE])
     wanted = [(method, seed) for method in METHODS for seed in seeds_of(method)]
     assert sorted((r["method"], r["seed"]) for r in runs) == sorted(wanted)
     for row in runs:
         about = {"method", "seed", "flags", "seconds", "iterations", "rate", "command", "curve"}
-        assert {*METRICS, *about} <= set(row)
+        assert {*metrics, *about} <= set(row)
         assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
         assert row["rate"] == rates.get(row["method"])
         assert f"--seed {row['seed']} " in row["command"]

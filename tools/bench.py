@@ -11,7 +11,6 @@ GPU also samples/s, the passes' TFLOP/s (what gradient checkpointing computes ag
 their share of a large bf16 matmul's, and peak memory.
 """
 
-import argparse
 import csv
 import json
 import statistics
@@ -31,7 +30,7 @@ from models import frozen
 from ode import with_guidance
 from runtime.folder import Run
 from runtime.optimize import backward, step
-from runtime.script import run
+from runtime.script import in_one_line, plain_parser, run
 
 
 class Enough(Exception):
@@ -211,15 +210,12 @@ def compared(cfg, adm_run, dmd_run):
 
 
 def main(argv=None):
-    own = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    own = plain_parser(__doc__)
     own.add_argument("--json", action="store_true", help="one line of JSON")
     own.add_argument("--repeats", type=int, default=20)
     own.add_argument("--warm-up", type=int, default=3)
-    own, rest = own.parse_known_args(argv)
+    with in_one_line("bench.py"):
+        own, rest = own.parse_known_args(argv)
 
     def bench(cfg):
         cfg.iterations = own.warm_up + own.repeats + 1

@@ -8,7 +8,6 @@ were skipped. A run draws its own, curves.png in its folder, with each sheet of 
 doctor has to say of a run is printed too, as at its end: runtime/README.md.
 """
 
-import argparse
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,30 +15,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime import curves, doctor
+from runtime.script import in_one_line, plain_parser
 from runtime.settings import BadInput, require
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of adp.py or adm.py, finished or not")
     parser.add_argument("--out", default="curves.png", help="PNG to write (default: curves.png)")
-    parser.error = lambda message: require(False, message)
-    try:
+    with in_one_line("curves.py"):
         asked = parser.parse_args(argv)
         check_out(Path(asked.out))
-        draw(dict.fromkeys(asked.runs), asked.out)
-    except BadInput as e:
-        print(f"curves.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    for folder in dict.fromkeys(asked.runs):
-        with suppress(BadInput):  # of one without config.json the doctor knows too little
-            for line in doctor.advice(folder):
-                print(f"{folder}: {line}")
-    print(asked.out)
+        runs = dict.fromkeys(asked.runs)  # each once
+        draw(runs, asked.out)
+        for folder in runs:
+            with suppress(BadInput):  # of one without config.json the doctor knows too little
+                for line in doctor.advice(folder):
+                    print(f"{folder}: {line}")
+        print(asked.out)
 
 
 def draw(runs, out):

@@ -31,9 +31,8 @@ from sizing.plan import (
     CONTEXT,
     FRAGMENTED,
     WORKSPACE,
-    cheapest,
+    advice,
     checkpoint_bytes,
-    enough_gpus,
     fitting,
     gb,
     of_model,
@@ -124,8 +123,9 @@ def show(cfg):
     """Print what a run with these settings needs. Raises BadInput for one that cannot be."""
     check(cfg)
     measure = rehearsing if cfg.measure else None
+    gpu_bytes = cfg.gpu_gb * 1e9
     if cfg.fit:
-        changed = fitting(cfg, cfg.world_size, cfg.gpu_gb * 1e9, measure)
+        changed = fitting(cfg, cfg.world_size, gpu_bytes, measure)
         require(changed is not None, f"{cfg.model}: no flags make it fit {cfg.gpu_gb:g} GB")
         print(f"fits with: {typed(changed) or 'its settings as they are'}")
         cfg = replace(cfg, **changed)
@@ -141,7 +141,7 @@ def show(cfg):
     print_line("checkpoint", f"{gb(checkpoint_bytes(plan))} of disk{copies}")
     if cfg.hours:
         print_work(cfg)
-    print_peak(cfg, plan, lambda: advice(cfg, cfg.gpu_gb * 1e9, measure))
+    print_peak(cfg, plan, lambda: advice(cfg, cfg.world_size, gpu_bytes, measure=measure))
 
 
 def show_pairs(cfg):
@@ -189,15 +189,6 @@ def print_peak(cfg, plan, otherwise):
     fits = plan.needed <= cfg.gpu_gb * 1e9
     said = "it fits" if fits else f"it does not fit; {otherwise()}"
     print_line("peak", f"{gb(peak)}, {phase}; needed {gb(plan.needed)} of {cfg.gpu_gb:g}: {said}")
-
-
-def advice(cfg, there, measure):
-    """What would make it fit."""
-    flags, smaller = cheapest(cfg, cfg.world_size, there, measure=measure)
-    if flags:
-        return f"with {flags} it takes {gb(smaller.peak[0])}"
-    more = enough_gpus(cfg, cfg.world_size, there)
-    return f"on {more} GPUs it does" if more else "no flag makes it fit"
 
 
 def print_work(cfg):

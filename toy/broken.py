@@ -7,7 +7,6 @@ shows a fault, of the broken run over the healthy one. The doctor's bounds were 
 1 is to confirm them.
 """
 
-import argparse
 import sys
 import textwrap
 from functools import cache
@@ -22,7 +21,8 @@ from matplotlib.lines import Line2D
 import data
 from runtime import curves, doctor
 from runtime.files import aside
-from runtime.script import run
+from runtime.script import in_one_line, plain_parser, run
+from toy.claims import header, row_of
 from toy.digits_experiment import execute
 
 HOME = Path("out/broken")
@@ -46,7 +46,6 @@ BROKEN = (  # a healthy run, and what breaks it
 )
 HARMLESS = {"--clip 1e-3": "grad_norm_student", "--warmup 0": "x0_std", "--damping 0": "d_accuracy"}
 ACROSS = 4  # panels
-AS_TYPED = argparse.RawDescriptionHelpFormatter
 
 
 def short(base, flags):
@@ -77,7 +76,7 @@ def ends(log, column):
 
 def table():
     """Lines: a row for each thing that the doctor finds in a broken run, of the first seed."""
-    lines = ["| broken by | seen | it means | turn | seed 1 | healthy |", "| --- " * 6 + "|"]
+    lines = header("broken by", "seen", "it means", "turn", "seed 1", "healthy")
     for base, flags in BROKEN:
         first, second = (doctor.examine(made(base, flags, seed)) for seed in SEEDS)
         healthy = curves.read(made(base, "", SEEDS[0]))
@@ -87,14 +86,14 @@ def table():
             ]
             cells = [f"`{short(base, flags)}`", finding.seen, finding.means, finding.turn]
             cells += [again[0] if again else "not seen", ends(healthy, finding.column)]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(row_of(cells))
     return lines
 
 
 def table_of_silence():
     """Lines: runs of which the doctor says nothing, in a few columns' first and last tenths."""
     names = ("d_accuracy", "x0_std", "loss_fake", "dmd_loss")
-    lines = [f"| run | {' | '.join(names)} | above the clip |", "| --- " * 6 + "|"]
+    lines = header("run", *names, "above the clip")
     runs = [("", seed) for seed in SEEDS] + [(flags, SEEDS[0]) for flags in HARMLESS]
     for flags, seed in runs:
         folder = made(ADM, flags, seed)
@@ -103,7 +102,7 @@ def table_of_silence():
         cells = [f"`python {short(ADM, flags)}`, seed {seed}{said}"]
         cells += [ends(log, name) for name in names]
         cells.append(", ".join(above_the_clip(log, curves.clip_of(folder))))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row_of(cells))
     return lines
 
 
@@ -154,13 +153,13 @@ def picture():
 
 
 def main():
-    parser = argparse.ArgumentParser("broken.py", description=__doc__, formatter_class=AS_TYPED)
-    parser.parse_args()
-    if not PAIRS.exists():
-        flags = ["--count", "2000", "--out", str(PAIRS)]
-        run(data.pairs, data.PairsConfig, flags, prog="data.py pairs")
-    print("\n".join([*table(), "", *table_of_silence()]))
-    picture()
+    with in_one_line("broken.py"):
+        plain_parser(__doc__).parse_args()
+        if not PAIRS.exists():
+            flags = ["--count", "2000", "--out", str(PAIRS)]
+            run(data.pairs, data.PairsConfig, flags, prog="data.py pairs")
+        print("\n".join([*table(), "", *table_of_silence()]))
+        picture()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ A regime is a file of --results: the rates tried for each method on seeds of the
 at the best of them. With another mixture the rates are those that are committed.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import toy.run as toy
 from runtime.files import aside, read_json
-from runtime.settings import BadInput, require
+from runtime.script import in_one_line, plain_parser
+from runtime.settings import require
 from toy.gmm import load_mixture
 from toy.run import Config, World
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 MIXTURE = "ring8-rare"
 
 # --- The regimes ----------------------------------------------------------------------------------
@@ -243,15 +244,20 @@ def least_share(row):
     return (np.array(row["shares"][:-1]) / weights).min()
 
 
-MEASURES = {  # what a table calls it: of a run's row
-    "TV": lambda row: row["tv"],
-    "density TV": lambda row: row["density_tv"],
-    "modes covered": lambda row: row["modes_covered"],
+COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name in a run's row
+    "modes covered": "modes_covered",
+    "in mode": "in_mode",
+    "TV": "tv",
+    "density TV": "density_tv",
+    "energy": "energy",
+}
+MEASURES = {  # what a claim is about: of a run's row
+    **{said: itemgetter(name) for said, name in COLUMNS.items()},
     "least share": least_share,
     "DMD loss, first third": lambda row: thirds(row)[0],
     "DMD loss, last third": lambda row: thirds(row)[1],
-    "fd": lambda row: row["fd"],
-    "fd_any": lambda row: row["fd_any"],
+    "fd": itemgetter("fd"),
+    "fd_any": itemgetter("fd_any"),
 }
 
 # --- The claims -----------------------------------------------------------------------------------
@@ -377,10 +383,10 @@ def judged(claim, folder):
 
 
 def rows_of(folder, regime, label):
-    """A run's rows, in the order of their seeds. Those of digits are toy/digits.py's."""
-    key = "method" if regime == "digits" else "name"
-    rows = [row for row in opened(folder, regime)["runs"] if row[key] == label]
-    return sorted(rows, key=lambda row: row["seed"])
+    """A run's rows, in the order of their seeds. Those of digits have no name but the method's."""
+    runs = opened(folder, regime)["runs"]
+    rows = [row for row in runs if row.get("name", row["method"]) == label]
+    return sorted(rows, key=itemgetter("seed"))
 
 
 def pm(*values):
@@ -420,15 +426,6 @@ def matrix(folder):
             start = "after ADP" if first else "the teacher"
             lines.append(row_of((REGIMES[regime].about, start, *cells)))
     return lines
-
-
-COLUMNS = {
-    "modes covered": "modes_covered",
-    "in mode": "in_mode",
-    "TV": "tv",
-    "density TV": "density_tv",
-    "energy": "energy",
-}
 
 
 def table_of_runs(folder, regime):
@@ -471,7 +468,7 @@ TABLES = "## Against DMD\n"  # where the page's tables begin, below what is writ
 
 def judge(folder):
     """The tables of toy/CLAIMS.md anew; of other results, printed."""
-    if folder.resolve() != RESULTS:
+    if folder != RESULTS:
         print(page(folder))
         return
     words, _, _ = PAGE.read_text().partition(TABLES)
@@ -488,28 +485,26 @@ def readme(folder):
 
 
 def main(argv):
-    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**about)
+    parser = plain_parser(__doc__)
     parser.add_argument("command", choices=("run", "judge", "readme"))
     parser.add_argument("regimes", nargs="*", help=f"of {', '.join(REGIMES)}; default: all")
     parser.add_argument("--mixture", default=MIXTURE, help="as of toy/run.py")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the regimes' files"
     )
-    args = parser.parse_intermixed_args(argv)
-    try:
+    with in_one_line("claims.py"):
+        args = parser.parse_intermixed_args(argv)
+        folder = args.results.resolve()
         unknown = ", ".join(name for name in args.regimes if name not in REGIMES)
         require(not unknown, f"unknown regime {unknown}; there are {', '.join(REGIMES)}")
         own = args.mixture == MIXTURE
-        require(own or args.results != RESULTS, "--mixture: give it --results of its own, too")
+        require(own or folder != RESULTS, "--mixture: give it --results of its own, too")
         if args.command == "run":
-            run(args.regimes or list(REGIMES), args.mixture, args.results)
+            run(args.regimes or list(REGIMES), args.mixture, folder)
         elif args.command == "judge":
-            judge(args.results)
+            judge(folder)
         else:
-            readme(args.results)
-    except BadInput as e:
-        parser.exit(2, f"claims.py: {e}\n")
+            readme(folder)
 
 
 if __name__ == "__main__":

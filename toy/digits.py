@@ -31,8 +31,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime.script import quiet
-from runtime.settings import BadInput, require
+from runtime.script import in_one_line, quiet
+from runtime.settings import require
 from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose
 from toy.digits_experiment import METHODS, SECOND_STAGES, experiment, levers, search
@@ -71,8 +71,5 @@ def main(name="--help", *words):
 
 if __name__ == "__main__":
     quiet()
-    try:
+    with in_one_line("digits.py"):
         main(*sys.argv[1:])
-    except BadInput as e:
-        print(f"digits.py: {e}", file=sys.stderr)
-        sys.exit(2)

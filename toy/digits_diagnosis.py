@@ -38,7 +38,7 @@ def diagnose(init, iterations=200):
     for i, (name, flags) in enumerate(VARIANTS.items()):
         resting = f"--init {init} --student-steps 1 --iterations {iterations} --warmup {iterations}"
         written = f"--checkpoint-every {iterations} --sample-every 0 --out {HOME}/diagnosis-{i}"
-        folder, _ = execute(f"python adm.py {resting} {flags} {written}")
+        folder = execute(f"python adm.py {resting} {flags} {written}")
         rows[name] = alignment(folder, family)
     print("\n".join(table(rows)))
     found = {"init": str(init), "iterations": iterations, "variants": rows}

@@ -6,7 +6,8 @@ best of RATES by Fréchet distance to the teacher's images, tried on another see
 alone, and of ADP, is their recipe's.
 """
 
-import csv
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ import adp
 import data
 from families import load_teacher, recipes
 from models import load_denoiser
+from runtime import curves
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
 from toy.claims import least
@@ -86,21 +88,19 @@ def trial(method, seed, rate, iterations=ITERATIONS, more="", heads=ORDINARY):
         init, commands = start(method, seed)
         warmup = 0 if flags == PAPER else WARMUP
         steps = 4 if method.endswith("four steps") else 1
-        kind = f"--student-steps {steps} --iterations {iterations + warmup} --init {init}"
-        kind = f"{kind} --warmup {warmup} --lr-student {rate:g}"
+        kind = second_stage(init, steps, iterations, warmup, rate)
     line = f"python {flags} {kind} {more} {written(seed, out, iterations // POINTS)}"
     commands.append(" ".join(line.split()))
     with discriminator_is(heads):
         for command in commands:
-            folder, log = execute(command)
-    family = load_teacher("digits")
-    images = sample(family, *open_run(folder, family), 0, NUMBERS)  # (1000, 3, 32, 32)
+            folder = execute(command)
+    seconds = curves.read(folder)["seconds"]  # (iterations,)
     return {
         "method": method,
         "seed": seed,
-        **judge(images, teacher_samples(family)),
-        "seconds": round(sum(float(row["seconds"]) for row in log), 1),
-        "iterations": len(log),
+        **measured(folder),
+        "seconds": round(sum(seconds), 1),
+        "iterations": len(seconds),
         "rate": rate,
         "flags": more,
         "heads": heads,
@@ -117,6 +117,12 @@ def start(method, seed):
     return out, [f"python {ADP_FIRST} {kind}"]
 
 
+def second_stage(init, steps, iterations, warmup, rate):
+    """Flags of adm.py: its student's start, steps, updates after the warm-up, and rate."""
+    student = f"--student-steps {steps} --iterations {iterations + warmup} --init {init}"
+    return f"{student} --warmup {warmup} --lr-student {rate:g}"
+
+
 def pairs_and_regression(iterations):
     """Flags of adp.py: of its iterations four in five are regression's."""
     regression = iterations * 4 // 5
@@ -130,9 +136,9 @@ def written(seed, out, every):
 
 
 def execute(command):
-    """Run this command line of adp.py or adm.py in this process, unless that has been done.
+    """The folder of a run of adp.py or adm.py by this command line, in this process.
 
-    Returns (its folder, the rows of its log).
+    It is not run again where it has been.
     """
     _, script, *argv = command.split()
     folder = Path(argv[-1])
@@ -140,41 +146,53 @@ def execute(command):
         remove(folder)  # broken off
         module = {"adp.py": adp, "adm.py": adm}[script]
         run(module.main, module.Config, argv, prog=script)
-    return folder, read_log(folder)
+    return folder
 
 
-def read_log(folder):
-    """The rows of a run's log, {column: text} each."""
-    with open(folder / "log.csv") as f:
-        return list(csv.DictReader(f))
+@cache
+def measured(folder):
+    """`judge`'s row of the student that a run exported. folder: a Path."""
+    family = load_teacher("digits")
+    images = sample(family, *open_run(folder, family), 0, NUMBERS)  # (1000, 3, 32, 32)
+    return judge(images, teacher_samples(family))
 
 
 def curve(folder):
-    """[[iteration, seconds, fd, fd_any, coverage], …] of a run.
+    """[[iteration, seconds, fd, fd_any, coverage], …] of a run, at its start and its checkpoints.
 
-    At its start and at its checkpoints, the last of which is its end; of the average of the
-    student's weights, where there is one.
+    The start is what the run of its --init exported, the last checkpoint what this one did.
     """
-    init = read_json(folder / "config.json", "run", "config")["config"].get("init", "teacher")
-    log = read_log(folder)
+    init = read_json(folder / "config.json", "run", "config")["config"]["init"]
+    seconds = list(accumulate(curves.read(folder)["seconds"], initial=0))  # after each iteration
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     student, schedule, steps = open_run(folder, family)
-    first = load_denoiser(family) if init == "teacher" else open_run(init, family)[0]
 
-    def point(iteration, denoiser):
-        seconds = sum(float(row["seconds"]) for row in log[:iteration])
-        now = judge(sample(family, denoiser, schedule, steps, 0, NUMBERS), teacher)
-        return [iteration, round(seconds, 1), now["fd"], now["fd_any"], now["coverage"]]
+    def judged(denoiser):
+        return judge(sample(family, denoiser, schedule, steps, 0, NUMBERS), teacher)
 
-    points = [point(0, first)]
+    rows = {0: judged(load_denoiser(family)) if init == "teacher" else measured(Path(init))}
+    for iteration in at_checkpoints(folder, student):
+        is_last = iteration == len(seconds) - 1
+        rows[iteration] = measured(folder) if is_last else judged(student)
+    points = []
+    for iteration, row in rows.items():
+        when = [iteration, round(seconds[iteration], 1)]
+        points.append([*when, row["fd"], row["fd_any"], row["coverage"]])
+    return points
+
+
+def at_checkpoints(folder, student):
+    """Yields the iteration of each checkpoint of a run, once the student has its weights.
+
+    They are the average's, where there is one.
+    """
     for checkpoint in sorted((folder / "checkpoints").iterdir()):
         weights = checkpoint / "ema.safetensors"
         if not weights.exists():
             weights = checkpoint / "student.safetensors"
         read_weights(student.own_parameters(), weights)
-        points.append(point(int(checkpoint.name), student))
-    return points
+        yield int(checkpoint.name)
 
 
 def read_weights(parameters, file):
@@ -237,14 +255,18 @@ def what_of(row):
     return row["method"], row["flags"], row["heads"]
 
 
+def runs_of(path):
+    """The rows of a json file of results; none where there is no file yet."""
+    return read_json(path, "results", "runs")["runs"] if path.exists() else []
+
+
 def keep(method, seed, path, more="", heads=ORDINARY):
     """Run a trial at its method's rate and put its row into the json file, if it is not there."""
-    runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
-    if (method, more, heads) in [what_of(row) for row in runs if row["seed"] == seed]:
+    there = [what_of(row) for row in runs_of(path) if row["seed"] == seed]
+    if (method, more, heads) in there:
         return
     rate = read_json(SEARCH_JSON, "search", "rates")["rates"].get(method)
     row = trial(method, seed, rate, more=more, heads=heads)
     row["curve"] = curve(Path(row["command"].split()[-1]))
     # Read once more: another may have been written meanwhile.
-    runs = read_json(path, "results", "runs")["runs"] if path.exists() else []
-    write_json(path, {"runs": [*runs, row]})
+    write_json(path, {"runs": [*runs_of(path), row]})

@@ -14,10 +14,6 @@ from tools.metrics import frechet, pairwise, unit
 from toy.digits_clip import CLIP
 from toy.digits_teacher import ANY_DIGIT, NAMES, PROMPTS, held_out
 
-METRICS = (
-    *("fd", "fd_named", "fd_any", "fd_real", "coverage", "density", "precision", "diversity"),
-    *("class_tv", "accuracy"),
-)
 LABELS = torch.arange(500) % 10  # (500,) digits that the first half is asked for
 NUMBERS = [*LABELS.tolist(), *[ANY_DIGIT] * 500]  # of the prompts, among PROMPTS
 
@@ -57,7 +53,7 @@ def real():
 
 
 def measure(z, teacher):
-    """{name in METRICS: float} of images z (1000, 32), drawn with the prompts of NUMBERS.
+    """{metric: float} of images z (1000, 32), drawn with the prompts of NUMBERS.
 
     fd, fd_named, fd_any  `frechet` of tools/metrics.py to the teacher's, (1000, 32) of NUMBERS: of
                           all, of those asked for one digit, of those asked for "a handwritten

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from families import load_teacher
-from runtime.files import read_json
+from toy.claims import header, row_of
 from toy.digits_experiment import (
     ADM,
     DIGITS_JSON,
@@ -17,6 +17,7 @@ from toy.digits_experiment import (
     curve,
     execute,
     pairs,
+    runs_of,
     seeds_of,
     what_of,
 )
@@ -36,37 +37,27 @@ BESIDE = ("adp+dmd", STEP, ADM)  # what the levers are compared with
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
 
-def read_runs(path=DIGITS_JSON):
-    """The rows of one of the results."""
-    return read_json(path, "results", "runs")["runs"]
-
-
 def readme():
     """Prints the README's tables of results/digits.json and digits-levers.json."""
     teacher = teacher_samples(load_teacher("digits"))
-    runs = read_runs()
+    runs = runs_of(DIGITS_JSON)
     print("\n".join(table_of_methods(runs, teacher)))
     print()
-    print("\n".join(table_of_levers(runs, read_runs(LEVERS_JSON))))
+    print("\n".join(table_of_levers(runs, runs_of(LEVERS_JSON))))
 
 
 def table_of_methods(runs, teacher):
     """Lines: the teacher's own rows, then each method's mean and range over seeds."""
-    lines = [
-        f"| method | {' | '.join(COLUMNS)} | iterations | seconds |",
-        "| --- " * (len(COLUMNS) + 3) + "|",
-    ]
+    lines = header("method", *COLUMNS, "iterations", "seconds")
     for kind in ("teacher, 28 steps", "teacher, 4 steps", "teacher, 1 step"):
         row = measure(teacher[kind], teacher[REFERENCE])
-        cells = " | ".join(f"{row[name]:.3g}" for name in COLUMNS)
-        lines.append(f"| {kind} | {cells} | | |")
+        cells = [f"{row[name]:.3g}" for name in COLUMNS]
+        lines.append(f"{row_of((kind, *cells))} | |")
     for method in METHODS:
         mine = [run for run in runs if run["method"] == method]
         cells = [spread([run[name] for run in mine]) for name in COLUMNS]
         seconds = np.median([run["seconds"] for run in mine])
-        lines.append(
-            f"| {method} | {' | '.join(cells)} | {mine[0]['iterations']} | {seconds:.0f} |"
-        )
+        lines.append(row_of((method, *cells, f"{mine[0]['iterations']}", f"{seconds:.0f}")))
     return lines
 
 
@@ -79,17 +70,17 @@ def spread(values):
 
 def table_of_levers(runs, levers):
     """Lines: DMD and the methods as they are, then with what differs, of the levers' seeds."""
-    lines = ["| method | what differs | seeds | fd | fd_any | seconds |", "| --- " * 6 + "|"]
+    lines = header("method", "what differs", "seeds", "fd", "fd_any", "seconds")
     seeds = {run["seed"] for run in levers}
     everything = [run for run in [*runs, *levers] if run["seed"] in seeds]
     for what in (*[(method, "", ORDINARY) for method in BESIDE], *LEVERS):
         mine = [run for run in everything if what_of(run) == what]
         method, flags, heads = what
         differs = f"`{flags}`" if flags else heads
-        cells = [", ".join(str(seed) for seed in sorted(run["seed"] for run in mine))]
+        cells = [method, differs, ", ".join(str(seed) for seed in sorted(r["seed"] for r in mine))]
         cells += [spread([run[name] for run in mine]) for name in ("fd", "fd_any")]
         seconds = np.median([run["seconds"] for run in mine])
-        lines.append(f"| {method} | {differs} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(row_of((*cells, f"{seconds:.0f}")))
     return lines
 
 
@@ -100,7 +91,7 @@ def picture():
     """
     family = load_teacher("digits")
     teacher = teacher_samples(family)
-    runs = read_runs()
+    runs = runs_of(DIGITS_JSON)
     curves(runs, measure(teacher["teacher, 28 steps"], teacher[REFERENCE]))
     pairs()
     numbers = [NUMBERS[i] for i in SHOWN]
@@ -111,7 +102,7 @@ def picture():
         first = method, seeds_of(method)[0]
         (run,) = [run for run in runs if (run["method"], run["seed"]) == first]
         for command in run["command"].split(" && "):
-            folder, _ = execute(command)
+            folder = execute(command)
         rows[method] = sample(family, *open_run(folder, family), 0, numbers)
     sheet(rows, RESULTS / "digits.png")
 

@@ -14,6 +14,7 @@ from ode import Draw, student_sample, teacher_sample, with_guidance
 from runtime.files import read_json
 from runtime.folder import starting_point
 from runtime.settings import require
+from toy.claims import header, row_of
 from toy.digits_measure import LABELS, NUMBERS, look, measure, shares
 from toy.digits_teacher import ANY_DIGIT, NAMES, PROMPTS, write_readme
 
@@ -112,10 +113,10 @@ def samples():
 def histogram(family):
     """Lines of a table: which digits the teacher draws where it is asked for any, in percent."""
     teacher = teacher_samples(family)
-    lines = [f'| "{PROMPTS[ANY_DIGIT]}" | {" | ".join(NAMES)} |', "| --- " * 11 + "|"]
+    lines = header(f'"{PROMPTS[ANY_DIGIT]}"', *NAMES)
     for name in ("teacher, 28 steps", "teacher, 28 steps, no CFG"):
         percent = 100 * shares(teacher[name][len(LABELS) :])  # (10,)
-        lines.append(f"| {name} | {' | '.join(f'{x:.0f}' for x in percent.tolist())} |")
+        lines.append(row_of((name, *(f"{x:.0f}" for x in percent.tolist()))))
     return lines
 
 
@@ -132,6 +133,5 @@ def table(rows):
     columns = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = " | ".join(f"{value:.3g}" for value in row.values())
-        lines.append(f"| {name} | {cells} |")
+        lines.append(row_of((name, *(f"{value:.3g}" for value in row.values()))))
     return lines

@@ -104,10 +104,6 @@ class Mixture:
         """log p_t(x_t), (B,)."""
         return self._components(x_t, t)[-1].logsumexp(1)
 
-    def posterior(self, x_t, t):
-        """P(mode k | x_t), (B, K)."""
-        return self._components(x_t, t)[-1].softmax(1)
-
     def score(self, x_t, t):
         """∇ log p_t(x_t), (B, d)."""
         _, _, v, off, log_p = self._components(x_t, t)

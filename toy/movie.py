@@ -10,7 +10,6 @@ the colour of the mode to which the teacher's ODE carries its noise. On digits: 
 toy/digits.py's experiment, seed 0, at the rates of its search.
 """
 
-import argparse
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -30,13 +29,16 @@ import toy.run as toy
 from families import load_teacher
 from models import load_denoiser
 from ode import teacher_sample, with_guidance
+from runtime import curves
 from runtime.files import aside, read_json
-from runtime.script import quiet
+from runtime.script import in_one_line, plain_parser, quiet
 from toy.digits_measure import NUMBERS
 from toy.digits_report import SHOWN
 from toy.digits_samples import GUIDANCE, RESULTS, open_run, sample
 from toy.gmm import LINE, mode_tv, modes_covered
 
+MOVIE = RESULTS / "movie.npz"
+DIGITS_MOVIE = RESULTS / "digits-movie.npz"
 SMALL = {"fontsize": 9}
 
 # --- On the mixture -------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def hundredths(x):
     return (100 * x).round().short().numpy()
 
 
-def record(path=RESULTS / "movie.npz", cfg=None, rates=toy.RATES):
+def record(path=MOVIE, cfg=None, rates=toy.RATES):
     """Trains the students and writes what `training` draws."""
     cfg = cfg or toy.Config(seeds=1, first_seed=20)
     world = toy.World(cfg)
@@ -174,7 +176,7 @@ OF_STAGE = 15  # frames
 CORNER = 176, 34  # of the images, in pixels from the left and from below
 
 
-def record_digits(path=RESULTS / "digits-movie.npz"):
+def record_digits(path=DIGITS_MOVIE):
     """Trains the students and writes what `digits_training` draws."""
     digits.pairs()
     rates = read_json(digits.SEARCH_JSON, "search", "rates")["rates"]
@@ -183,9 +185,8 @@ def record_digits(path=RESULTS / "digits-movie.npz"):
     updates_1, images_1 = filmed_digits(family, "movie-adp", flags, digits.FIRST)
     rows = []
     for method in ROWS:
-        flags = f"{digits.METHODS[method]} --student-steps 1 --init {digits.HOME}/movie-adp"
-        iterations = f"--iterations {digits.WARMUP + digits.ITERATIONS} --warmup {digits.WARMUP}"
-        flags = f"{flags} {iterations} --lr-student {rates[method]:g}"
+        how = f"{digits.HOME}/movie-adp", 1, digits.ITERATIONS, digits.WARMUP, rates[method]
+        flags = f"{digits.METHODS[method]} {digits.second_stage(*how)}"
         rows.append(filmed_digits(family, f"movie-{method}", flags, digits.ITERATIONS))
     teacher = load_denoiser(family)
     write(
@@ -206,19 +207,14 @@ def filmed_digits(family, name, flags, updates):
     """
     every = max(1, updates // OF_STAGE)
     kept = f"--checkpoint-every {every} --keep-checkpoints 1000 --sample-every 0"
-    folder, log = digits.execute(f"python {flags} {kept} --seed 0 --out {digits.HOME}/{name}")
+    folder = digits.execute(f"python {flags} {kept} --seed 0 --out {digits.HOME}/{name}")
     student, schedule, steps = open_run(folder, family)
+    warmup = len(curves.read(folder)["iteration"]) - updates
     done, images = [], []
-    for checkpoint in sorted((folder / "checkpoints").iterdir()):
-        update = int(checkpoint.name) - (len(log) - updates)
-        if update <= 0:
-            continue
-        weights = checkpoint / "ema.safetensors"
-        if not weights.exists():
-            weights = checkpoint / "student.safetensors"
-        digits.read_weights(student.own_parameters(), weights)
-        done.append(update)
-        images.append(drawn(family, student, schedule, steps))
+    for iteration in digits.at_checkpoints(folder, student):
+        if iteration > warmup:
+            done.append(iteration - warmup)
+            images.append(drawn(family, student, schedule, steps))
     return done, images
 
 
@@ -295,21 +291,19 @@ def draw(frames, path):
 
 
 def main(argv):
-    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**about)
+    parser = plain_parser(__doc__)
     commands = ("record", "draw", "record-digits", "draw-digits")
     parser.add_argument("command", choices=commands)
-    command = parser.parse_args(argv).command
-    if command == "record":
-        record()
-    elif command == "draw":
-        draw(training(np.load(RESULTS / "movie.npz")), RESULTS / "training.gif")
-    elif command == "record-digits":
-        record_digits()
-    else:
-        draw(
-            digits_training(np.load(RESULTS / "digits-movie.npz")), RESULTS / "digits-training.gif"
-        )
+    with in_one_line("movie.py"):
+        command = parser.parse_args(argv).command
+        if command == "record":
+            record()
+        elif command == "draw":
+            draw(training(np.load(MOVIE)), RESULTS / "training.gif")
+        elif command == "record-digits":
+            record_digits()
+        else:
+            draw(digits_training(np.load(DIGITS_MOVIE)), RESULTS / "digits-training.gif")
 
 
 if __name__ == "__main__":

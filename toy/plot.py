@@ -9,7 +9,6 @@ they hold several separations. divergences.png needs no file. toy/gmm.py defines
 covered.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,47 +23,25 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from runtime.script import in_one_line, plain_parser
+from runtime.settings import BadInput
 from toy.gmm import Mixture, divergences, load_mixture
-from toy.run import fresh
+from toy.run import by, fresh
 
-COLOUR = {
-    "mse": "tab:brown",
-    "adp": "tab:green",
-    "dmd": "tab:red",
-    "step": "tab:olive",
-    "adm-paper": "tab:orange",
-    "adm-recipe": "gold",
-    "dmd2": "tab:pink",
-    "adp+dmd": "tab:purple",
-    "adp+step": "tab:cyan",
-    "adp+adm-paper": "tab:blue",
-    "adp+adm-recipe": "black",
+# {method: (title, colour, line)}. Where lines coincide, a broken one shows what is under it.
+LOOK = {
+    "mse": ("regression (A1)", "tab:brown", "-"),
+    "adp": ("ADP (A5)", "tab:green", "--"),
+    "dmd": ("DMD (B2)", "tab:red", "-"),
+    "step": ("step (ours)", "tab:olive", "-"),
+    "adm-paper": ("ADM as published (B1)", "tab:orange", "-"),
+    "adm-recipe": ("ADM, our recipe", "gold", "-"),
+    "dmd2": ("DMD2", "tab:pink", "-."),
+    "adp+dmd": ("ADP + DMD (B3)", "tab:purple", "-"),
+    "adp+step": ("ADP + step (ours)", "tab:cyan", "-"),
+    "adp+adm-paper": ("DMDX as published (B4)", "tab:blue", (0, (2, 2))),
+    "adp+adm-recipe": ("DMDX, our recipe", "black", ":"),
 }
-# Where lines coincide, a broken one shows what is under it.
-STYLE = {"adp": "--", "adp+adm-paper": (0, (2, 2)), "adp+adm-recipe": ":", "dmd2": "-."}
-TITLE = {
-    "mse": "regression (A1)",
-    "adp": "ADP (A5)",
-    "dmd": "DMD (B2)",
-    "step": "step (ours)",
-    "adm-paper": "ADM as published (B1)",
-    "adm-recipe": "ADM, our recipe",
-    "dmd2": "DMD2",
-    "adp+dmd": "ADP + DMD (B3)",
-    "adp+step": "ADP + step (ours)",
-    "adp+adm-paper": "DMDX as published (B4)",
-    "adp+adm-recipe": "DMDX, our recipe",
-}
-
-
-def by(runs, *fields):
-    """{value (or values) of the fields: runs}, in the order of appearance."""
-    groups = {}
-    for r in runs:
-        values = tuple(r[f] for f in fields)
-        key = values[0] if len(values) == 1 else values
-        groups.setdefault(key, []).append(r)
-    return groups
 
 
 def seeds(runs):
@@ -105,7 +82,8 @@ def samples(runs):
         points, colour, title = target, "black", "target"
         if name != "target":
             group = groups[name]
-            points, colour, title = group[0]["points"], COLOUR[name], TITLE[name]
+            points = group[0]["points"]
+            title, colour, _ = LOOK[name]
             covered = np.mean([r["modes_covered"] for r in group])
             tv = np.mean([r["tv"] for r in group])
             said = f"{covered:g} of {group[0]['modes']} modes, TV {tv:.3f}"
@@ -126,9 +104,9 @@ def bands(ax, groups, field):
             continue
         x = [p["iteration"] for p in of_seeds[0]]
         y = np.array([[p[field] for p in points] for points in of_seeds])  # (S, points)
-        line = {"color": COLOUR[name], "linestyle": STYLE.get(name, "-")}
-        ax.plot(x, y.mean(0), label=TITLE[name], **line)
-        ax.fill_between(x, y.min(0), y.max(0), color=COLOUR[name], alpha=0.15, lw=0)
+        title, colour, line = LOOK[name]
+        ax.plot(x, y.mean(0), label=title, color=colour, linestyle=line)
+        ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, lw=0)
     ax.set_xlabel("student updates")
 
 
@@ -167,27 +145,25 @@ def dmd_loss(runs):
     return figure
 
 
-START = {"": "from the teacher", "adp+": "after ADP"}
-
-
 def phase(runs):
     """TV at each separation, a line a method: from the teacher, and after ADP."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5))
     places = {s: x for x, s in enumerate(sorted(by(runs, "separation")))}
-    for ax, (first, title) in zip(axes, START.items(), strict=True):
+    for ax, after_adp in zip(axes, (False, True), strict=True):
         shown = {}
         for name, group in by(runs, "method").items():
-            from_adp = name in ("mse", "adp") or name.startswith("adp+")
-            if from_adp == bool(first):
+            on_pairs = name in ("mse", "adp") or name.startswith("adp+")
+            if on_pairs == after_adp:
                 shown[name] = group
         for i, (name, group) in enumerate(shown.items()):
             at = by(group, "separation")
             tv = [[r["tv"] for r in at[s]] for s in sorted(at)]
             x = [places[s] + 0.08 * (i - (len(shown) - 1) / 2) for s in sorted(at)]
             sd = [np.std(values, ddof=len(values) > 1) for values in tv]
-            look = {"color": COLOUR[name], "marker": "o", "capsize": 3, "lw": 1.8, "ms": 5}
-            ax.errorbar(x, [np.mean(v) for v in tv], sd, label=TITLE[name], **look)
-        ax.set_title(title, fontsize=12)
+            title, colour, _ = LOOK[name]
+            look = {"color": colour, "marker": "o", "capsize": 3, "lw": 1.8, "ms": 5}
+            ax.errorbar(x, [np.mean(v) for v in tv], sd, label=title, **look)
+        ax.set_title("after ADP" if after_adp else "from the teacher", fontsize=12)
         ax.set_xlabel("separation of the modes: radius / σ")
         ax.set_xticks(list(places.values()), [f"{s:.3g}" for s in places])
         ax.grid(axis="y", alpha=0.3)
@@ -254,29 +230,34 @@ def of_file(name, runs):
 
 
 def main(argv=None):
-    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**how)
+    parser = plain_parser(__doc__)
     parser.add_argument("files", nargs="+", help="results.json of a run, or files of toy/results/")
     parser.add_argument("--out", default="out/toy", help="folder of the pictures")
-    args = parser.parse_args(argv)
+    with in_one_line("plot.py"):
+        args = parser.parse_args(argv)
+        draw(args.files, Path(args.out))
+
+
+def draw(files, folder):
+    """All pictures of these files, in the folder. Raises BadInput for a file without results."""
     everything, pictures = [], {"divergences": divergence()}
-    for path in map(Path, args.files):
+    for path in map(Path, files):
         try:
             runs = as_they_are(json.loads(path.read_text())["runs"])
             first = next(iter(by(runs, "mixture", "separation").values()))
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
             what = f"no results file of toy/run.py or toy/claims.py ({type(e).__name__})"
-            parser.exit(2, f"plot.py: {path} is {what}\n")
+            raise BadInput(f"{path} is {what}") from None
         everything += runs
         if "history" in first[0]:
             pictures = of_file(path.stem, first) | pictures  # of one name, the first is drawn
     for group in by(everything, "mixture", "iterations").values():
         if len(by(group, "separation")) > 1:
             pictures["phase"] = phase(group)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         figure.tight_layout()
-        figure.savefig(Path(args.out) / f"{name}.png", dpi=90, bbox_inches="tight")
+        figure.savefig(folder / f"{name}.png", dpi=90, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ adm_round, dmd_round, step_round or fake_round, the noise process ode.py's. Netw
 seed is one slice of a batched network, trained beside the others and independent of them.
 
     python toy/run.py --iterations 600                            # a quick look, 2 seeds: 2 minutes
-    python toy/run.py --mixture ring8-rare --methods dmd,adm,adp+dmd,adp+adm --seeds 5
+    python toy/run.py --mixture ring8 --methods dmd,adm-recipe,adp+dmd,adp+adm-recipe
 
 Prints a table, mean ± sd over seeds, whose words toy/gmm.py defines; writes results.json, which
 toy/plot.py reads, and samples.npz. All numbers are ours unless a comment says otherwise: the paper
@@ -45,7 +45,7 @@ from models import Discriminator, frozen
 from ode import Draw, FlowSchedule, T, common, student_sample, teacher_sample, with_guidance
 from runtime.flags import option
 from runtime.script import run
-from runtime.settings import BadInput, at_least, flag, require
+from runtime.settings import BadInput, at_least, flag, positive, require
 from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
 
 # Where no flag says otherwise: ADM as published, and what this project makes of it (ours). Warm-up
@@ -106,9 +106,6 @@ class Config:
         "dimensions: the mixture lies in the first two, where it is measured, and is N(0, σ²) in "
         "all others",
         "the target",
-    )
-    teacher: Literal["exact", "mlp"] = option(
-        "exact", "the closed-form velocity, or an MLP fitted to it", "the target"
     )
     pairs: int = option(POOL, "ODE pairs of each seed", "the target")
     missing: str | None = option(
@@ -413,7 +410,6 @@ class World:
     """What all methods share: the mixture, its teacher, and for each seed ODE pairs and MLPs.
 
     plane     the mixture's first two dimensions, in which it lies and is measured
-    teacher   F_φ, a denoiser: the exact velocity or the MLP
     mlp       an MLP a seed, frozen, fitted to the exact velocity: where the fake score starts, and
               D's backbone
     start     where the student starts: mlp, or one of --student-width
@@ -429,14 +425,13 @@ class World:
         self.start = self.mlp
         if cfg.student_width not in (None, cfg.width):
             self.start = self.fit(cfg.student_width)
-        self.teacher = self.mlp if cfg.teacher == "mlp" else self.exact
         x_T = Noise((2,), self.seeds, cfg.pairs).normal((cfg.dim,))  # (S·pairs, d)
         with torch.no_grad():
             x_0 = teacher_sample(with_guidance(self.teacher, {}, {}, 1), LINE, x_T, 64)
         self.x_T = x_T.unflatten(0, (cfg.seeds, cfg.pairs))
         self.x_0 = x_0.unflatten(0, (cfg.seeds, cfg.pairs))
         if cfg.missing:
-            self.leave_out(modes_of(cfg.missing))
+            self.leave_out(numbers(int, "missing", cfg))
         self.adp = {}  # see after_adp
 
     def leave_out(self, modes):
@@ -448,8 +443,8 @@ class World:
             x_T.copy_(x_T[rows])
             x_0.copy_(x_0[rows])
 
-    def exact(self, x_t, t, cond):
-        """The teacher in closed form, as a denoiser without features."""
+    def teacher(self, x_t, t, cond):
+        """F_φ, the exact velocity in closed form: a denoiser without features."""
         return self.mixture.velocity(x_t, t), []
 
     def after_adp(self, cfg, rates):
@@ -646,15 +641,19 @@ def train(cfg, method, world, rates=RATES):
     samples = sample(world, student, times)  # (S, SAMPLES, d)
     results = []
     for i, (seed, x) in enumerate(zip(world.seeds, samples[..., :2], strict=True)):
-        what = {"method": method, "mixture": cfg.mixture, "separation": world.plane.separation}
-        measured = metrics(world.plane, x, fresh(world.plane, seed))
-        spent = {"iterations": cfg.iterations, "seconds": round(seconds, 1)}
-        more = {
+        result = {
+            "method": method,
+            "mixture": cfg.mixture,
+            "separation": world.plane.separation,
+            "seed": seed,
+            **metrics(world.plane, x, fresh(world.plane, seed)),
+            "iterations": cfg.iterations,
+            "seconds": round(seconds, 1),
             "shares": [round(float(share), 4) for share in shares(world.plane, x)],
             "history": curves.points[i],
             "points": rounded(x[:1000]) if i == 0 else [],
         }
-        results.append(what | {"seed": seed} | measured | spent | more)
+        results.append(result)
     return results, samples
 
 
@@ -678,18 +677,24 @@ def sample(world, student, times=ONE_STEP):
     return torch.cat(chunks, 1)
 
 
+def by(runs, *fields):
+    """{value (or values) of the fields: runs}, in the order of appearance."""
+    groups = {}
+    for r in runs:
+        values = tuple(r[f] for f in fields)
+        key = values[0] if len(values) == 1 else values
+        groups.setdefault(key, []).append(r)
+    return groups
+
+
 COLUMNS = ("modes_covered", "in_mode", "tv", "density_tv", "energy", "seconds")
 
 
 def table(runs):
     """Text: one line a method (and mixture and separation), mean ± sd over its seeds."""
     lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
-    groups = {}
-    for r in runs:
-        key = r["method"], r["mixture"], f"{r['separation']:.1f}"
-        groups.setdefault(key, []).append(r)
-    for (method, mixture, separation), group in groups.items():
-        line = f"{method:14} {mixture:>10} {separation:>4}{len(group):>6}"
+    for (method, mixture, separation), group in by(runs, "method", "mixture", "separation").items():
+        line = f"{method:14} {mixture:>10} {separation:>4.1f}{len(group):>6}"
         for name in COLUMNS:
             values = [r[name] for r in group]
             sd = np.std(values, ddof=len(values) > 1)
@@ -702,27 +707,21 @@ def check(cfg):
     """Raises BadInput for settings without meaning, before anything is computed or written."""
     unknown = ", ".join(repr(m) for m in cfg.methods.split(",") if m not in METHODS)
     require(not unknown, f"--methods: unknown {unknown}; there are {', '.join(METHODS)}")
-    at_least(1, cfg, "seeds", "iterations", "batch_size", "student_steps", "pairs")
-    at_least(0, cfg, "first_seed")
+    at_least(1, cfg, "seeds", "iterations", "batch_size", "student_steps", "pairs", "ttur")
+    at_least(0, cfg, "first_seed", "warmup", "damping")
     at_least(2, cfg, "dim")
-    at_least(8, cfg, "width", "head_width")
-    for name, least in (("ttur", 1), ("warmup", 0), ("damping", 0), ("student_width", 8)):
-        if getattr(cfg, name) is not None:
-            at_least(least, cfg, name)
+    at_least(8, cfg, "width", "head_width", "student_width")
+    positive(cfg, "lr_student", "lr_fake", "lr_heads")
     for name in ("adp_share", "mse_share"):
         share = getattr(cfg, name)
         require(0 <= share <= 1, f"{flag(name)} {share}: in [0, 1]")
     require(cfg.dt is None or 0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
-    for name in ("lr_student", "lr_fake", "lr_heads"):
-        rate = getattr(cfg, name)
-        positive = rate is None or 0 < rate < float("inf")
-        require(positive, f"{flag(name)} {rate}: a positive number")
     for separation in separations(cfg):
         mixture = load_mixture(cfg.mixture, separation)
     flat = mixture.means.shape[1] == 2
     require(flat, f"--mixture {cfg.mixture}: two-dimensional means")
     if cfg.missing:
-        modes = modes_of(cfg.missing)
+        modes = numbers(int, "missing", cfg)
         K = len(mixture.means)
         some = set(modes) < set(range(K))
         require(some, f"--missing {cfg.missing}: some of modes 0 to {K - 1}, not all")
@@ -730,20 +729,16 @@ def check(cfg):
 
 def separations(cfg):
     """--separation as numbers, [None] for the mixture's own. Raises BadInput."""
-    if not cfg.separation:
-        return [None]
-    try:
-        return [float(x) for x in cfg.separation.split(",")]
-    except ValueError:
-        raise BadInput(f"--separation {cfg.separation}: numbers, comma-separated") from None
+    return numbers(float, "separation", cfg) if cfg.separation else [None]
 
 
-def modes_of(missing):
-    """--missing as numbers. Raises BadInput."""
+def numbers(kind, name, cfg):
+    """The numbers, float or int, of a setting that has them comma-separated. Raises BadInput."""
+    text = getattr(cfg, name)
     try:
-        return [int(k) for k in missing.split(",")]
+        return [kind(x) for x in text.split(",")]
     except ValueError:
-        raise BadInput(f"--missing {missing}: numbers of modes, comma-separated") from None
+        raise BadInput(f"{flag(name)} {text}: numbers, comma-separated") from None
 
 
 def main(cfg):

@@ -8,7 +8,6 @@ ring8-rare, students of one and of four steps from the teacher's weights, 600 up
 searched for each method, on seeds of their own.
 """
 
-import argparse
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +26,7 @@ import toy.run as toy
 from models import accuracy
 from ode import T
 from runtime.files import aside, read_json, write_json
-from runtime.settings import BadInput
+from runtime.script import in_one_line, plain_parser
 from toy.claims import SEARCH_SEEDS, header, least, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.run import Config, Curves, Noise, World
@@ -58,6 +57,7 @@ STRONG = {
     "step, TTUR 4": ("step", {"ttur": 4}),
     "DMD, TTUR 4": ("dmd", {"ttur": 4}),
 }
+EVERY = METHODS | LEVERS | STRONG
 STRONG_AT = (  # (name, steps, part)
     *[("ADM, strong D", steps, part) for steps in (1, 4) for part in (4, 2)],
     *[(name, 1, 4) for name in ("ADM, strong heads", "ADM, TTUR 4", "step, TTUR 4")],
@@ -78,7 +78,7 @@ SAMPLES = 20_000  # of each student
 
 def trained(world, seeds, name, steps, part, rate):
     """(Players after training, samples (S, SAMPLES, 2), the settings)."""
-    loss, changes = (METHODS | LEVERS | STRONG)[name]
+    loss, changes = EVERY[name]
     settings = toy.PUBLISHED | changes | {"dt": 1 / part}
     cfg = Config(**seeds, iterations=600, student_steps=steps, **settings)
     times = toy.times_of(steps)
@@ -97,9 +97,9 @@ def searched_at(name, part):
     return 16 if part >= 8 else 4
 
 
-def best_rate(found, world, name, steps, part):
-    """The rate of least mean TV, after trials in `found`, which grows."""
-    trials = found.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
+def best_rate(searched, world, name, steps, part):
+    """The rate of least mean TV, after trials in `searched`, which grows."""
+    trials = searched.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
 
     def tried(rate):
         if f"{rate:g}" not in trials:
@@ -126,16 +126,23 @@ def wanted():
     yield from STRONG_AT
 
 
+HELD = ("search", "untrained", "runs", "finer")  # in results/why.json
+
+
+def found():
+    """What results/why.json holds."""
+    return read_json(FILE, "results", *HELD)
+
+
 def run():
     """Searches and runs what results/why.json does not hold yet."""
-    results = {"search": {}, "untrained": {}, "runs": {}, "finer": {}}
-    if FILE.exists():
-        results = read_json(FILE, "results", *results)
+    results = found() if FILE.exists() else {part: {} for part in HELD}
     missing = [what for what in wanted() if key(*what) not in results["runs"]]
     world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
     for name, steps, part in missing:
-        start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
-        results["untrained"][f"{steps}"] = measured(world, start)
+        if f"{steps}" not in results["untrained"]:
+            start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
+            results["untrained"][f"{steps}"] = measured(world, start)
         rate = best_rate(results["search"], of_search, name, steps, searched_at(name, part))
         net, x, cfg = trained(world, SEEDS, name, steps, part, rate)
         row = {"method": name, "steps": steps, "part": part, "rate": rate, **measured(world, x)}
@@ -148,13 +155,13 @@ def run():
         print(row, flush=True)
     for steps, race in RACES.items():
         for name, part in race:
-            found = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
+            tvs = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
             for rate in FINER:
-                if f"{rate:g}" not in found:
+                if f"{rate:g}" not in tvs:
                     _, x, _ = trained(world, SEEDS, name, steps, part, rate)
-                    found[f"{rate:g}"] = measured(world, x)["mode_tv"]
+                    tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
                     write_json(FILE, results)
-                    print("finer", key(name, steps, part), rate, found, flush=True)
+                    print("finer", key(name, steps, part), rate, tvs, flush=True)
 
 
 def measured(world, x):
@@ -247,12 +254,6 @@ LOOK = {  # name: (colour, how far its points are moved aside)
 }
 
 
-def rows_of(name, steps):
-    """Its rows of results/why.json, in the order of PARTS."""
-    runs = read_json(FILE, "results", "runs")["runs"]
-    return [runs[key(name, steps, part)] for part in PARTS if key(name, steps, part) in runs]
-
-
 def picture():
     """results/why.png: TV against Δt in four steps and in one, and the weights that it implies."""
     plt.rcParams["font.size"] = 13
@@ -269,16 +270,17 @@ def picture():
 
 def of_tv(ax, steps):
     """Mean and standard deviation of TV over the seeds; DMD, which has no Δt, as a band."""
-    (dmd,) = rows_of("DMD", steps)
-    mean, sd = np.mean(dmd["mode_tv"]), np.std(dmd["mode_tv"], ddof=1)
+    results = found()
+    dmd = results["runs"][key("DMD", steps, 64)]["mode_tv"]
+    mean, sd = np.mean(dmd), np.std(dmd, ddof=1)
     ax.axhspan(mean - sd, mean + sd, color="black", alpha=0.2, lw=0, label="DMD")
-    start = np.mean(read_json(FILE, "results", "untrained")["untrained"][f"{steps}"]["mode_tv"])
+    start = np.mean(results["untrained"][f"{steps}"]["mode_tv"])
     ax.axhline(start, color="black", ls=":", label="before training")
     for name, (colour, beside) in LOOK.items():
-        rows = rows_of(name, steps)
-        dts = [beside / row["part"] for row in rows]
-        means = [np.mean(row["mode_tv"]) for row in rows]
-        sds = [np.std(row["mode_tv"], ddof=1) for row in rows]
+        tvs = [results["runs"][key(name, steps, part)]["mode_tv"] for part in PARTS]
+        dts = [beside / part for part in PARTS]
+        means = [np.mean(tv) for tv in tvs]
+        sds = [np.std(tv, ddof=1) for tv in tvs]
         ax.errorbar(dts, means, sds, marker="o", capsize=4, lw=2, color=colour, label=name)
     ticks = [1 / part for part in PARTS]
     ax.set_xscale("log")
@@ -295,7 +297,7 @@ def of_weights(ax):
         t = np.linspace(0.02 + 1 / part, 0.98, 200)  # of T
         weight = line_weight(t, 1 / part)
         ax.plot(t, weight / weight.mean(), color=shade, lw=2.5, label=f"step, Δt = T/{part}")
-    (dmd,) = rows_of("DMD", 4)
+    dmd = found()["runs"][key("DMD", 4, 64)]
     t, weight = np.array(dmd["weight"]).T  # (24,) each
     ax.plot(t, weight / weight.mean(), "k--", lw=2.5, label="DMD, measured")
     ax.set(yscale="log", xlim=(0, 1), xlabel="t / T, from data to noise", ylabel="weight, mean 1")
@@ -307,37 +309,30 @@ def line_weight(t, dt):
     return (1 - (t - dt)) * dt / t
 
 
-def tables():
-    """toy/WHY.md's tables, as text."""
-    return "\n\n".join("\n".join(lines) for lines in (tv(), races(), followers()))
-
-
 def tv():
     """TV by method at some Δt, in four steps and in one; the picture has all."""
     lines = header("TV", *(f"{many(steps)}, T/{part}" for steps, part in SHOWN))
-    untrained = read_json(FILE, "results", "untrained")["untrained"]
-    cells = [pm(untrained[f"{steps}"]["mode_tv"]) for steps in (4, 1)]
+    results = found()
+    cells = [pm(results["untrained"][f"{steps}"]["mode_tv"]) for steps in (4, 1)]
     blank = [""] * (len(SHOWN) // 2 - 1)
     lines.append(row_of(("before training", cells[0], *blank, cells[1], *blank)))
     for name in METHODS:
-        cells = []
-        for steps, part in SHOWN:
-            rows = [row for row in rows_of(name, steps) if row["part"] == part]
-            cells += [pm(row["mode_tv"]) for row in rows] or [""]
+        rows = [results["runs"].get(key(name, *at)) for at in SHOWN]  # DMD has no Δt but T/64
+        cells = [pm(row["mode_tv"]) if row else "" for row in rows]
         lines.append(row_of((name, *cells)))
     return lines
 
 
 def races():
     """TV at rates in between, and the paired verdict of best against best."""
-    finer = read_json(FILE, "results", "finer")["finer"]
+    finer = found()["finer"]
     lines = header("TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best")
     for steps, race in RACES.items():
         dmds = None
         for name, part in race:
-            found = finer[key(name, steps, part)]  # {rate: TVs}
-            best = min(found.values(), key=np.mean)
-            cells = [pm(values) for values in found.values()]
+            tvs = finer[key(name, steps, part)].values()  # by rate
+            best = min(tvs, key=np.mean)
+            cells = [pm(values) for values in tvs]
             what = name if name == "DMD" else f"{name}, T/{part}"
             dmds = dmds or best  # the first of a race
             lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
@@ -351,11 +346,11 @@ def followers():
     """
     columns = ("TV", "modes", "cosine", "length", "linear", "rate", "against DMD at its TTUR")
     lines = header("of which D", *columns)
-    runs = read_json(FILE, "results", "runs")["runs"]
+    runs = found()["runs"]
     for name, steps, part in FOLLOWERS:
         what = key(name, steps, part)
         row = runs[what]
-        _, changes = (METHODS | LEVERS | STRONG)[name]
+        _, changes = EVERY[name]
         rival = "DMD, TTUR 4" if "ttur" in changes else "DMD"
         modes = ", ".join(f"{n}" for n in row["modes_covered"])
         seen = ["", "", ""]
@@ -381,22 +376,17 @@ def against(values, others):
 
 def readme():
     """Prints toy/WHY.md's tables."""
-    print(tables())
+    print("\n\n".join("\n".join(lines) for lines in (tv(), races(), followers())))
 
 
 COMMANDS = {f.__name__: f for f in (run, picture, readme)}
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    command = COMMANDS[parser.parse_args(argv).command]
-    try:
-        command()
-    except BadInput as e:
-        parser.exit(2, f"why.py: {e}\n")
+    with in_one_line("why.py"):
+        COMMANDS[parser.parse_args(argv).command]()
 
 
 if __name__ == "__main__":
