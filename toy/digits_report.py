@@ -34,16 +34,23 @@ STAGE_2 = {
 }
 COLOURS = {"dmd": "C0", "step": "C2", "adm-recipe": "C3", "adm-paper": "C1"}
 BESIDE = ("adp+dmd", STEP, ADM)  # what the levers are compared with
+FASTER = (ADM, "--ttur 4", ORDINARY)
+MAPS_JSON = RESULTS / "digits-maps.json"  # of a teacher whose patches are one latent: see README
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
 
 def readme():
-    """Prints the README's tables of results/digits.json and digits-levers.json."""
+    """Prints the README's tables of results/digits.json, -levers.json and -maps.json."""
     teacher = teacher_samples(load_teacher("digits"))
-    runs = runs_of(DIGITS_JSON)
+    runs, levers = runs_of(DIGITS_JSON), runs_of(LEVERS_JSON)
+    seeds = {run["seed"] for run in levers}
+    as_it_is = [(method, "", ORDINARY) for method in BESIDE]
+    some = [run for run in runs if run["seed"] in seeds]
     print("\n".join(table_of_methods(runs, teacher)))
     print()
-    print("\n".join(table_of_levers(runs, runs_of(LEVERS_JSON))))
+    print("\n".join(table_of_levers([*some, *levers], [*as_it_is, *LEVERS])))
+    print()
+    print("\n".join(table_of_levers(runs_of(MAPS_JSON), [*as_it_is, FASTER])))
 
 
 def table_of_methods(runs, teacher):
@@ -68,13 +75,11 @@ def spread(values):
     return f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
-def table_of_levers(runs, levers):
-    """Lines: DMD and the methods as they are, then with what differs, of the levers' seeds."""
+def table_of_levers(runs, rows):
+    """Lines: of each row, which is what `what_of` says of a run, mean and range over seeds."""
     lines = header("method", "what differs", "seeds", "fd", "fd_any", "seconds")
-    seeds = {run["seed"] for run in levers}
-    everything = [run for run in [*runs, *levers] if run["seed"] in seeds]
-    for what in (*[(method, "", ORDINARY) for method in BESIDE], *LEVERS):
-        mine = [run for run in everything if what_of(run) == what]
+    for what in rows:
+        mine = [run for run in runs if what_of(run) == what]
         method, flags, heads = what
         differs = f"`{flags}`" if flags else heads
         cells = [method, differs, ", ".join(str(seed) for seed in sorted(r["seed"] for r in mine))]
