@@ -46,7 +46,7 @@ mutants: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutants.py
 
 # On a GPU that is not there, all models at their full depth, which needs a C++ compiler; then the
-# script of a first hour on a GPU, with small models on the CPU. An hour in all, we guess.
+# script of a first hour on a GPU, with small models on the CPU. Two hours of a shared core in all.
 # What was seen, run by run: out/rehearsal.json.
 rehearse: $(VENV)/.installed
 	REHEARSAL=full $(PYTEST) tests/test_rehearsal.py tests/test_first_hour.py
