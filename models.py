@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import tiny
-from families.base import SMALLEST_MAP
+from families.base import SMALLEST_MAP, again
 from families.video import Video
 from runtime.ranks import assign, shard
 from runtime.settings import BadInput, require
@@ -119,11 +119,11 @@ class Denoiser(nn.Module):
         def checkpointed(block, *args):
             role = getattr(self.net, "role", None)
 
-            def again(*args):
+            def in_its_role(*args):
                 use_adapter(self.net, role)
                 return block(*args)
 
-            return checkpoint(again, *args, use_reentrant=False)
+            return checkpoint(in_its_role, *args, use_reentrant=False)
 
         self.net.enable_gradient_checkpointing(checkpointed)
 
@@ -338,7 +338,7 @@ class PixelDiscriminator(Discriminator):
         """Keep of each layer its input alone: SAM-B's four global ones would keep gigabytes."""
         for layer in self.backbone.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = partial(again, layer.forward)
 
     def features(self, images):
         """Four maps (N, C, H', W') of images (N, 3, H, W) in [−1, 1].

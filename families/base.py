@@ -40,6 +40,11 @@ ODD_FOR_A_FLOW = (
 SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator's head can take
 
 
+def again(forward, *args, **kwargs):
+    """What forward(*args, **kwargs) returns, and nothing of it random; backward runs it again."""
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 class Family:
     """An opened diffusers pipeline folder.
 
@@ -257,8 +262,7 @@ class Family:
 
     def again(self, forward, *args, **kwargs):
         """What forward(*args, **kwargs) returns; backward runs it again."""
-        how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-        return checkpoint(forward, *args, **how, **kwargs)
+        return again(forward, *args, **kwargs)
 
     def text_pipeline(self, device="cpu", dtype=torch.float32, mesh=None):
         """The stock pipeline with tokenizers and text encoders only, for `encode`.

@@ -12,9 +12,8 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXSpatialNorm3D,
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
-from torch.utils.checkpoint import checkpoint
 
-from families.base import read_vp_schedule
+from families.base import again, read_vp_schedule
 from families.video import Video
 
 
@@ -93,8 +92,7 @@ def normalised(norm, f, zq, conv_cache=None):
     """
     zq = F.interpolate(zq, size=f.shape[-3:])  # (B, C', F, H, W)
     frames = zip(norm.norm_layer(f).split(1, 2), zq.split(1, 2), strict=True)
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(modulated, norm, x, z, **how) for x, z in frames], 2), {}
+    return torch.cat([again(modulated, norm, x, z) for x, z in frames], 2), {}
 
 
 def modulated(norm, x, z):

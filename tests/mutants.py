@@ -333,8 +333,7 @@ MUTANTS = [
         ("live encoders not sharded", "shard(part, layers, mesh)", "shard(part, layers, None)"),
     ]),
     *mutants("models.py", ("tests/test_models.py", "-k", "recomputes"), [
-        ("D_τ2: its layers are kept", "layer.forward = partial(checkpoint, layer.forward,",
-         "partial(checkpoint, layer.forward,"),
+        ("D_τ2: its layers are kept", "layer.forward = partial(again, layer.forward)", "pass"),
     ]),
     *mutants("adp.py", ("tests/test_training.py", "-k", "once_more"), [
         ("memory: SAM's layers are kept", "            pixel_disc.recompute()\n", ""),

@@ -311,7 +311,7 @@ def test_text_encoders_that_stay_are_in_parts(name, run):
 
 @pytest.mark.parametrize("name", PICTURED)
 def test_a_picture_leaves_nothing_behind(name, run):
-    """The VAE in float32, which decodes it, goes again."""
+    """The VAE that decodes it goes again."""
     assert run["pictured"] <= run["iterations"][-1]["left"] * 1.01  # and the batch's latents
     is_as_recorded(f"{name}, picture", run["end"]["peaks"]["VAE"])
 
