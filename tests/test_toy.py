@@ -24,6 +24,7 @@ import adp
 import toy.run as toy
 from ode import Draw, T
 from runtime.script import in_one_line, run
+from runtime.settings import BadInput
 from toy import claims, digits_experiment, gmm, plot, why
 from toy.gmm import LINE, Mixture
 from toy.run import Config, World, train
@@ -618,6 +619,18 @@ def test_the_pages_tables_are_what_the_command_prints(tmp_path):
     assert done.returncode == 0 and len(tables) == 3, done.stderr
     for table in tables:
         assert len(table.splitlines()) > 4 and table in page, table
+
+
+@pytest.mark.parametrize(
+    "part, one", [("runs", "DMD; 4 steps; T/64"), ("finer", "DMD; 1 step; T/64")]
+)
+def test_no_table_of_a_part_of_the_runs(tmp_path, monkeypatch, part, one):
+    results = json.loads(why.FILE.read_text())
+    del results[part][one]
+    monkeypatch.setattr(why, "FILE", tmp_path / "why.json")
+    why.FILE.write_text(json.dumps(results))
+    with pytest.raises(BadInput, match="lacks runs: python toy/why.py run"):
+        why.readme()
 
 
 def test_the_curves_of_weight_are_the_steps_own():

@@ -27,6 +27,7 @@ from models import accuracy
 from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
+from runtime.settings import require
 from toy.claims import SEARCH_SEEDS, header, least, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.run import Config, Curves, Noise, World
@@ -129,17 +130,30 @@ def wanted():
 HELD = ("search", "untrained", "runs", "finer")  # in results/why.json
 
 
+def missing(results):
+    """What results lack: [(method, steps, part), …] and, of the races, [(…, rate), …]."""
+    runs = [what for what in wanted() if key(*what) not in results["runs"]]
+    races = []
+    for steps, race in RACES.items():
+        for name, part in race:
+            tvs = results["finer"].get(key(name, steps, part), {})  # {rate: TVs}
+            races += [(name, steps, part, rate) for rate in FINER if f"{rate:g}" not in tvs]
+    return runs, races
+
+
 def found():
-    """What results/why.json holds."""
-    return read_json(FILE, "results", *HELD)
+    """What results/why.json holds. Raises BadInput where it lacks a run."""
+    results = read_json(FILE, "results", *HELD)
+    require(not any(missing(results)), f"{FILE} lacks runs: python toy/why.py run")
+    return results
 
 
 def run():
     """Searches and runs what results/why.json does not hold yet."""
-    results = found() if FILE.exists() else {part: {} for part in HELD}
-    missing = [what for what in wanted() if key(*what) not in results["runs"]]
+    results = read_json(FILE, "results", *HELD) if FILE.exists() else {part: {} for part in HELD}
+    runs, races = missing(results)
     world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
-    for name, steps, part in missing:
+    for name, steps, part in runs:
         if f"{steps}" not in results["untrained"]:
             start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
             results["untrained"][f"{steps}"] = measured(world, start)
@@ -153,15 +167,12 @@ def run():
         results["runs"][key(name, steps, part)] = row
         write_json(FILE, results)
         print(row, flush=True)
-    for steps, race in RACES.items():
-        for name, part in race:
-            tvs = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
-            for rate in FINER:
-                if f"{rate:g}" not in tvs:
-                    _, x, _ = trained(world, SEEDS, name, steps, part, rate)
-                    tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
-                    write_json(FILE, results)
-                    print("finer", key(name, steps, part), rate, tvs, flush=True)
+    for name, steps, part, rate in races:
+        _, x, _ = trained(world, SEEDS, name, steps, part, rate)
+        tvs = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
+        tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
+        write_json(FILE, results)
+        print("finer", key(name, steps, part), rate, tvs, flush=True)
 
 
 def measured(world, x):
