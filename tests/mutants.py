@@ -299,6 +299,11 @@ MUTANTS = [
         ("groups: planned as one", "states(parts, cfg, together, live)",
          "states(parts, cfg, world, live)"),
     ]),
+    *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "neither_fits"), [
+        ("the plan: what is not known fits", "return True if self.measured else None",
+         "return True"),
+        ("the plan: what is not known does not fit", "unknown |= fits is None", "pass"),
+    ]),
     *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "sums"), [
         ("the plan forgets earlier gradients", "    more = gradients\n", "    more = 0\n"),
         ("the plan leaves moments on the GPU", "if offload:", "if False:"),

@@ -237,6 +237,35 @@ def test_fit_finds_what_costs_least_and_says_where_nothing_does(capsys, of_any_r
     assert "no flags make it fit 2 GB" in said
 
 
+def test_what_nobody_has_rehearsed_neither_fits_nor_does_not(capsys):
+    """Where the states alone fit, passes decide: the command that rehearses them is named."""
+    words = ["--model", "sd3", "--lora-rank", 0, "--resolution", 512, "--sample-every", 0]
+    words += ["--world-size", 1]
+    call(plan.show, plan.AdmConfig, *words, "--no-measure")
+    known = "nothing that has been rehearsed fits"
+    command = "`python tools/plan.py adm --fit --world-size 1 --gpu-gb 80` with this run's flags"
+    shown = capsys.readouterr().out
+    assert f"needed 83.60 of 80: it does not fit; {known}: {command}" in shown
+    said = refused(capsys, plan.show, plan.AdmConfig, *words, "--no-measure", "--fit")
+    assert said == f"tools.plan.py: {known}: {command} rehearses the others"
+    tiny = ["--model", "tiny-sd3", "--world-size", 1]
+    said = refused(capsys, plan.show, plan.AdmConfig, *tiny, "--fit")
+    assert "passes of tiny-sd3 cannot be: a rehearsal knows the hub's models alone" in said
+    call(plan.show, plan.AdmConfig, *tiny)
+    call(plan.show_encoding, plan.EncodeConfig, *tiny[:2])
+    for line in capsys.readouterr().out.splitlines():
+        assert "peak " not in line or line.endswith("of 80: states alone, of passes nobody knows")
+    # A run itself: of an ADP's pairs the size, which it takes from them.
+    for kind, stage, latent in ((adm.Config, "adm", None), (adp.Config, "adp", (16, 32, 32))):
+        cfg = config(kind, *words[:4], "--resolution", 256, "--sample-every", 0)
+        with pytest.raises(BadInput) as e:
+            sizing.plan.refuse_what_does_not_fit(cfg, 1, 40 * GB, latent)
+        size = " --resolution 256x256" if latent else ""
+        assert f"plan.py {stage} --fit --world-size 1 --gpu-gb 40{size}`" in str(e.value)
+    with pytest.raises(sizing.plan.Unrehearsed, match="adm --world-size 4`"):
+        enough_gpus(config(adm.Config, *words[:8]), 1, 40 * GB)
+
+
 def test_pairs_and_encoding_are_planned(capsys):
     call(plan.show_pairs, plan.PairsConfig, "--model", "sd3", "--no-measure")
     shown = capsys.readouterr().out
