@@ -25,6 +25,7 @@ from sizing.measure import (
 
 FLOAT32 = 4  # bytes
 GPUS = (1, 2, 4, 8, 16, 32, 64)
+NODE = 8  # GPUs of one, as most have them
 
 
 # What a rehearsal does not see, in bytes. CUDA's own context and its kernels' code: half a gigabyte
@@ -284,10 +285,13 @@ def cheapest(cfg, world, gpu_bytes, latent=None, measure=None):
 def fitting(cfg, world, gpu_bytes, measure=None):
     """{setting that changes: value} with which cfg costs least and fits, or None.
 
-    What cfg itself saves memory with is taken back first, but for LoRA, which trains other
-    parameters. Raises Unrehearsed as first_fit.
+    What cfg itself saves memory with is taken back first, sharding beyond a node too, but for LoRA,
+    which trains other parameters. Raises Unrehearsed as first_fit.
     """
     free = {"gradient_checkpointing": False, "offload": False}
+    cfg = replace(cfg, shard_ranks=cfg.shard_ranks or world)
+    if cfg.shard_ranks > NODE and world % NODE == 0:
+        free["shard_ranks"] = NODE
     remedied = remedies(replace(cfg, **free), world)
     changes = ({**free, **less} for less in ({}, *remedied))
     changed, _ = first_fit(cfg, changes, world, gpu_bytes, measure=measure)

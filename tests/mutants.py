@@ -304,6 +304,9 @@ MUTANTS = [
          "return True"),
         ("the plan: what is not known does not fit", "unknown |= fits is None", "pass"),
     ]),
+    *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "within_nodes"), [
+        ("--fit: over all ranks at once", 'free["shard_ranks"] = NODE', "pass"),
+    ]),
     *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "sums"), [
         ("the plan forgets earlier gradients", "    more = gradients\n", "    more = 0\n"),
         ("the plan leaves moments on the GPU", "if offload:", "if False:"),

@@ -237,6 +237,19 @@ def test_fit_finds_what_costs_least_and_says_where_nothing_does(capsys, of_any_r
     assert "no flags make it fit 2 GB" in said
 
 
+def test_fit_shards_within_nodes_first_and_over_all_only_where_that_does_not_fit(of_any_row):
+    words = ["--model", "sd3", "--lora-rank", 0, "--sample-every", 0]
+    cfg = config(adm.Config, *words)
+    free = {"gradient_checkpointing": False}
+    within = plan_of(replace(cfg, **free, shard_ranks=8), 16).needed
+    for own in (None, 16):
+        cfg = replace(cfg, shard_ranks=own)
+        assert sizing.plan.fitting(cfg, 16, within) == {**free, "shard_ranks": 8}
+        assert sizing.plan.fitting(cfg, 16, within - 1) == free
+    assert sizing.plan.fitting(replace(cfg, shard_ranks=4), 16, 80 * GB) == free  # as it was
+    assert sizing.plan.fitting(replace(cfg, shard_ranks=None), 8, 80 * GB) == free
+
+
 def test_what_nobody_has_rehearsed_neither_fits_nor_does_not(capsys):
     """Where the states alone fit, passes decide: the command that rehearses them is named."""
     words = ["--model", "sd3", "--lora-rank", 0, "--resolution", 512, "--sample-every", 0]
