@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, call, config, refused
@@ -201,6 +203,60 @@ def test_a_rehearsal_is_of_the_depth_and_the_size_that_are_asked(tmp_path):
     made_at = pairs["words"][pairs["words"].index("--out") + 1]
     assert own["words"][own["words"].index("--pairs") + 1] == made_at
     assert own["words"][-2:] == ["--batch-size", "32"]
+
+
+@pytest.mark.parametrize(
+    "ends, said",
+    [
+        ("sys.exit('no memory')", r"the rehearsal: exit code 1 \(no memory\)"),
+        ("os.kill(os.getpid(), 9)", r"the rehearsal: exit code -9 \(it said nothing\)"),
+        (
+            """print('{"name": "adm x", "error": "Traceback\\\\nit broke"}', flush=True)""",
+            r"the rehearsal of adm x: it broke \(it said nothing\)",
+        ),
+    ],
+)
+def test_a_rehearsal_that_fails_is_told_of_in_one_line(ends, said, tmp_path, monkeypatch):
+    (tmp_path / "rehearse.py").write_text(f"import os, sys\n{ends}\n")
+    shim = SimpleNamespace(other_torch=lambda: None, compiler=lambda: "c++", build=lambda at: at)
+    monkeypatch.setitem(sys.modules, "shim", shim)
+    monkeypatch.setattr(measure, "HARNESS", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(BadInput, match=f"^{said}$"):
+        list(measure.measured([measure.Row("pairs", "--model sd3", "")]))
+
+
+def test_what_no_gpu_is_like_is_refused(capsys):
+    shown = {plan.show_pairs: plan.PairsConfig, plan.show_encoding: plan.EncodeConfig}
+    for show, kind in shown.items():
+        said = refused(capsys, show, kind, "--model", "sd3", "--gpu-gb", 0)
+        assert "--gpu-gb 0.0: a positive number" in said
+    said = refused(capsys, plan.show, plan.AdmConfig, "--gpu-gb", "inf")
+    assert "--gpu-gb inf: a positive number" in said
+    said = refused(capsys, plan.record, plan.RecordConfig, "--stages", "adm,nosuch")
+    assert "--stages nosuch: one of adm, adp, pairs, encode, decode" in said
+
+
+@pytest.mark.parametrize("off, ends_with", [(0.019, None), (0.021, 1)])
+def test_a_comparison_that_is_off_by_more_than_two_percent_fails(
+    off, ends_with, capsys, monkeypatch
+):
+    """By hand: GROWS at sd3's 24 blocks, as in the test of sums, and a rehearsal of all of them."""
+    most = 1000 + 5 * 2000
+    row = next(row for row in plan.usual(["sd3"]) if row.stage == "adm")
+    whole = {"forward": [[round(most / (1 + off))]]}
+    monkeypatch.setattr(plan, "table", lambda: {str(row): GROWS})
+    monkeypatch.setattr(plan, "measured", lambda rows, blocks: [(rows[0], whole)])
+    words = ["--models", "sd3", "--check"]
+    if ends_with is None:
+        call(plan.record, plan.RecordConfig, *words)
+    else:
+        with pytest.raises(SystemExit) as e:
+            call(plan.record, plan.RecordConfig, *words)
+        assert e.value.code == ends_with
+    said = capsys.readouterr()
+    assert f"off by {off:+.2%}" in said.out
+    assert ("1 of 1 off by more than 2%" in said.err) == bool(ends_with)
 
 
 def test_dmd_step_and_regression_have_no_adversary():
