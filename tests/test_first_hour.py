@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, shell
+from conftest import ROOT, script, shell
 
 import adm
 from runtime.folder import Run
@@ -35,10 +35,12 @@ def test_a_rehearsal_passes_all_checks_and_fills_the_table(tmp_path):
 
 
 def test_without_a_gpu_it_stops_at_once(tmp_path):
-    done = start(tmp_path / "hour")
+    done = script(tmp_path, "tools/first_hour.py", "device")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == "first_hour.py: DIFFERENT: GPU: expected one that torch sees, found none"
+    done = start(tmp_path / "hour", python="false")  # as that check: it fails
+    assert done.returncode == 1 and done.stdout.count("==") == 1
     assert not (tmp_path / "hour").exists()
 
 
