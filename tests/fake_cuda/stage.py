@@ -71,6 +71,7 @@ def rehearse(script, words, world=1, blocks=None):
     notes.now = notes.Notes(watch)
     notes.now.most = 1 if blocks else None
     FakeTensor.tolist = lambda x: watch.values_of(x)
+    device.Nothing.synchronize = torch.cuda.synchronize = lambda *args: watch.synchronized()
     torch.cuda.max_memory_allocated = lambda *args: watch.peak
     torch.UntypedStorage.resize_ = lambda storage, size: watch.resize(storage, size)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
