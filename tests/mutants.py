@@ -36,6 +36,8 @@ BF16 = "tests/test_bf16.py"
 OF_ADM = (ORACLE, "-k", "of_adm and sd3 and not after")
 OF_SDXL = (ORACLE, "-k", "of_adm and sdxl")
 OF_ADP = (ORACLE, "-k", "of_adp and (sd3 or sdxl)")
+OF_LORA_ON_8 = "averaged and sd3 and LoRA and 8"
+OF_LORA = "sd3 and adm and LoRA and not (8 or after or blocks)"
 
 # fmt: off
 MUTANTS = [
@@ -345,6 +347,29 @@ MUTANTS = [
     ]),
     *mutants("adp.py", ("tests/test_training.py", "-k", "once_more"), [
         ("memory: SAM's layers are kept", "            pixel_disc.recompute()\n", ""),
+    ]),
+    *mutants("adm.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: times stay on the CPU", "timesteps(steps)[:-1].to(ranks.device)",
+         "timesteps(steps)[:-1]"),
+        ("on a GPU: a time in 16 bits", "return t, t - cfg.dt * T",
+         "return t, (t - cfg.dt * T).bfloat16()"),
+        ("on a GPU: the host waits for a loss", "    judged = ((x_real,",
+         "    loss_d.item()\n    judged = ((x_real,"),
+        ("on a GPU: heads in 16 bits", "cfg.head_width, ranks.mesh).to(ranks.device)",
+         "cfg.head_width, ranks.mesh).to(ranks.device, torch.bfloat16)"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: the host waits for a stream", "        asked, *means = self",
+         "        torch.cuda.current_stream().synchronize()\n        asked, *means = self"),
+    ]),
+    *mutants("models.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: a buffer of the heads in 16 bits", "self.heads = nn.ModuleList(heads)",
+         "self.heads = nn.ModuleList(heads)\n"
+         "        self.heads.register_buffer('half', torch.ones(1, dtype=torch.bfloat16))"),
+    ]),
+    *mutants("runtime/ranks.py", ("tests/test_rehearsal.py", "-k", OF_LORA_ON_8), [
+        ("on a GPU: gradients averaged in 16 bits", "MixedPrecisionPolicy(dtype, torch.float32,",
+         "MixedPrecisionPolicy(dtype, torch.bfloat16,"),
     ]),
     *mutants("runtime/sheets.py", ("tests/test_rehearsal.py", "-k", "nothing_behind and wan"), [
         ("memory: a video decoded in float32", "in_half = is_video and",
