@@ -36,6 +36,7 @@ plan.gpu_memory = lambda: None  # runs that do not fit are rehearsed too, and te
 model_loading_utils.set_module_tensor_to_device = device.set_by_slot
 
 REAL = dict(full.DENOISERS)
+SAM = models.transformers.SamVisionConfig
 
 
 @torch.no_grad()
@@ -115,7 +116,11 @@ def all_alike(found, mine):
 
 
 def of_depth(blocks):
-    """Networks of full width from here on, with so many blocks; pairs are of any of them."""
+    """Networks of full width from here on, with so many blocks; pairs are of any of them.
+
+    SAM has all of its layers.
+    """
+    models.transformers.SamVisionConfig = SAM
     for name, (kind, config) in REAL.items():
         full.DENOISERS[name] = (kind, with_blocks(config, blocks))
     full.skeleton.cache_clear()
