@@ -324,13 +324,9 @@ def test_what_nobody_has_rehearsed_neither_fits_nor_does_not(capsys):
     call(plan.show_encoding, plan.EncodeConfig, *tiny[:2])
     for line in capsys.readouterr().out.splitlines():
         assert "peak " not in line or line.endswith("of 80: states alone, of passes nobody knows")
-    # A run itself: of an ADP's pairs the size, which it takes from them.
-    for kind, stage, latent in ((adm.Config, "adm", None), (adp.Config, "adp", (16, 32, 32))):
-        cfg = config(kind, *words[:4], "--resolution", 256, "--sample-every", 0)
-        with pytest.raises(BadInput) as e:
-            sizing.plan.refuse_what_does_not_fit(cfg, 1, 40 * GB, latent)
-        size = " --resolution 256x256" if latent else ""
-        assert f"plan.py {stage} --fit --world-size 1 --gpu-gb 40{size}`" in str(e.value)
+    # Of an ADP's pairs the size is theirs.
+    of_pairs = sizing.plan.unrehearsed(config(adp.Config, *words[:2]), "--fit", (16, 32, 32))
+    assert "`python tools/plan.py adp --fit --resolution 256x256`" in str(of_pairs)
     with pytest.raises(sizing.plan.Unrehearsed, match="adm --world-size 4`"):
         enough_gpus(config(adm.Config, *words[:8]), 1, 40 * GB)
 
