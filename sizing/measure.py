@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from families import HUB, full
-from runtime.settings import flag, require
+from runtime.settings import BadInput, flag, require
 
 ROOT = Path(__file__).resolve().parents[1]
 HARNESS = ROOT / "tests" / "fake_cuda"
@@ -197,7 +197,10 @@ def specs_of(row, blocks, folder):
 
 
 def rehearsed(specs, folder):
-    """Yields what tests/fake_cuda/rehearse.py notes of each of these runs."""
+    """Yields what tests/fake_cuda/rehearse.py notes of each of these runs.
+
+    Raises BadInput where one fails, or the process is ended.
+    """
     sys.path.insert(0, str(HARNESS))
     import shim
 
@@ -207,12 +210,25 @@ def rehearsed(specs, folder):
     runs = folder / "runs.json"
     runs.write_text(json.dumps(specs))
     command = [sys.executable, str(HARNESS / "rehearse.py"), str(library), str(runs)]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **quiet) as process:
-        for line in process.stdout:
-            noted = json.loads(line)
-            assert not noted["error"], f"{noted['name']}: {noted['error']}"
-            yield noted
+    said = folder / "said"
+    with open(said, "w") as stderr:
+        pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+            for line in process.stdout:
+                noted = json.loads(line)
+                if noted["error"]:
+                    process.kill()
+                    wrong = f"{last_line(noted['error'])} ({last_line(said.read_text())})"
+                    raise BadInput(f"the rehearsal of {noted['name']}: {wrong}")
+                yield noted
+    if process.returncode:
+        wrong = f"exit code {process.returncode} ({last_line(said.read_text())})"
+        raise BadInput(f"the rehearsal: {wrong}")
+
+
+def last_line(text):
+    """Of what a process said: what ended it, if anything."""
+    return next(reversed(text.strip().splitlines()), "it said nothing")
 
 
 def seen(stage, noted):

@@ -25,6 +25,7 @@ from sizing.measure import (
 
 FLOAT32 = 4  # bytes
 GPUS = (1, 2, 4, 8, 16, 32, 64)
+NODE = 8  # GPUs of one, as most have them
 
 
 # What a rehearsal does not see, in bytes. CUDA's own context and its kernels' code: half a gigabyte
@@ -65,6 +66,12 @@ class Plan:
     def needed(self):
         """Bytes of a GPU: the peak, and what no rehearsal sees."""
         return CONTEXT + WORKSPACE + self.peak[0] * (1 + FRAGMENTED)
+
+    def fits(self, gpu_bytes):
+        """Whether it does; None where it hangs on passes that nobody has rehearsed."""
+        if self.needed > gpu_bytes:
+            return False
+        return True if self.measured else None
 
 
 def plan_of(cfg, world, latent=None, measure=None):
@@ -250,10 +257,26 @@ def remedies(cfg, world):
         yield {**less, "pixel": False}
 
 
+class Unrehearsed(BadInput):
+    """Nothing is known to fit, and what some settings need is not known."""
+
+
+def unrehearsed(cfg, flags, latent):
+    """The Unrehearsed that names the command which would know: tools/plan.py with these flags."""
+    family = opened(cfg.model)
+    if not of_model(family):
+        why = f"passes of {cfg.model} cannot be: a rehearsal knows the hub's models alone"
+        return Unrehearsed(f"nothing that has been rehearsed fits, and {why}")
+    stage = "adm" if hasattr(cfg, "fake_gradient") else "adp"
+    words = f"{flags} {typed(size_of(family, latent))}".strip()
+    command = f"`python tools/plan.py {stage} {words}` with this run's flags"
+    return Unrehearsed(f"nothing that has been rehearsed fits: {command} rehearses the others")
+
+
 def cheapest(cfg, world, gpu_bytes, latent=None, measure=None):
     """(flags with which it fits, as they are typed; its Plan), or (None, None).
 
-    Without `measure`, of settings that are in the table.
+    Without `measure`, of settings that are in the table. Raises Unrehearsed as first_fit.
     """
     changed, plan = first_fit(cfg, remedies(cfg, world), world, gpu_bytes, latent, measure)
     return (typed(changed), plan) if plan else (None, None)
@@ -262,10 +285,13 @@ def cheapest(cfg, world, gpu_bytes, latent=None, measure=None):
 def fitting(cfg, world, gpu_bytes, measure=None):
     """{setting that changes: value} with which cfg costs least and fits, or None.
 
-    What cfg itself saves memory with is taken back first, but for LoRA, which trains other
-    parameters.
+    What cfg itself saves memory with is taken back first, sharding beyond a node too, but for LoRA,
+    which trains other parameters. Raises Unrehearsed as first_fit.
     """
     free = {"gradient_checkpointing": False, "offload": False}
+    cfg = replace(cfg, shard_ranks=cfg.shard_ranks or world)
+    if cfg.shard_ranks > NODE and world % NODE == 0:
+        free["shard_ranks"] = NODE
     remedied = remedies(replace(cfg, **free), world)
     changes = ({**free, **less} for less in ({}, *remedied))
     changed, _ = first_fit(cfg, changes, world, gpu_bytes, measure=measure)
@@ -275,18 +301,27 @@ def fitting(cfg, world, gpu_bytes, measure=None):
 def first_fit(cfg, changes, world, gpu_bytes, latent=None, measure=None):
     """(what differs from cfg, its Plan) of the first of changes, {name: value} each, that fits.
 
-    (None, None) where none does.
+    (None, None) where none does. Raises Unrehearsed where that is not known of all.
     """
+    unknown = False
     for settings in changes:
         plan = plan_of(replace(cfg, **settings), world, latent, measure)
-        if plan.measured and plan.needed <= gpu_bytes:
+        fits = plan.fits(gpu_bytes)
+        if fits:
             changed = {name: v for name, v in settings.items() if v != getattr(cfg, name)}
             return changed, plan
+        unknown |= fits is None
+    if unknown:
+        raise unrehearsed(cfg, f"--fit --world-size {world} --gpu-gb {gpu_bytes / 1e9:.4g}", latent)
     return None, None
 
 
 def enough_gpus(cfg, world, gpu_bytes, latent=None):
-    """The least number of GPUs among GPUS, above `world`, on which cfg fits, or None."""
+    """The least number of GPUs among GPUS, above `world`, on which cfg fits, or None.
+
+    Raises Unrehearsed where that is not known of all.
+    """
+    unknown = None
     for more in GPUS:
         if more <= world:
             continue
@@ -294,17 +329,25 @@ def enough_gpus(cfg, world, gpu_bytes, latent=None):
             plan = plan_of(cfg, more, latent)
         except BadInput:
             continue  # the batch does not come out even
-        if plan.measured and plan.needed <= gpu_bytes:
+        fits = plan.fits(gpu_bytes)
+        if fits:
             return more
+        if fits is None:
+            unknown = unknown or more
+    if unknown:
+        raise unrehearsed(cfg, f"--world-size {unknown}", latent)
     return None
 
 
 def advice(cfg, world, gpu_bytes, latent=None, measure=None):
-    """What would make cfg fit, in words: flags, or else more GPUs."""
-    flags, smaller = cheapest(cfg, world, gpu_bytes, latent, measure)
-    if flags:
-        return f"in {gb(smaller.peak[0])} GB it fits with {flags}"
-    more = enough_gpus(cfg, world, gpu_bytes, latent)
+    """What would make cfg fit, in words: flags, or else more GPUs; or who would know."""
+    try:
+        flags, smaller = cheapest(cfg, world, gpu_bytes, latent, measure)
+        if flags:
+            return f"in {gb(smaller.peak[0])} GB it fits with {flags}"
+        more = enough_gpus(cfg, world, gpu_bytes, latent)
+    except Unrehearsed as e:
+        return str(e)
     return f"no flag makes it fit, {more} GPUs do" if more else "no flag makes it fit"
 
 

@@ -7,6 +7,7 @@ the student; stock diffusers opens that and draws an image in one step. Half an 
 It fails where a process takes more than 20 GB of main memory, or the image is none.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -81,7 +82,15 @@ def main(out):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--draw":
-        draw(sys.argv[2])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--draw", action="store_true", help="of a pipeline that is there")
+    words = parser.parse_args()
+    if words.draw:
+        draw(words.out)
     else:
-        main(sys.argv[1])
+        main(words.out)

@@ -36,6 +36,8 @@ BF16 = "tests/test_bf16.py"
 OF_ADM = (ORACLE, "-k", "of_adm and sd3 and not after")
 OF_SDXL = (ORACLE, "-k", "of_adm and sdxl")
 OF_ADP = (ORACLE, "-k", "of_adp and (sd3 or sdxl)")
+OF_LORA_ON_8 = "averaged and sd3 and LoRA and 8"
+OF_LORA = "sd3 and adm and LoRA and not (8 or after or blocks)"
 
 # fmt: off
 MUTANTS = [
@@ -299,6 +301,14 @@ MUTANTS = [
         ("groups: planned as one", "states(parts, cfg, together, live)",
          "states(parts, cfg, world, live)"),
     ]),
+    *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "neither_fits"), [
+        ("the plan: what is not known fits", "return True if self.measured else None",
+         "return True"),
+        ("the plan: what is not known does not fit", "unknown |= fits is None", "pass"),
+    ]),
+    *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "within_nodes"), [
+        ("--fit: over all ranks at once", 'free["shard_ranks"] = NODE', "pass"),
+    ]),
     *mutants("sizing/plan.py", ("tests/test_sizing.py", "-k", "sums"), [
         ("the plan forgets earlier gradients", "    more = gradients\n", "    more = 0\n"),
         ("the plan leaves moments on the GPU", "if offload:", "if False:"),
@@ -337,6 +347,29 @@ MUTANTS = [
     ]),
     *mutants("adp.py", ("tests/test_training.py", "-k", "once_more"), [
         ("memory: SAM's layers are kept", "            pixel_disc.recompute()\n", ""),
+    ]),
+    *mutants("adm.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: times stay on the CPU", "timesteps(steps)[:-1].to(ranks.device)",
+         "timesteps(steps)[:-1]"),
+        ("on a GPU: a time in 16 bits", "return t, t - cfg.dt * T",
+         "return t, (t - cfg.dt * T).bfloat16()"),
+        ("on a GPU: the host waits for a loss", "    judged = ((x_real,",
+         "    loss_d.item()\n    judged = ((x_real,"),
+        ("on a GPU: heads in 16 bits", "cfg.head_width, ranks.mesh).to(ranks.device)",
+         "cfg.head_width, ranks.mesh).to(ranks.device, torch.bfloat16)"),
+    ]),
+    *mutants("runtime/folder.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: the host waits for a stream", "        asked, *means = self",
+         "        torch.cuda.current_stream().synchronize()\n        asked, *means = self"),
+    ]),
+    *mutants("models.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: a buffer of the heads in 16 bits", "self.heads = nn.ModuleList(heads)",
+         "self.heads = nn.ModuleList(heads)\n"
+         "        self.heads.register_buffer('half', torch.ones(1, dtype=torch.bfloat16))"),
+    ]),
+    *mutants("runtime/ranks.py", ("tests/test_rehearsal.py", "-k", OF_LORA_ON_8), [
+        ("on a GPU: gradients averaged in 16 bits", "MixedPrecisionPolicy(dtype, torch.float32,",
+         "MixedPrecisionPolicy(dtype, torch.bfloat16,"),
     ]),
     *mutants("runtime/sheets.py", ("tests/test_rehearsal.py", "-k", "nothing_behind and wan"), [
         ("memory: a video decoded in float32", "in_half = is_video and",

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
-from conftest import ROOT, script
+import torch
+from conftest import ROOT, script, shell
 
+import adm
+from runtime.folder import Run
 from tools import first_hour
 
 SCRIPT = ROOT / "tools" / "first_hour_on_a_gpu.sh"
@@ -37,14 +41,66 @@ def test_without_a_gpu_it_stops_at_once(tmp_path):
     assert line == "first_hour.py: DIFFERENT: GPU: expected one that torch sees, found none"
     done = start(tmp_path / "hour", python="false")  # as that check: it fails
     assert done.returncode == 1 and done.stdout.count("==") == 1
-    assert start(tmp_path / "hour").returncode == 2  # it writes over nothing
+    assert not (tmp_path / "hour").exists()
 
 
-def stops(capsys, *words):
+@pytest.mark.parametrize("words", [["--help"], ["--rehears"], ["--rehearse", "extra"]])
+def test_other_words_start_nothing(words, tmp_path):
+    done = start(tmp_path / "hour", *words)
+    assert done.returncode == 2 and not (tmp_path / "hour").exists()
+    assert done.stderr == "usage: bash tools/first_hour_on_a_gpu.sh [--rehearse]\n"
+
+
+def test_it_writes_over_nothing_and_wants_a_python(tmp_path):
+    done = start(tmp_path, "--rehearse")
+    assert done.returncode == 2 and f"{tmp_path} is there" in done.stderr
+    done = start(tmp_path / "hour", "--rehearse", python="/nope")
+    assert done.returncode == 2 and not (tmp_path / "hour").exists()
+    assert done.stderr == "first_hour_on_a_gpu.sh: no Python at /nope: set PYTHON\n"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "'' is no check: there are device, waits, "),
+        (["nosuch"], "'nosuch' is no check"),
+        (["start"], "start: missing a required argument: 'folder'"),
+        (["start", "out/none", "--modell", "sd3"], "--modell: no such flag"),
+    ],
+)
+def test_what_is_no_check_is_refused(words, said, capsys):
+    assert said in stops(capsys, *words, code=2)
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_other_waits_stop_it(times, capsys, monkeypatch):
+    """Of the second iteration alone, its row with it."""
+    modes = ["default"]
+
+    def iterations(cfg):
+        for n in (1, 2, 3):
+            for _ in range(times):
+                if modes[-1] == "warn":
+                    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            Run.record(None, n)
+
+    monkeypatch.setattr(Run, "record", lambda self, iteration: None)
+    monkeypatch.setattr(adm, "main", iterations)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    if times == 1:
+        first_hour.main("waits", "--iterations", "3")
+        assert "iteration 2: expected 1, for its row, found 1" in capsys.readouterr().out
+    else:
+        assert f"expected 1, for its row, found {times}" in stops(capsys, "waits")
+    assert modes == ["default", "warn", "default", "default"]
+
+
+def stops(capsys, *words, code=1):
     """The one line with which a check stops."""
     with pytest.raises(SystemExit) as e:
         first_hour.main(*map(str, words))
-    assert e.value.code == 1
+    assert e.value.code == code
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -88,3 +144,9 @@ def test_other_memory_time_and_scores_stop_it(tmp_path, capsys):
     (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
     first_hour.main("digits", tmp_path, "41", "2", "0.1", "0.2")
     assert "digits, distance: expected 0.1" in stops(capsys, "digits", tmp_path, 41, 2, 0.1, 0.05)
+
+
+def test_the_run_at_full_depth_wants_a_folder():
+    done = shell("python", "tests/full_depth.py")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.endswith("the following arguments are required: out")

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, call, config, refused
@@ -203,6 +205,60 @@ def test_a_rehearsal_is_of_the_depth_and_the_size_that_are_asked(tmp_path):
     assert own["words"][-2:] == ["--batch-size", "32"]
 
 
+@pytest.mark.parametrize(
+    "ends, said",
+    [
+        ("sys.exit('no memory')", r"the rehearsal: exit code 1 \(no memory\)"),
+        ("os.kill(os.getpid(), 9)", r"the rehearsal: exit code -9 \(it said nothing\)"),
+        (
+            """print('{"name": "adm x", "error": "Traceback\\\\nit broke"}', flush=True)""",
+            r"the rehearsal of adm x: it broke \(it said nothing\)",
+        ),
+    ],
+)
+def test_a_rehearsal_that_fails_is_told_of_in_one_line(ends, said, tmp_path, monkeypatch):
+    (tmp_path / "rehearse.py").write_text(f"import os, sys\n{ends}\n")
+    shim = SimpleNamespace(other_torch=lambda: None, compiler=lambda: "c++", build=lambda at: at)
+    monkeypatch.setitem(sys.modules, "shim", shim)
+    monkeypatch.setattr(measure, "HARNESS", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(BadInput, match=f"^{said}$"):
+        list(measure.measured([measure.Row("pairs", "--model sd3", "")]))
+
+
+def test_what_no_gpu_is_like_is_refused(capsys):
+    shown = {plan.show_pairs: plan.PairsConfig, plan.show_encoding: plan.EncodeConfig}
+    for show, kind in shown.items():
+        said = refused(capsys, show, kind, "--model", "sd3", "--gpu-gb", 0)
+        assert "--gpu-gb 0.0: a positive number" in said
+    said = refused(capsys, plan.show, plan.AdmConfig, "--gpu-gb", "inf")
+    assert "--gpu-gb inf: a positive number" in said
+    said = refused(capsys, plan.record, plan.RecordConfig, "--stages", "adm,nosuch")
+    assert "--stages nosuch: one of adm, adp, pairs, encode, decode" in said
+
+
+@pytest.mark.parametrize("off, ends_with", [(0.019, None), (0.021, 1)])
+def test_a_comparison_that_is_off_by_more_than_two_percent_fails(
+    off, ends_with, capsys, monkeypatch
+):
+    """By hand: GROWS at sd3's 24 blocks, as in the test of sums, and a rehearsal of all of them."""
+    most = 1000 + 5 * 2000
+    row = next(row for row in plan.usual(["sd3"]) if row.stage == "adm")
+    whole = {"forward": [[round(most / (1 + off))]]}
+    monkeypatch.setattr(plan, "table", lambda: {str(row): GROWS})
+    monkeypatch.setattr(plan, "measured", lambda rows, blocks: [(rows[0], whole)])
+    words = ["--models", "sd3", "--check"]
+    if ends_with is None:
+        call(plan.record, plan.RecordConfig, *words)
+    else:
+        with pytest.raises(SystemExit) as e:
+            call(plan.record, plan.RecordConfig, *words)
+        assert e.value.code == ends_with
+    said = capsys.readouterr()
+    assert f"off by {off:+.2%}" in said.out
+    assert ("1 of 1 off by more than 2%" in said.err) == bool(ends_with)
+
+
 def test_dmd_step_and_regression_have_no_adversary():
     for loss in ("dmd", "step"):
         alone = plan_of(config(adm.Config, "--model", "tiny-sd3", "--loss", loss), 1)
@@ -235,6 +291,44 @@ def test_fit_finds_what_costs_least_and_says_where_nothing_does(capsys, of_any_r
     assert "fits with: --offload\n" in shown and "it fits" in shown.splitlines()[-1]
     said = refused(capsys, plan.show, plan.AdmConfig, *words, "--gpu-gb", 2)
     assert "no flags make it fit 2 GB" in said
+
+
+def test_fit_shards_within_nodes_first_and_over_all_only_where_that_does_not_fit(of_any_row):
+    words = ["--model", "sd3", "--lora-rank", 0, "--sample-every", 0]
+    cfg = config(adm.Config, *words)
+    free = {"gradient_checkpointing": False}
+    within = plan_of(replace(cfg, **free, shard_ranks=8), 16).needed
+    for own in (None, 16):
+        cfg = replace(cfg, shard_ranks=own)
+        assert sizing.plan.fitting(cfg, 16, within) == {**free, "shard_ranks": 8}
+        assert sizing.plan.fitting(cfg, 16, within - 1) == free
+    assert sizing.plan.fitting(replace(cfg, shard_ranks=4), 16, 80 * GB) == free  # as it was
+    assert sizing.plan.fitting(replace(cfg, shard_ranks=None), 8, 80 * GB) == free
+
+
+def test_what_nobody_has_rehearsed_neither_fits_nor_does_not(capsys):
+    """Where the states alone fit, passes decide: the command that rehearses them is named."""
+    words = ["--model", "sd3", "--lora-rank", 0, "--resolution", 512, "--sample-every", 0]
+    words += ["--world-size", 1]
+    call(plan.show, plan.AdmConfig, *words, "--no-measure")
+    known = "nothing that has been rehearsed fits"
+    command = "`python tools/plan.py adm --fit --world-size 1 --gpu-gb 80` with this run's flags"
+    shown = capsys.readouterr().out
+    assert f"needed 83.60 of 80: it does not fit; {known}: {command}" in shown
+    said = refused(capsys, plan.show, plan.AdmConfig, *words, "--no-measure", "--fit")
+    assert said == f"tools.plan.py: {known}: {command} rehearses the others"
+    tiny = ["--model", "tiny-sd3", "--world-size", 1]
+    said = refused(capsys, plan.show, plan.AdmConfig, *tiny, "--fit")
+    assert "passes of tiny-sd3 cannot be: a rehearsal knows the hub's models alone" in said
+    call(plan.show, plan.AdmConfig, *tiny)
+    call(plan.show_encoding, plan.EncodeConfig, *tiny[:2])
+    for line in capsys.readouterr().out.splitlines():
+        assert "peak " not in line or line.endswith("of 80: states alone, of passes nobody knows")
+    # Of an ADP's pairs the size is theirs.
+    of_pairs = sizing.plan.unrehearsed(config(adp.Config, *words[:2]), "--fit", (16, 32, 32))
+    assert "`python tools/plan.py adp --fit --resolution 256x256`" in str(of_pairs)
+    with pytest.raises(sizing.plan.Unrehearsed, match="adm --world-size 4`"):
+        enough_gpus(config(adm.Config, *words[:8]), 1, 40 * GB)
 
 
 def test_pairs_and_encoding_are_planned(capsys):

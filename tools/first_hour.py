@@ -1,16 +1,18 @@
 """The checks of first_hour_on_a_gpu.sh: each prints what was expected and found, and may stop it.
 
-    python tools/first_hour.py device | start RUN FLAGS | resumed RUN SAME
+    python tools/first_hour.py device | waits FLAGS | start RUN FLAGS | resumed RUN SAME
     python tools/first_hour.py opens RUN | bench LINE TABLE FLAGS
     python tools/first_hour.py digits SCORES CLIP NOISE DISTANCE NOISE
 
 RUN and SAME are folders of adm.py FLAGS, LINE is what bench.py --json FLAGS printed, SCORES a
-folder of score.py. Exit code 1 at the first difference.
+folder of score.py; `waits` is adm.py FLAGS itself. Exit code 1 at the first difference.
 """
 
 import csv
+import inspect
 import json
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,7 +22,9 @@ import torch
 
 import adm
 from runtime.flags import parser_of
-from runtime.script import parse, quiet
+from runtime.folder import Run
+from runtime.script import in_one_line, parse, quiet, run
+from runtime.settings import require
 from sizing.plan import plan_of
 
 ULP = 2**-8  # relative, of bf16
@@ -78,6 +82,27 @@ def device():
     there = torch.cuda.is_available()
     expect("GPU", "one that torch sees", torch.cuda.get_device_name() if there else "none", there)
     expect("bf16", "supported", "", torch.cuda.is_bf16_supported())
+
+
+def waits(*flags):
+    """adm.py: from its first row of the log to its second the host waits once, as rehearsed."""
+    record, there = Run.record, torch.cuda.is_available()
+
+    def counted_from_here(self, iteration, *args):
+        record(self, iteration, *args)
+        if there:
+            torch.cuda.set_sync_debug_mode("warn" if iteration == 1 else "default")
+
+    Run.record = counted_from_here
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(adm.main, adm.Config, flags, prog="adm.py")
+    Run.record = record
+    found = sum("synchronizing CUDA operation" in str(one.message) for one in said)
+    if there:
+        expect("waits for the GPU in iteration 2", "1, for its row", found, found == 1)
+    else:
+        print("  not compared: how often the host waits for a GPU: there is none")
 
 
 def start(folder, *flags):
@@ -154,14 +179,25 @@ def digits(scores, *expected):
         expect(f"digits, {metric}", said, f"{found:.4g}", abs(found - value) <= noise)
 
 
-def main(name, *words):
+def main(name="", *words):
     quiet()
-    checks = {f.__name__: f for f in (device, start, resumed, opens, bench, digits)}
+    checks = {f.__name__: f for f in (device, waits, start, resumed, opens, bench, digits)}
     try:
-        checks[name](*words)
+        with in_one_line("first_hour.py"):
+            require(name in checks, f"{name!r} is no check: there are {', '.join(checks)}")
+            check_words(checks[name], words)
+            checks[name](*words)
     except Different as e:
         print(f"first_hour.py: DIFFERENT: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+def check_words(check, words):
+    """Raises BadInput where these are not the words of a check."""
+    try:
+        inspect.signature(check).bind(*words)
+    except TypeError as e:
+        require(False, f"{check.__name__}: {e}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,14 @@
 #
 # PYTHON (default .venv/bin/python) runs it; OUT (default out/first-hour) is a folder to write.
 set -euo pipefail
+case "$*" in
+    "") rehearse= ;;
+    --rehearse) rehearse=1 ;;
+    *)
+        echo "usage: bash tools/first_hour_on_a_gpu.sh [--rehearse]" >&2
+        exit 2
+        ;;
+esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-out/first-hour}
@@ -14,8 +22,7 @@ export HF_HUB_OFFLINE=1
 
 lora="--lora-rank 64 --gradient-checkpointing --ema 0"
 one="--guidance 1 --student-steps 1 --warmup 0 --sample-every 0 --prompts $out/prompts.txt"
-if [[ "${1:-}" == --rehearse ]]; then
-    rehearse=1
+if [[ $rehearse ]]; then
     large="--model tiny-sdxl --lora-rank 4 --head-width 8"
     whole="--model tiny-sd3 --head-width 8"
     benched=("--model tiny-sdxl --head-width 8 --batch-size 4")
@@ -26,7 +33,6 @@ if [[ "${1:-}" == --rehearse ]]; then
     images=26
     scores="24.42 3 0.438 0.05"  # of these few iterations on a CPU; the noise is ours
 else
-    rehearse=
     large="--model sdxl --random-init $lora"
     whole="--model sd3 --random-init --lora-rank 0 --gradient-checkpointing --offload --ema 0"
     benched=(
@@ -47,11 +53,20 @@ if [[ -e "$out" ]]; then
     echo "first_hour_on_a_gpu.sh: $out is there: move it away, or set OUT" >&2
     exit 2
 fi
-mkdir -p "$out"
-printf 'a red fox\ntwo dogs on a hill\n' >"$out/prompts.txt"
+if ! command -v "$python" >/dev/null; then
+    echo "first_hour_on_a_gpu.sh: no Python at $python: set PYTHON" >&2
+    exit 2
+fi
 
 say() { printf '\n== %s\n' "$*"; }
 check() { "$python" tools/first_hour.py "$@"; }
+
+say "a GPU (seconds)"
+[[ $rehearse ]] || check device
+
+mkdir -p "$out"
+printf 'a red fox\ntwo dogs on a hill\n' >"$out/prompts.txt"
+
 # What a command says goes into a log of its own; it is shown where the command fails.
 run() {
     local log="$out/$1.log"
@@ -59,13 +74,11 @@ run() {
     "$python" "$@" >"$log" 2>&1 || { tail -n 20 "$log" >&2; exit 1; }
 }
 
-say "a GPU (seconds)"
-[[ $rehearse ]] || check device
-
 say "two iterations of $large, and the same stopped and resumed (10 minutes)"
 # Without CFG the fake score is the teacher bit by bit, if precision is what it should be.
 two="$large $one --batch-size 2 --iterations 2"
-run large adm.py $two --out "$out/large"
+run large tools/first_hour.py waits $two --out "$out/large"
+tail -n 1 "$out/large.log"
 check start "$out/large" $two
 run stopped adm.py $two --iterations 1 --out "$out/resumed"
 run resumed adm.py $two --out "$out/resumed" --resume

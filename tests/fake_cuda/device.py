@@ -39,7 +39,7 @@ def install():
 
 
 class Nothing:
-    """A stream, or an event: nothing runs on it, nobody waits for it."""
+    """A stream, or an event: nothing runs on it. How the host waits for it: stage.py."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -53,7 +53,7 @@ class Nothing:
     def nothing(self, *args):
         pass
 
-    record = wait = wait_event = wait_stream = synchronize = nothing
+    record = wait = wait_event = wait_stream = nothing
 
     def record_event(self, *args):
         return Nothing()

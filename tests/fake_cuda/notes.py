@@ -85,7 +85,7 @@ def install():
     wrap(models.Denoiser, "__call__", role_phase)
     wrap(models.LatentDiscriminator, "features", lambda *args: "features of the discriminator")
     wrap(models.PixelDiscriminator, "features", pixel_phase)
-    wrap(models.Discriminator, "logits", lambda *args: "heads")
+    wrap(models.Discriminator, "logits", heads_phase)
     vaes = ("AutoencoderKL", "AutoencoderKLCogVideoX", "AutoencoderKLWan")
     for kind in vaes:
         wrap(getattr(diffusers, kind), "decode", vae_phase)
@@ -211,6 +211,12 @@ def role_phase(role, *args, **kwargs):
 def pixel_phase(discriminator, images):
     now.held["pixel backbone"] = bytes_of(discriminator.backbone.parameters())
     return "features of the pixel discriminator"
+
+
+def heads_phase(discriminator, maps):
+    for b in (*discriminator.heads.buffers(), *discriminator.buffers(recurse=False)):
+        now.buffers[f"heads: {kind_of(b)}"] += 1
+    return "heads"
 
 
 def vae_phase(vae, *args, **kwargs):

@@ -36,6 +36,7 @@ plan.gpu_memory = lambda: None  # runs that do not fit are rehearsed too, and te
 model_loading_utils.set_module_tensor_to_device = device.set_by_slot
 
 REAL = dict(full.DENOISERS)
+SAM = models.transformers.SamVisionConfig
 
 
 @torch.no_grad()
@@ -71,6 +72,7 @@ def rehearse(script, words, world=1, blocks=None):
     notes.now = notes.Notes(watch)
     notes.now.most = 1 if blocks else None
     FakeTensor.tolist = lambda x: watch.values_of(x)
+    device.Nothing.synchronize = torch.cuda.synchronize = lambda *args: watch.synchronized()
     torch.cuda.max_memory_allocated = lambda *args: watch.peak
     torch.UntypedStorage.resize_ = lambda storage, size: watch.resize(storage, size)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -114,7 +116,11 @@ def all_alike(found, mine):
 
 
 def of_depth(blocks):
-    """Networks of full width from here on, with so many blocks; pairs are of any of them."""
+    """Networks of full width from here on, with so many blocks; pairs are of any of them.
+
+    SAM has all of its layers.
+    """
+    models.transformers.SamVisionConfig = SAM
     for name, (kind, config) in REAL.items():
         full.DENOISERS[name] = (kind, with_blocks(config, blocks))
     full.skeleton.cache_clear()

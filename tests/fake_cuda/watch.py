@@ -118,6 +118,10 @@ class Watch(TorchDispatchMode):
             self.waits[f"value {where()}"] += 1
         return x.shape == y.shape
 
+    def synchronized(self):
+        """The host waits for a stream, an event or the whole device."""
+        self.waits[f"all of it {where()}"] += 1
+
     def note_crossings(self, op, args, kwargs, out):
         packet = op.overloadpacket
         if packet in REDUCES:
