@@ -248,17 +248,3 @@ def metrics(mixture, x, fresh):
         "density_tv": density_tv(mixture, x),
         "energy": energy(x[: len(fresh)], fresh),
     }
-
-
-def divergences(p, q, x):
-    """(KL(q ‖ p), TV(p, q)) of one-dimensional mixtures p, q, by quadrature.
-
-    x (n, 1) is an even grid that must span both. With p the target and q a student, the first is
-    the reverse KL that DMD descends, the second what the hinge game does.
-    """
-    t = torch.zeros(len(x), dtype=torch.float64)
-    dx = float(x[1] - x[0])
-    log_p, log_q = p.log_density(x.double(), t), q.log_density(x.double(), t)  # (n,) each
-    kl = (log_q.exp() * (log_q - log_p)).sum() * dx
-    tv = 0.5 * (log_p.exp() - log_q.exp()).abs().sum() * dx
-    return float(kl), float(tv)

@@ -3,10 +3,9 @@
     python toy/plot.py out/toy/results.json --out out/toy
     python toy/plot.py toy/results/headline.json toy/results/separation-*.json --out toy/results
 
-Each file that holds training curves gives <file>.png (target and every method's samples),
-<file>-curves.png (TV and modes covered) and <file>-dmd-loss.png; all files together phase.png if
-they hold several separations. divergences.png needs no file. toy/gmm.py defines TV and modes
-covered.
+Each file that holds training curves gives <file>.png (target and every method's samples) and
+<file>-curves.png (TV and modes covered, of 4,096 samples); all files together phase.png if they
+hold several separations. toy/gmm.py defines TV and modes covered.
 """
 
 import json
@@ -18,14 +17,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import BadInput
-from toy.gmm import Mixture, divergences, load_mixture
+from toy.gmm import load_mixture
 from toy.run import by, fresh
 
 # {method: (title, colour, line)}. Where lines coincide, a broken one shows what is under it.
@@ -132,19 +130,6 @@ def curves(runs):
     return figure
 
 
-def dmd_loss(runs):
-    """The loss that ADM logs and never optimises."""
-    groups = by(runs, "method")
-    wanted = ("dmd", "adm-paper", "adm-recipe", "adp+dmd", "adp+adm-paper", "adp+adm-recipe")
-    figure, ax = plt.subplots(figsize=(7, 4.5))
-    log_axis(ax)
-    bands(ax, {name: groups[name] for name in wanted if name in groups}, "dmd_loss")
-    ax.set_ylabel(f"DMD loss: mean and range of {seeds(runs)}")
-    ax.set_title("DMD loss: logged under ADM, optimised under DMD", fontsize=11)
-    legend_below(figure, ax)
-    return figure
-
-
 def phase(runs):
     """TV at each separation, a line a method: from the teacher, and after ADP."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5))
@@ -179,56 +164,6 @@ def phase(runs):
     return figure
 
 
-def divergence():
-    """Reverse KL and TV by quadrature, in one dimension.
-
-    A student slides off two modes, and one at 0 or on a mode widens across them.
-    """
-    target = Mixture([[-2.0], [2.0]], [1, 1], 0.5)
-    x = torch.linspace(-30, 50, 40001)[:, None]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-
-    def draw(ax, other, values, students, style):
-        """The two divergences of students, one a value; returns them, (values,) each."""
-        kl, tv = np.array([divergences(target, student, x) for student in students]).T
-        ax.plot(values, kl, style, color="tab:red")
-        other.plot(values, tv, style, color="tab:blue")
-        return kl, tv
-
-    def labelled(ax, what):
-        """A second axis for TV, and what the axes are."""
-        other = ax.twinx()
-        ax.set_xlabel(what)
-        ax.set_ylabel("reverse KL", color="tab:red")
-        other.set_ylabel("TV", color="tab:blue")
-        other.set_ylim(0, 1.05)
-        return other
-
-    means = np.linspace(0, 12, 61)
-    other = labelled(left, "student's mean (its σ is 0.5)")
-    draw(left, other, means, [Mixture([[float(m)]], [1], 0.5) for m in means], "-")
-    left.set_title("sliding off a target with modes at ±2, σ 0.5", fontsize=11)
-
-    stds = np.linspace(0.2, 5, 49)
-    other = labelled(right, "student's σ (its mean is 0: dashed; on a mode: solid)")
-    for mean, style in ((0.0, "--"), (2.0, "-")):
-        students = [Mixture([[mean]], [1], float(s)) for s in stds]
-        kl, tv = draw(right, other, stds, students, style)
-        right.plot(stds[kl.argmin()], kl.min(), "o", color="tab:red")
-        other.plot(stds[tv.argmin()], tv.min(), "o", color="tab:blue")
-    right.set_title("widening across it (dots: where each divergence would stop)", fontsize=11)
-    right.set_ylim(0, 12)
-    return figure
-
-
-def of_file(name, runs):
-    """{picture's name: figure} of one file's runs with their curves and samples."""
-    pictures = {name: samples(runs), f"{name}-curves": curves(runs)}
-    if any("dmd_loss" in p for r in runs for p in r["history"]):
-        pictures[f"{name}-dmd-loss"] = dmd_loss(runs)
-    return pictures
-
-
 def main(argv=None):
     parser = plain_parser(__doc__)
     parser.add_argument("files", nargs="+", help="results.json of a run, or files of toy/results/")
@@ -240,17 +175,18 @@ def main(argv=None):
 
 def draw(files, folder):
     """All pictures of these files, in the folder. Raises BadInput for a file without results."""
-    everything, pictures = [], {"divergences": divergence()}
+    everything, pictures = [], {}
     for path in map(Path, files):
         try:
             runs = as_they_are(json.loads(path.read_text())["runs"])
             first = next(iter(by(runs, "mixture", "separation").values()))
-        except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
             what = f"no results file of toy/run.py or toy/claims.py ({type(e).__name__})"
             raise BadInput(f"{path} is {what}") from None
         everything += runs
         if "history" in first[0]:
-            pictures = of_file(path.stem, first) | pictures  # of one name, the first is drawn
+            of_file = {path.stem: samples(first), f"{path.stem}-curves": curves(first)}
+            pictures = of_file | pictures  # of one name, the first is drawn
     for group in by(everything, "mixture", "iterations").values():
         if len(by(group, "separation")) > 1:
             pictures["phase"] = phase(group)
