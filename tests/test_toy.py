@@ -58,50 +58,24 @@ def world_of(cfg, teacher_iterations):
         return World(cfg)
 
 
-def double(mixture):
-    """In float64, so that finite differences are sharp."""
-    other = deepcopy(mixture)
-    for name in ("means", "weights", "std"):
-        setattr(other, name, getattr(mixture, name).double())
-    return other
-
-
 # --- Closed forms ---------------------------------------------------------------------------------
 
 
-def test_density_is_that_of_torch_distributions(mixture, points):
+def test_velocity_is_that_of_the_density(mixture, points):
+    """Tweedie: E[ε | x_t] = −σ ∇ log p_t(x_t), here by torch.distributions, and it is x_t + α v."""
     D = torch.distributions
     for x, t in zip(*points, strict=True):
         alpha, sigma = (float(c) for c in LINE.alpha_sigma(t[None]))
         std = ((alpha * mixture.std) ** 2 + sigma**2).sqrt()[:, None].expand_as(mixture.means)
         modes = D.Independent(D.Normal(alpha * mixture.means, std), 1)
-        expected = D.MixtureSameFamily(D.Categorical(mixture.weights), modes).log_prob(x)
-        assert_close(mixture.log_density(x[None], t[None])[0], expected, rtol=1e-4, atol=1e-4)
+        density = D.MixtureSameFamily(D.Categorical(mixture.weights), modes)
+        score = torch.func.grad(density.log_prob)(x)  # (d,)
+        eps = x + alpha * mixture.velocity(x[None], t[None])[0]  # (d,)
+        assert_close(eps, -sigma * score, rtol=1e-3, atol=1e-3)
 
 
-def test_score_is_the_gradient_of_the_density(mixture, points):
-    mixture = double(mixture)
-    x_t, t = points
-    x_t = x_t.double()
-    h = 1e-3
-    slopes = []
-    for step in h * torch.eye(x_t.shape[1], dtype=torch.float64):
-        rise = mixture.log_density(x_t + step, t) - mixture.log_density(x_t - step, t)
-        slopes.append(rise / (2 * h))
-    assert_close(mixture.score(x_t, t), torch.stack(slopes, 1), rtol=1e-4, atol=1e-4)
-
-
-def test_score_velocity_and_x0_agree(mixture, points):
-    """Tweedie: α E[x_0|x_t] = x_t + σ² score, and x_t = α x_0 + σ ε in the mean as well."""
-    x_t, t = points
-    alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))
-    x0 = mixture.x0(x_t, t)
-    assert_close(alpha * x0, x_t + sigma**2 * mixture.score(x_t, t), rtol=1e-3, atol=1e-3)
-    assert_close(x0, x_t - sigma * mixture.velocity(x_t, t), rtol=1e-3, atol=1e-3)
-
-
-def test_velocity_and_x0_against_monte_carlo(mixture, points):
-    """Means over 400,000 draws of x_0, weighted by how well they explain x_t.
+def test_velocity_against_monte_carlo(mixture, points):
+    """A mean over 400,000 draws of x_0, weighted by how well they explain x_t.
 
     Where it is noisy, so that many do.
     """
@@ -114,9 +88,8 @@ def test_velocity_and_x0_against_monte_carlo(mixture, points):
         alpha, sigma = LINE.alpha_sigma(t[None])
         eps = (x - alpha * x0) / sigma
         w = (-0.5 * eps.square().sum(1)).softmax(0)  # (n,)
-        at = x[None], t[None]
-        assert_close(mixture.x0(*at)[0], w @ x0, rtol=0, atol=0.1)
-        assert_close(mixture.velocity(*at)[0], w @ (eps - x0), rtol=0, atol=0.15)
+        v = mixture.velocity(x[None], t[None])[0]  # (d,)
+        assert_close(v, w @ (eps - x0), rtol=0, atol=0.15)
 
 
 def test_samples_have_the_moments_of_the_mixture(mixture):
@@ -488,8 +461,9 @@ def test_dmd_gradient_is_the_score_difference():
     x0_hat = (draw.normal((2,)) + torch.tensor([2.0, 0])).requires_grad_()
     t = draw.uniform(0.1 * T, 0.9 * T)
     x_t = LINE.add_noise(x0_hat.detach(), draw.normal((2,)), t)
-    adm.dmd_loss(x0_hat, real.x0(x_t, t), fake.x0(x_t, t)).backward()
-    wanted = fake.score(x_t, t) - real.score(x_t, t)
+    x0_real, x0_fake = (LINE.to_x0_eps(x_t, m.velocity(x_t, t), t)[0] for m in (real, fake))
+    adm.dmd_loss(x0_hat, x0_real, x0_fake).backward()
+    wanted = fake.means - real.means  # (1, 2): of unit Gaussians, but for a factor
     cosine = torch.cosine_similarity(x0_hat.grad, wanted)
     assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-3)
 
