@@ -19,7 +19,6 @@ Prints a table, mean ± sd over seeds, whose words toy/gmm.py defines; writes re
 toy/plot.py reads. All numbers are ours unless a comment says otherwise: the paper has no toy.
 """
 
-import json
 import math
 import sys
 import time
@@ -42,6 +41,7 @@ import adm
 import adp
 from models import Discriminator, frozen
 from ode import Draw, FlowSchedule, T, common, student_sample, teacher_sample, with_guidance
+from runtime.files import write_json
 from runtime.flags import option
 from runtime.script import run
 from runtime.settings import BadInput, at_least, flag, positive, require
@@ -773,8 +773,7 @@ def main(cfg):
         for method in cfg.methods.split(","):
             results, _ = train(cfg, method, world)
             runs += results
-            written = {"runs": runs, "config": asdict(cfg)}
-            (folder / "results.json").write_text(json.dumps(written) + "\n")
+            write_json(folder / "results.json", {"runs": runs, "config": asdict(cfg)})
     print(table(runs))
 
 

@@ -69,7 +69,7 @@ SEEDS = {"seeds": 5, "first_seed": 0}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the student
 # The closest race once more, at rates in between: both methods' best is taken on the same seeds.
 FINER = (2e-4, 3e-4, 6e-4, 1e-3)
-RACES = {4: (("DMD", 64), ("step", 2)), 1: (("DMD", 64), ("step", 4))}  # by steps
+RACES = (("DMD", 4, 64), ("step", 4, 2), ("DMD", 1, 64), ("step", 1, 4))  # (name, steps, part)
 SAMPLES = 20_000  # of each student
 
 
@@ -125,14 +125,9 @@ HELD = ("search", "untrained", "runs", "finer")  # in results/why.json
 
 
 def missing(results):
-    """What results lack: [(method, steps, part), …] and, of the races, [(…, rate), …]."""
+    """(the runs, the runs at finer rates) that results lack: lists of (method, steps, part)."""
     runs = [what for what in wanted() if key(*what) not in results["runs"]]
-    races = []
-    for steps, race in RACES.items():
-        for name, part in race:
-            tvs = results["finer"].get(key(name, steps, part), {})  # {rate: TVs}
-            races += [(name, steps, part, rate) for rate in FINER if f"{rate:g}" not in tvs]
-    return runs, races
+    return runs, [what for what in RACES if key(*what) not in results["finer"]]
 
 
 def found():
@@ -161,12 +156,14 @@ def run():
         results["runs"][key(name, steps, part)] = row
         write_json(FILE, results)
         print(row, flush=True)
-    for name, steps, part, rate in races:
-        _, x, _ = trained(world, SEEDS, name, steps, part, rate)
-        tvs = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
-        tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
+    for what in races:
+        tvs = {}  # {rate: TV of each seed}
+        for rate in FINER:
+            _, x, _ = trained(world, SEEDS, *what, rate)
+            tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
+        results["finer"][key(*what)] = tvs
         write_json(FILE, results)
-        print("finer", key(name, steps, part), rate, tvs, flush=True)
+        print("finer", key(*what), tvs, flush=True)
 
 
 def measured(world, x):
@@ -318,15 +315,14 @@ def races():
     """TV at rates in between, and the paired verdict of best against best."""
     finer = found()["finer"]
     lines = header("TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best")
-    for steps, race in RACES.items():
-        dmds = None
-        for name, part in race:
-            tvs = finer[key(name, steps, part)].values()  # by rate
-            best = min(tvs, key=np.mean)
-            cells = [pm(values) for values in tvs]
-            what = name if name == "DMD" else f"{name}, T/{part}"
-            dmds = dmds or best  # the first of a race
-            lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
+    for name, steps, part in RACES:
+        tvs = finer[key(name, steps, part)].values()  # by rate
+        best = min(tvs, key=np.mean)
+        what = f"{name}, T/{part}"
+        if name == "DMD":  # the first of a race
+            what, dmds = name, best
+        cells = [pm(values) for values in tvs]
+        lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
     return lines
 
 
