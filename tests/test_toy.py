@@ -498,8 +498,8 @@ def test_other_thresholds():
     assert claims.half(np.array([0.9, 0.9, 0.4])) == "does not hold"
     history = [{"tv": 1}] + [{"dmd_loss": x} for x in (3, 3, 1, 1, 0.5, 0.5)]
     assert claims.thirds({"history": history}) == (3, 0.5)
-    row = {"mixture": "two-far", "shares": [0.2, 0.6, 0.2]}
-    assert claims.least_share(row) == pytest.approx(0.8)  # of weights 1/4 and 3/4: 0.8 and 0.8
+    row = {"mixture": "ring4-rare", "shares": [0.1, 0.25, 0.1, 0.5, 0.05]}
+    assert claims.least_share(row) == pytest.approx(0.8)  # of weights 1/8, 1/4, 1/8, 1/2
 
 
 def test_every_claim_is_about_runs_that_there_are():
@@ -543,14 +543,14 @@ def test_a_regime_is_searched_run_judged_and_goes_on_where_it_was(tmp_path, caps
     "argv, word",
     [
         (("run", "nowhere"), "nowhere"),
-        (("run", "small", "--mixture", "grid25"), "--results"),
-        (("run", "--mixture=grid25", f"--results={ROOT}/toy/../toy/results"), "--results"),
+        (("run", "small", "--mixture", "ring8"), "--results"),
+        (("run", "--mixture=ring8", f"--results={ROOT}/toy/../toy/results"), "--results"),
         (("run", "long", "--results", "empty"), "headline"),
         (("judge", "--results", "empty"), "no runs"),
         (("judge", "headline"), "no regimes"),
-        (("judge", "--mixture=grid25", f"--results={ROOT}/toy/results/digits-teacher"), "no runs"),
-        # Regime `missing` leaves out a mode that two-far has not got.
-        (("run", "--mixture=two-far", "--results=mine"), "of modes 0 to 1"),
+        (("judge", "--mixture=ring8", f"--results={ROOT}/toy/results/digits-teacher"), "no runs"),
+        # Regime `missing` leaves out modes that ring4-rare has not got.
+        (("run", "--mixture=ring4-rare", "--results=mine"), "of modes 0 to 3"),
     ],
 )
 def test_claims_refuses_with_one_line(tmp_path, monkeypatch, capsys, argv, word):
@@ -566,9 +566,9 @@ def test_results_of_another_mixture_are_not_taken_for_ones_own(tmp_path, capsys,
     results = tmp_path / "two-steps.json"
     results.write_bytes((claims.RESULTS / results.name).read_bytes())
     with pytest.raises(SystemExit) as e:
-        claims.main([command, "--mixture=grid25", f"--results={tmp_path}"])
+        claims.main([command, "--mixture=ring8", f"--results={tmp_path}"])
     assert e.value.code == 2
-    assert "runs of ring8-rare, not of grid25" in capsys.readouterr().err
+    assert "runs of ring8-rare, not of ring8" in capsys.readouterr().err
 
 
 def test_the_page_is_what_judge_makes_of_the_results():

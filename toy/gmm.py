@@ -25,19 +25,11 @@ def ring(radius, weights):
     return radius * torch.stack([angle.cos(), angle.sin()], 1), weights
 
 
-def grid(side, spacing):
-    """(means (side², 2), weights): modes of equal weight on a square."""
-    line = (torch.arange(side) - (side - 1) / 2) * spacing  # (side,)
-    return torch.cartesian_prod(line, line), [1] * side**2
-
-
 # (means, weights); all ours but for the weights of ring8-rare, which are the first trial's.
 NAMED = {
     "ring8": ring(8.0, [1] * 8),
     "ring8-rare": ring(8.0, [1, 2, 1, 4, 1, 2, 1, 4]),
     "ring4-rare": ring(4.0, [1, 2, 1, 4]),
-    "grid25": grid(5, 4.0),
-    "two-far": (torch.tensor([[-8.0, 0.0], [8.0, 0.0]]), [1, 3]),
 }
 
 

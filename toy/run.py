@@ -91,7 +91,7 @@ RATES = {  # of the student's last stage: `python toy/claims.py run headline` ch
 class Config:
     mixture: str = option(
         "ring8-rare",
-        "ring8, ring8-rare, ring4-rare, grid25, two-far, or a JSON file: means, weights, std",
+        "ring8, ring8-rare, ring4-rare, or a JSON file: means, weights, std",
         "the target",
     )
     separation: str | None = option(
