@@ -151,11 +151,6 @@ class Config:
         "(paper: 1/64)",
         "the method",
     )
-    fake_gradient: Literal["exact", "straight-through"] = option(
-        "exact",
-        "through the frozen fake network, as in the paper, or around it (ours)",
-        "the method",
-    )
     gen_weight: Literal["none", "1/alpha", "dmd"] = option(
         "none",
         "adm, step: weight of a sample in the generator's loss: 1/α_t, or as DMD weighs (ours)",
@@ -183,10 +178,11 @@ class Config:
     )
     out: str = option("out/toy", "folder to write", "output")
 
-    # What adm.py reads too and nobody varies here; the first three as by its own default.
+    # What adm.py reads too and nobody varies here; all but the last as by its own default.
     t_min: ClassVar = 0.02
     t_max: ClassVar = 0.98
     damping_sigma: ClassVar = 0.01
+    fake_gradient: ClassVar = "exact"
     fake_samples: ClassVar = "last"  # which matters in several steps: see toy/README.md
 
 
