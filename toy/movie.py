@@ -55,7 +55,10 @@ HUES = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377
 
 
 class Film(toy.Curves):
-    """In place of a training curve: samples of one seed's student, the more often the earlier."""
+    """In place of a training curve: samples of one seed's student, from its start on.
+
+    The earlier, the more often.
+    """
 
     def __init__(self, world, *about):
         super().__init__(world, *about)
