@@ -142,7 +142,7 @@ def shell(*command):
     if command[0] == "torchrun":
         tool += ["-m", "torch.distributed.run"]
     argv = [*tool, *map(str, command[1:])]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def script(tmp_path, *argv, cwd=ROOT):

@@ -6,16 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 from tools import first_hour
 
 SCRIPT = ROOT / "tools" / "first_hour_on_a_gpu.sh"
 
 
-def start(out, *flags):
+def start(out, *flags, python=sys.executable):
     """The finished script, with this Python and this folder."""
-    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(out)}
+    env = {**os.environ, "PYTHON": python, "OUT": str(out)}
     return subprocess.run(["bash", SCRIPT, *flags], env=env, capture_output=True, text=True)
 
 
@@ -31,10 +31,12 @@ def test_a_rehearsal_passes_all_checks_and_fills_the_table(tmp_path):
 
 
 def test_without_a_gpu_it_stops_at_once(tmp_path):
-    done = start(tmp_path / "hour")
+    done = script(tmp_path, "tools/first_hour.py", "device")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == "first_hour.py: DIFFERENT: GPU: expected one that torch sees, found none"
+    done = start(tmp_path / "hour", python="false")  # as that check: it fails
+    assert done.returncode == 1 and done.stdout.count("==") == 1
     assert start(tmp_path / "hour").returncode == 2  # it writes over nothing
 
 

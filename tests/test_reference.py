@@ -486,7 +486,7 @@ ADM = {  # for every family: every step k of four, and every value of every sett
     },
     "k=2": {
         "seed": seed_that_trains(2, 4),
-        "ttur": 3,
+        "ttur": 2,
         "gen-weight": "1/alpha",
         "fake-samples": "last",
         "warmup": 1,
@@ -511,7 +511,7 @@ ADM = {  # for every family: every step k of four, and every value of every sett
     "dmd": {
         "loss": "dmd",
         "seed": seed_that_trains(1, 4),
-        "ttur": 3,
+        "ttur": 2,
         "fake-samples": "last",
         "dt": 0.25,
         "ema": 0.8,

@@ -154,18 +154,6 @@ def test_cogvideox_adm_draws_its_samples(encoded, tmp_path):
     assert played(out / "samples" / "000001.gif") == 9 * 120  # 8 a second, in hundredths of one
 
 
-def test_cogvideox_adp_sees_frames(encoded, tmp_path):
-    model = "tiny-cogvideox-5b"
-    pairs = tmp_path / "pairs"
-    out = tmp_path / "adp"
-    flags = ["--model", model, "--prompts", encoded[model], "--out", pairs]
-    flags += ["--count", 2, "--steps", 1, "--guidance", 1]
-    call(data.pairs, data.PairsConfig, *flags)
-    flags = ["--iterations", 1, "--mse-iterations", 0]
-    call(adp.main, adp.Config, *adp_args(pairs, out, model), *flags)
-    assert read_log(out)["d_accuracy_pixel"][0] is not None
-
-
 @pytest.mark.parametrize(
     "model, size, latents, made",
     [

@@ -56,7 +56,7 @@ METHODS = {
     "adm-recipe, four steps": "adm.py",
     "adm-paper, four steps": PAPER,
 }
-STEP, ADM = "adp+step", "adp+adm-recipe"
+DMD, STEP, ADM = "adp+dmd", "adp+step", "adp+adm-recipe"
 # What could help: a method, flags of it that differ, and another discriminator of digits_heads.py.
 LEVERS = (
     *[(STEP, f"--dt {dt}", ORDINARY) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
@@ -64,7 +64,7 @@ LEVERS = (
     (STEP, f"--dt {1 / 64} --gen-weight dmd", ORDINARY),
     *[(ADM, f"--dt {dt}", ORDINARY) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
     (ADM, "--gen-weight dmd", ORDINARY),
-    (ADM, "--ttur 4", ORDINARY),
+    *[(method, "--ttur 4", ORDINARY) for method in (DMD, STEP, ADM)],
     (ADM, "--ttur 4 --lr-student 3e-05", ORDINARY),
     *[(ADM, "", name) for name in DISCRIMINATORS if name != ORDINARY],
 )

@@ -10,6 +10,7 @@ from toy.claims import header, row_of
 from toy.digits_experiment import (
     ADM,
     DIGITS_JSON,
+    DMD,
     LEVERS,
     LEVERS_JSON,
     METHODS,
@@ -33,7 +34,7 @@ STAGE_2 = {
     "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
 COLOURS = {"dmd": "C0", "step": "C2", "adm-recipe": "C3", "adm-paper": "C1"}
-BESIDE = ("adp+dmd", STEP, ADM)  # what the levers are compared with
+BESIDE = (DMD, STEP, ADM)  # what the levers are compared with
 FASTER = (ADM, "--ttur 4", ORDINARY)
 MAPS_JSON = RESULTS / "digits-maps.json"  # of a teacher whose patches are one latent: see README
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture

@@ -30,6 +30,8 @@ def install():
     torch.Generator = Generator
     torch.Tensor.record_stream = lambda self, stream: None
     torch.nn.Module._apply = apply_by_slots
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_"):
+        setattr(torch.nn.init, name, lambda x, *args, **kwargs: x)  # a fake has no values to set
     F.scaled_dot_product_attention = Attention(F.scaled_dot_product_attention)
     fsdp_init._get_managed_states = moved_first(fsdp_init._get_managed_states)
     # One kernel on a GPU. Where there is none for the device, torch makes it of eight.
