@@ -20,7 +20,7 @@ import models
 import runtime.settings
 from families import recipes
 from ode import student_sample
-from toy import digits, digits_experiment
+from toy import digits, digits_experiment, digits_teacher
 from toy.digits_clip import CLIP, clip
 from toy.digits_experiment import METHODS, curve, measured, seeds_of
 from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
@@ -86,17 +86,23 @@ def drawn(folder, family):
 # --- The folder -----------------------------------------------------------------------------------
 
 
-def test_the_folder_is_what_its_readme_says(family):
+def test_the_folder_is_what_its_readme_says(family, tmp_path):
     files = [f for f in families.DIGITS.rglob("*") if f.is_file()]
     said = (families.DIGITS / "README.md").read_text()
     assert fingerprint() in said
     assert sum(f.stat().st_size for f in files) <= 10e6
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl")]
-    lines = teacher_table(family)
-    assert len(lines) == 2 + len(KINDS) - 1 and "\n".join(lines) in said
-    lines = histogram(family)
-    percent = [int(cell) for cell in lines[2].split("|")[2:-1]]  # of ten digits
-    assert len(percent) == 10 and abs(sum(percent) - 100) <= 5 and "\n".join(lines) in said
+    metrics, drawn_digits = teacher_table(family), histogram(family)
+    assert len(metrics) == 2 + len(KINDS) - 1 and "\n".join(metrics) in said
+    percent = [int(cell) for cell in drawn_digits[2].split("|")[2:-1]]  # of ten digits
+    assert len(percent) == 10 and abs(sum(percent) - 100) <= 5 and "\n".join(drawn_digits) in said
+    # The command that makes them writes what is there over another teacher's.
+    old = said.replace(fingerprint(), 64 * "0").replace("| teacher, ", "| another, ")
+    (tmp_path / "README.md").write_text(old)
+    its_own = {"DIGITS": tmp_path, "fingerprint": mock.Mock(return_value=fingerprint())}
+    with mock.patch.multiple(digits_teacher, **its_own):
+        digits_teacher.write_readme([*metrics, "", *drawn_digits])
+    assert (tmp_path / "README.md").read_text() == said
 
 
 @pytest.mark.parametrize("tokens", [{"max_sequence_length": 4}, {}])

@@ -58,50 +58,24 @@ def world_of(cfg, teacher_iterations):
         return World(cfg)
 
 
-def double(mixture):
-    """In float64, so that finite differences are sharp."""
-    other = deepcopy(mixture)
-    for name in ("means", "weights", "std"):
-        setattr(other, name, getattr(mixture, name).double())
-    return other
-
-
 # --- Closed forms ---------------------------------------------------------------------------------
 
 
-def test_density_is_that_of_torch_distributions(mixture, points):
+def test_velocity_is_that_of_the_density(mixture, points):
+    """Tweedie: E[ε | x_t] = −σ ∇ log p_t(x_t), here by torch.distributions, and it is x_t + α v."""
     D = torch.distributions
     for x, t in zip(*points, strict=True):
         alpha, sigma = (float(c) for c in LINE.alpha_sigma(t[None]))
         std = ((alpha * mixture.std) ** 2 + sigma**2).sqrt()[:, None].expand_as(mixture.means)
         modes = D.Independent(D.Normal(alpha * mixture.means, std), 1)
-        expected = D.MixtureSameFamily(D.Categorical(mixture.weights), modes).log_prob(x)
-        assert_close(mixture.log_density(x[None], t[None])[0], expected, rtol=1e-4, atol=1e-4)
+        density = D.MixtureSameFamily(D.Categorical(mixture.weights), modes)
+        score = torch.func.grad(density.log_prob)(x)  # (d,)
+        eps = x + alpha * mixture.velocity(x[None], t[None])[0]  # (d,)
+        assert_close(eps, -sigma * score, rtol=1e-3, atol=1e-3)
 
 
-def test_score_is_the_gradient_of_the_density(mixture, points):
-    mixture = double(mixture)
-    x_t, t = points
-    x_t = x_t.double()
-    h = 1e-3
-    slopes = []
-    for step in h * torch.eye(x_t.shape[1], dtype=torch.float64):
-        rise = mixture.log_density(x_t + step, t) - mixture.log_density(x_t - step, t)
-        slopes.append(rise / (2 * h))
-    assert_close(mixture.score(x_t, t), torch.stack(slopes, 1), rtol=1e-4, atol=1e-4)
-
-
-def test_score_velocity_and_x0_agree(mixture, points):
-    """Tweedie: α E[x_0|x_t] = x_t + σ² score, and x_t = α x_0 + σ ε in the mean as well."""
-    x_t, t = points
-    alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))
-    x0 = mixture.x0(x_t, t)
-    assert_close(alpha * x0, x_t + sigma**2 * mixture.score(x_t, t), rtol=1e-3, atol=1e-3)
-    assert_close(x0, x_t - sigma * mixture.velocity(x_t, t), rtol=1e-3, atol=1e-3)
-
-
-def test_velocity_and_x0_against_monte_carlo(mixture, points):
-    """Means over 400,000 draws of x_0, weighted by how well they explain x_t.
+def test_velocity_against_monte_carlo(mixture, points):
+    """A mean over 400,000 draws of x_0, weighted by how well they explain x_t.
 
     Where it is noisy, so that many do.
     """
@@ -114,9 +88,8 @@ def test_velocity_and_x0_against_monte_carlo(mixture, points):
         alpha, sigma = LINE.alpha_sigma(t[None])
         eps = (x - alpha * x0) / sigma
         w = (-0.5 * eps.square().sum(1)).softmax(0)  # (n,)
-        at = x[None], t[None]
-        assert_close(mixture.x0(*at)[0], w @ x0, rtol=0, atol=0.1)
-        assert_close(mixture.velocity(*at)[0], w @ (eps - x0), rtol=0, atol=0.15)
+        v = mixture.velocity(x[None], t[None])[0]  # (d,)
+        assert_close(v, w @ (eps - x0), rtol=0, atol=0.15)
 
 
 def test_samples_have_the_moments_of_the_mixture(mixture):
@@ -295,7 +268,7 @@ def test_the_student_rests_while_discriminator_and_fake_score_warm_up(tiny):
     cfg, world = tiny
     cfg = toy.settled(replace(cfg, warmup=5), "adm-recipe")
     student = deepcopy(world.start).requires_grad_(True)
-    curves = toy.Curves(world, "", 1, 1)
+    curves = toy.Curves(world, 1)
     net = toy.distil(cfg, "adm", world, student, 1, 1e-2, curves)
     for p, q in zip(student.parameters(), world.start.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -334,7 +307,7 @@ def test_a_student_may_be_smaller_than_all_others():
     cfg = Config(**{**TINY, "student_width": 8})
     world = world_of(cfg, 5)
     student = deepcopy(world.start).requires_grad_(True)
-    curves = toy.Curves(world, "", 6, 6)
+    curves = toy.Curves(world, 6)
     net = toy.distil(toy.settled(cfg, "adm-recipe"), "adm", world, student, 6, 1e-3, curves)
     widths = [network.hidden[0].weight.shape[2] for network in (net.student, net.fake)]
     assert widths == [8, 16] and net.discriminator.backbone is world.mlp
@@ -431,7 +404,7 @@ def test_the_command_itself_refuses_with_one_line(tmp_path):
     assert "--seeds 0" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
-def test_the_command_writes_results_and_samples_and_they_can_be_drawn(tmp_path, capsys):
+def test_the_command_writes_results_and_they_can_be_drawn(tmp_path, capsys):
     argv = ["--methods=mse,dmd", "--separation=5,9", f"--out={tmp_path}"]
     for name, value in TINY.items():
         argv += [f"--{name.replace('_', '-')}", str(value)]
@@ -448,7 +421,7 @@ def test_the_command_writes_results_and_samples_and_they_can_be_drawn(tmp_path, 
 
     plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
     written = {f.name for f in tmp_path.iterdir()}
-    assert {"results.png", "results-curves.png", "phase.png", "samples.npz"} <= written
+    assert {"results.png", "results-curves.png", "phase.png"} <= written
 
 
 @pytest.mark.parametrize("results", ["[]", '{"runs": {"DMD": {"rate": 1}}}'])
@@ -488,8 +461,9 @@ def test_dmd_gradient_is_the_score_difference():
     x0_hat = (draw.normal((2,)) + torch.tensor([2.0, 0])).requires_grad_()
     t = draw.uniform(0.1 * T, 0.9 * T)
     x_t = LINE.add_noise(x0_hat.detach(), draw.normal((2,)), t)
-    adm.dmd_loss(x0_hat, real.x0(x_t, t), fake.x0(x_t, t)).backward()
-    wanted = fake.score(x_t, t) - real.score(x_t, t)
+    x0_real, x0_fake = (LINE.to_x0_eps(x_t, m.velocity(x_t, t), t)[0] for m in (real, fake))
+    adm.dmd_loss(x0_hat, x0_real, x0_fake).backward()
+    wanted = fake.means - real.means  # (1, 2): of unit Gaussians, but for a factor
     cosine = torch.cosine_similarity(x0_hat.grad, wanted)
     assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-3)
 
@@ -524,8 +498,8 @@ def test_other_thresholds():
     assert claims.half(np.array([0.9, 0.9, 0.4])) == "does not hold"
     history = [{"tv": 1}] + [{"dmd_loss": x} for x in (3, 3, 1, 1, 0.5, 0.5)]
     assert claims.thirds({"history": history}) == (3, 0.5)
-    row = {"mixture": "two-far", "shares": [0.2, 0.6, 0.2]}
-    assert claims.least_share(row) == pytest.approx(0.8)  # of weights 1/4 and 3/4: 0.8 and 0.8
+    row = {"mixture": "ring4-rare", "shares": [0.1, 0.25, 0.1, 0.5, 0.05]}
+    assert claims.least_share(row) == pytest.approx(0.8)  # of weights 1/8, 1/4, 1/8, 1/2
 
 
 def test_every_claim_is_about_runs_that_there_are():
@@ -569,14 +543,14 @@ def test_a_regime_is_searched_run_judged_and_goes_on_where_it_was(tmp_path, caps
     "argv, word",
     [
         (("run", "nowhere"), "nowhere"),
-        (("run", "small", "--mixture", "grid25"), "--results"),
-        (("run", "--mixture=grid25", f"--results={ROOT}/toy/../toy/results"), "--results"),
+        (("run", "small", "--mixture", "ring8"), "--results"),
+        (("run", "--mixture=ring8", f"--results={ROOT}/toy/../toy/results"), "--results"),
         (("run", "long", "--results", "empty"), "headline"),
         (("judge", "--results", "empty"), "no runs"),
         (("judge", "headline"), "no regimes"),
-        (("judge", "--mixture=grid25", f"--results={ROOT}/toy/results/digits-teacher"), "no runs"),
-        # Regime `missing` leaves out a mode that two-far has not got.
-        (("run", "--mixture=two-far", "--results=mine"), "of modes 0 to 1"),
+        (("judge", "--mixture=ring8", f"--results={ROOT}/toy/results/digits-teacher"), "no runs"),
+        # Regime `missing` leaves out modes that ring4-rare has not got.
+        (("run", "--mixture=ring4-rare", "--results=mine"), "of modes 0 to 3"),
     ],
 )
 def test_claims_refuses_with_one_line(tmp_path, monkeypatch, capsys, argv, word):
@@ -592,9 +566,9 @@ def test_results_of_another_mixture_are_not_taken_for_ones_own(tmp_path, capsys,
     results = tmp_path / "two-steps.json"
     results.write_bytes((claims.RESULTS / results.name).read_bytes())
     with pytest.raises(SystemExit) as e:
-        claims.main([command, "--mixture=grid25", f"--results={tmp_path}"])
+        claims.main([command, "--mixture=ring8", f"--results={tmp_path}"])
     assert e.value.code == 2
-    assert "runs of ring8-rare, not of grid25" in capsys.readouterr().err
+    assert "runs of ring8-rare, not of ring8" in capsys.readouterr().err
 
 
 def test_the_page_is_what_judge_makes_of_the_results():

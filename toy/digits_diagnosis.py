@@ -8,12 +8,13 @@ import torch.nn.functional as F
 import adm
 from families import load_teacher
 from models import LatentDiscriminator, accuracy, make_roles
-from ode import Draw, T, with_guidance
+from ode import Draw
 from runtime.files import read_json, write_json
 from runtime.folder import starting_point
 from toy.digits_experiment import HOME, execute, read_weights
 from toy.digits_samples import RESULTS, opened, table
 from toy.digits_teacher import PROMPTS
+from toy.run import slope_and_gap
 
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
 VARIANTS = {  # of adm.py's flags, beside the recipe's
@@ -46,13 +47,12 @@ def diagnose(init, iterations=200):
 
 
 def alignment(folder, family, batch_size=200):
-    """{margin, accuracy, cosine} of the heads of a finished run of adm.py, on new samples.
+    """{margin, accuracy, cosine, length} of the heads of a finished run of adm.py, on new samples.
 
     margin    E[D(x_real) − D(x_fake)]
     accuracy  D's: the share of logits that are on their side of 0
-    cosine    of ∇D at x_fake with x_real − x_fake, which it is along where D is at its optimum and
-              its hinge linear: a mean over samples
-    length    of ∇D over that of x_real − x_fake: 1/2γ there, γ being --damping
+    cosine    of ∇D at x_fake with x_real − x_fake: a mean over samples
+    length    of ∇D over that of x_real − x_fake: the median (toy/why.py has a projection)
     """
     cfg = SimpleNamespace(**read_json(folder / "config.json", "run", "config")["config"])
     net = players(folder, family, cfg)
@@ -61,26 +61,14 @@ def alignment(folder, family, batch_size=200):
     texts = opened(family)[0]
     cond = {name: c[numbers] for name, c in texts.items()}  # (B, ...) each
     uncond = {name: c[[len(PROMPTS)] * batch_size] for name, c in texts.items()}
-    discriminator, schedule = net.discriminator, net.schedule
     with torch.no_grad():
         x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 4, 8, 8)
-        t = draw.uniform((cfg.t_min + cfg.dt) * T, cfg.t_max * T)  # (B,)
-        s = t - cfg.dt * T
-        x_t = schedule.add_noise(x0_hat, draw.normal(net.shape), t)  # (B, 4, 8, 8)
-        out_real = with_guidance(net.teacher, cond, uncond, net.guidance)(x_t, t)
-        out_fake = net.fake(x_t, t, cond)[0]
-        x_real = schedule.pf_ode_step(x_t, out_real, t, s)
-        x_fake = schedule.pf_ode_step(x_t, out_fake, t, s)
-        real = discriminator.logits(discriminator.features(x_real, s, cond))  # (B,)
-    x_fake.requires_grad_()
-    fake = discriminator.logits(discriminator.features(x_fake, s, cond))  # (B,)
-    (gradient,) = torch.autograd.grad(fake.sum(), x_fake)
-    gradient, gap = gradient.flatten(1), (x_real - x_fake.detach()).flatten(1)  # (B, 256) each
+    real, fake, slope, gap = slope_and_gap(net, cfg, draw, x0_hat, cond, uncond)
     return {
         "margin": (real - fake).mean().item(),
         "accuracy": accuracy(real, fake).item(),
-        "cosine": F.cosine_similarity(gradient, gap).mean().item(),
-        "length": (gradient.norm(dim=1) / gap.norm(dim=1)).median().item(),
+        "cosine": F.cosine_similarity(slope, gap).mean().item(),
+        "length": (slope.norm(dim=1) / gap.norm(dim=1)).median().item(),
     }
 
 

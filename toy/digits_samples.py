@@ -107,7 +107,7 @@ def samples():
     family = load_teacher("digits")
     made = {name: look(of_teacher(family, name, NUMBERS)) for name in KINDS}  # (1000, 32) each
     save_file(made, SAMPLES, {"weights_sha256": family.weights_sha256})
-    write_readme("\n".join([*teacher_table(family), "", *histogram(family)]))
+    write_readme([*teacher_table(family), "", *histogram(family)])
 
 
 def histogram(family):

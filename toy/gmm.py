@@ -25,19 +25,11 @@ def ring(radius, weights):
     return radius * torch.stack([angle.cos(), angle.sin()], 1), weights
 
 
-def grid(side, spacing):
-    """(means (side², 2), weights): modes of equal weight on a square."""
-    line = (torch.arange(side) - (side - 1) / 2) * spacing  # (side,)
-    return torch.cartesian_prod(line, line), [1] * side**2
-
-
 # (means, weights); all ours but for the weights of ring8-rare, which are the first trial's.
 NAMED = {
     "ring8": ring(8.0, [1] * 8),
     "ring8-rare": ring(8.0, [1, 2, 1, 4, 1, 2, 1, 4]),
     "ring4-rare": ring(4.0, [1, 2, 1, 4]),
-    "grid25": grid(5, 4.0),
-    "two-far": (torch.tensor([[-8.0, 0.0], [8.0, 0.0]]), [1, 3]),
 }
 
 
@@ -87,41 +79,17 @@ class Mixture:
         x = self.means[k] + self.std[k, None] * noise  # (n, d)
         return x.view(*shape, -1)
 
-    def _components(self, x_t, t):
-        """(α (B, 1), σ (B, 1), v_k (B, K), x_t − α μ_k (B, K, d), log of modes (B, K)).
+    def velocity(self, x_t, t):
+        """E[ε − x_0 | x_t], (B, d): what a flow network would predict.
 
-        The last is log w_k N(x_t; α μ_k, v_k I).
+        It never divides by α or σ, so it is finite at both ends.
         """
         alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))  # (B, 1) each
         v = (alpha * self.std) ** 2 + sigma**2  # (B, K)
         off = x_t[:, None] - alpha[:, None] * self.means  # (B, K, d)
         d = x_t.shape[1]
         exponent = off.square().sum(2) / v + d * (2 * torch.pi * v).log()  # (B, K), times −2
-        log_p = self.weights.log() - 0.5 * exponent  # (B, K)
-        return alpha, sigma, v, off, log_p
-
-    def log_density(self, x_t, t):
-        """log p_t(x_t), (B,)."""
-        return self._components(x_t, t)[-1].logsumexp(1)
-
-    def score(self, x_t, t):
-        """∇ log p_t(x_t), (B, d)."""
-        _, _, v, off, log_p = self._components(x_t, t)
-        return -torch.einsum("bk,bkd->bd", log_p.softmax(1) / v, off)
-
-    def x0(self, x_t, t):
-        """E[x_0 | x_t], (B, d)."""
-        alpha, _, v, off, log_p = self._components(x_t, t)
-        p = log_p.softmax(1)  # (B, K)
-        return p @ self.means + torch.einsum("bk,bkd->bd", p * alpha * self.std**2 / v, off)
-
-    def velocity(self, x_t, t):
-        """E[ε − x_0 | x_t], (B, d): what a flow network would predict.
-
-        It never divides by α or σ, so it is finite at both ends.
-        """
-        alpha, sigma, v, off, log_p = self._components(x_t, t)
-        p = log_p.softmax(1)  # (B, K)
+        p = (self.weights.log() - 0.5 * exponent).softmax(1)  # (B, K): of the modes, given x_t
         slope = p * (sigma - alpha * self.std**2) / v  # (B, K)
         return torch.einsum("bk,bkd->bd", slope, off) - p @ self.means
 

@@ -11,7 +11,6 @@ toy/digits.py's experiment, seed 0, at the rates of its search.
 """
 
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -56,23 +55,24 @@ HUES = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377
 
 
 class Film(toy.Curves):
-    """In place of a training curve: samples of one seed's student, the more often the earlier."""
+    """In place of a training curve: samples of one seed's student, from its start on.
 
-    def __init__(self, world, name, iterations):
-        super().__init__(world, name, iterations, iterations)
-        self.updates = updates_of(iterations)
-        self.points, self.tv, self.covered = [], [], []
+    The earlier, the more often.
+    """
+
+    def __init__(self, world, *about):
+        super().__init__(world, *about)
+        self.add(world.start)
 
     def due(self):
         super().due()
-        return self.done in self.updates
+        return self.done in updates_of(self.total)
 
     @torch.no_grad()
     def add(self, student, **_):
         x = toy.emitted(student, self.times, noises(self.seeds))  # (SAMPLES, 2)
-        self.points.append(hundredths(x[:POINTS]))
-        self.tv.append(mode_tv(self.plane, x))
-        self.covered.append(modes_covered(self.plane, x))
+        measured = {"tv": mode_tv(self.plane, x), "covered": modes_covered(self.plane, x)}
+        self.points[0].append({"points": hundredths(x[:POINTS]), **measured})
 
 
 def updates_of(iterations):
@@ -93,42 +93,22 @@ def record(path=MOVIE, cfg=None, rates=toy.RATES):
     """Trains the students and writes what `training` draws."""
     cfg = cfg or toy.Config(seeds=1, first_seed=20)
     world = toy.World(cfg)
-    films = [filmed(cfg, method, world, rates) for method in PANELS]
+    films = [toy.trained(cfg, method, world, rates, Film)[1] for method in PANELS]
+    seen = {}  # {what a frame has: (methods, frames, ...)}
+    for name in ("points", "tv", "covered"):
+        seen[name] = [[frame[name] for frame in film.points[0]] for film in films]
     x_T = noises(world.seeds).normal((2,))  # (SAMPLES, 2)
     with torch.no_grad():
         target = teacher_sample(with_guidance(world.teacher, {}, {}, 1), LINE, x_T, 64)
     write(
         path,
+        **seen,
         updates=updates_of(cfg.iterations),  # (frames,)
-        stage_1=stage_1(cfg),
-        points=[film.points for film in films],  # (methods, frames, POINTS, 2)
-        tv=[film.tv for film in films],  # (methods, frames)
-        covered=[film.covered for film in films],  # (methods, frames)
+        stage_1=round(cfg.adp_share * cfg.iterations),  # how many of DMDX's updates are ADP's
         target=hundredths(target[:POINTS]),  # (POINTS, 2)
         target_tv=mode_tv(world.plane, target),
         modes=world.plane.means,  # (K, 2)
     )
-
-
-def filmed(cfg, method, world, rates):
-    """The Film of one method, which is trained as by toy/run.py's `train`."""
-    cfg = toy.settled(cfg, method)
-    loss, _ = toy.METHODS[method]
-    student = deepcopy(world.start).requires_grad_(True)
-    film = Film(world, method, cfg.iterations)
-    film.add(student)
-    if method.startswith("adp+"):
-        regression = round(cfg.mse_share * stage_1(cfg))
-        of_adp = rates["mse"], rates["adp"]
-        toy.pretrain(cfg, world, student, stage_1(cfg), regression, *of_adp, film)
-    toy.distil(cfg, loss, world, student, cfg.iterations - film.done, rates[method], film)
-    film.bar.close()
-    return film
-
-
-def stage_1(cfg):
-    """How many of DMDX's updates are ADP's."""
-    return round(cfg.adp_share * cfg.iterations)
 
 
 def training(film):

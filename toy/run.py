@@ -16,11 +16,9 @@ seed is one slice of a batched network, trained beside the others and independen
     python toy/run.py --mixture ring8 --methods dmd,adm-recipe,adp+dmd,adp+adm-recipe
 
 Prints a table, mean ± sd over seeds, whose words toy/gmm.py defines; writes results.json, which
-toy/plot.py reads, and samples.npz. All numbers are ours unless a comment says otherwise: the paper
-has no toy.
+toy/plot.py reads. All numbers are ours unless a comment says otherwise: the paper has no toy.
 """
 
-import json
 import math
 import sys
 import time
@@ -43,6 +41,7 @@ import adm
 import adp
 from models import Discriminator, frozen
 from ode import Draw, FlowSchedule, T, common, student_sample, teacher_sample, with_guidance
+from runtime.files import write_json
 from runtime.flags import option
 from runtime.script import run
 from runtime.settings import BadInput, at_least, flag, positive, require
@@ -92,7 +91,7 @@ RATES = {  # of the student's last stage: `python toy/claims.py run headline` ch
 class Config:
     mixture: str = option(
         "ring8-rare",
-        "ring8, ring8-rare, ring4-rare, grid25, two-far, or a JSON file: means, weights, std",
+        "ring8, ring8-rare, ring4-rare, or a JSON file: means, weights, std",
         "the target",
     )
     separation: str | None = option(
@@ -152,11 +151,6 @@ class Config:
         "(paper: 1/64)",
         "the method",
     )
-    fake_gradient: Literal["exact", "straight-through"] = option(
-        "exact",
-        "through the frozen fake network, as in the paper, or around it (ours)",
-        "the method",
-    )
     gen_weight: Literal["none", "1/alpha", "dmd"] = option(
         "none",
         "adm, step: weight of a sample in the generator's loss: 1/α_t, or as DMD weighs (ours)",
@@ -184,10 +178,11 @@ class Config:
     )
     out: str = option("out/toy", "folder to write", "output")
 
-    # What adm.py reads too and nobody varies here; the first three as by its own default.
+    # What adm.py reads too and nobody varies here; all but the last as by its own default.
     t_min: ClassVar = 0.02
     t_max: ClassVar = 0.98
     damping_sigma: ClassVar = 0.01
+    fake_gradient: ClassVar = "exact"
     fake_samples: ClassVar = "last"  # which matters in several steps: see toy/README.md
 
 
@@ -368,27 +363,24 @@ def emitted(student, times, draw):
 
 
 class Curves:
-    """Training curves, a list of points for each seed, and the progress bar.
+    """Training curves, a list of points for each seed.
 
     total       iterations of the whole run, of which there will be HISTORY points
-    here        how many of them this object counts
     times       (n,) of the student's steps
     """
 
-    def __init__(self, world, name, total, here, times=ONE_STEP):
+    def __init__(self, world, total, times=ONE_STEP):
         self.plane = world.plane
         self.seeds = world.seeds
+        self.total = total
+        self.times = times
         self.points = [[] for _ in world.seeds]
         self.done = 0
-        self.every = max(1, total // HISTORY)
-        self.bar = tqdm(total=here, desc=name, leave=False, disable=None)
-        self.times = times
 
     def due(self):
         """Counts one iteration; True where a point is wanted."""
         self.done += 1
-        self.bar.update()
-        return self.done % self.every == 0
+        return self.done % max(1, self.total // HISTORY) == 0
 
     @torch.no_grad()
     def add(self, student, **more):
@@ -447,22 +439,21 @@ class World:
         """F_φ, the exact velocity in closed form: a denoiser without features."""
         return self.mixture.velocity(x_t, t), []
 
-    def after_adp(self, cfg, rates):
-        """(student, its curves' points, iterations, seconds) after ADP as the first part of adp+….
+    def after_adp(self, cfg, rates, kind):
+        """(student, its curves, seconds) after ADP as the first part of adp+….
 
-        Made once, then copied.
+        Made once, then copied. kind: of the curves, a class.
         """
-        key = (rates["mse"], rates["adp"], *(getattr(cfg, name) for name in STAGE_1))
+        of_both = rates["mse"], rates["adp"]
+        key = (kind, *of_both, *(getattr(cfg, name) for name in STAGE_1))
         if key not in self.adp:
             began = time.perf_counter()
             student = deepcopy(self.start).requires_grad_(True)
             iterations = round(cfg.adp_share * cfg.iterations)
             regression = round(cfg.mse_share * iterations)
-            curves = Curves(self, "adp first", cfg.iterations, iterations)
-            of_both = rates["mse"], rates["adp"]
+            curves = kind(self, cfg.iterations)
             pretrain(cfg, self, student, iterations, regression, *of_both, curves)
-            seconds = time.perf_counter() - began
-            self.adp[key] = student, curves.points, iterations, seconds
+            self.adp[key] = student, curves, time.perf_counter() - began
         return deepcopy(self.adp[key])
 
     def fit(self, width):
@@ -489,7 +480,8 @@ class World:
 def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, curves):
     """Stage 1, by adp.py: velocity regression on ODE pairs, then the adversary.
 
-    One discriminator, D_τ1: two dimensions have no pixels for D_τ2 (so λ is 1).
+    Returns its Players, with one discriminator, D_τ1: two dimensions have no pixels for D_τ2 (so λ
+    is 1).
     """
     discriminator = NoisyDiscriminator(Draw((3,), world.seeds), world.mlp, cfg.head_width)
     net = adp.Players(
@@ -506,7 +498,7 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
     optimizer_mse = Optimizer(student, rate_mse, clip=1)
     optimizer = Optimizer(student, rate)
     optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads)
-    for iteration in range(iterations):
+    for iteration in tqdm(range(iterations), "stage 1", leave=False, disable=None):
         draw = Noise((4, iteration), world.seeds, cfg.batch_size)
         x_T, x_0 = draw.pick(world.x_T, world.x_0)  # (S·B, d) each
         regresses = iteration < mse_iterations
@@ -520,6 +512,7 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
             optimizer_heads.step()
         if curves.due():
             curves.add(student, grad_norm=used.grad_norms())
+    return net
 
 
 def distil(cfg, loss, world, student, iterations, rate, curves):
@@ -545,7 +538,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
     if loss in ("adm", "dmd2"):
         others.append(Optimizer(discriminator.heads, cfg.lr_heads))
     learn = partial(add_gradient, cfg.seeds)
-    for iteration in range(cfg.warmup + iterations):
+    for iteration in tqdm(range(cfg.warmup + iterations), loss, leave=False, disable=None):
         for r in range(cfg.ttur):  # the student learns in round 0
             learns = r == 0 and iteration >= cfg.warmup
             draw = Noise((6, iteration, r), world.seeds, cfg.batch_size)
@@ -599,6 +592,25 @@ def dmd2_round(net, cfg, draw, r, pool, learn):
     return latents
 
 
+def slope_and_gap(net, cfg, draw, x0_hat, cond, uncond):
+    """What a trained D makes of new samples x0_hat (n, ...) of the student, each at a random t.
+
+    (D at x_real (n,), at x_fake (n,), ∇D at x_fake (n, d), x_real − x_fake (n, d)): D's optimum has
+    its gradient along that gap, 1/2γ as long where the hinge is linear, γ being --damping.
+    """
+    schedule, discriminator = net.schedule, net.discriminator
+    t, s = adm.step_times(cfg, draw)  # (n,) each
+    x_t, out_real, out_fake = adm.both_scores(net, draw, cond, uncond, x0_hat, t)  # (n, ...) each
+    x_real = schedule.pf_ode_step(x_t, out_real, t, s)
+    x_fake = schedule.pf_ode_step(x_t, out_fake, t, s).requires_grad_()
+    with torch.no_grad():
+        real = discriminator.logits(discriminator.features(x_real, s, cond))  # (n,)
+    fake = discriminator.logits(discriminator.features(x_fake, s, cond))  # (n,)
+    (slope,) = torch.autograd.grad(fake.sum(), x_fake)  # (n, ...)
+    gap = x_real - x_fake.detach()  # (n, ...)
+    return real, fake.detach(), slope.flatten(1), gap.flatten(1)
+
+
 # --- Running --------------------------------------------------------------------------------------
 
 
@@ -608,37 +620,40 @@ def settled(cfg, method):
     return replace(cfg, **{name: own[name] for name in own if getattr(cfg, name) is None})
 
 
-def train(cfg, method, world, rates=RATES):
-    """One method, all seeds: ([a result for each seed], samples (S, SAMPLES, d)).
+def trained(cfg, method, world, rates=RATES, kind=Curves):
+    """One method, all seeds: (Players of its last stage, its curves, seconds).
 
     rates: of the student, by method; those of mse and adp are also those of the ADP that adp+…
-    begins with, which is shared where it is the same.
+    begins with, which is shared where it is the same. kind: of the curves, a class.
     """
     cfg = settled(cfg, method)
     loss, _ = METHODS[method]
-    began = time.perf_counter()
     if method.startswith("adp+"):
-        student, points, done, seconds = world.after_adp(cfg, rates)
-        began = time.perf_counter() - seconds
+        student, curves, seconds = world.after_adp(cfg, rates, kind)
     else:
         student = deepcopy(world.start).requires_grad_(True)
-        points, done = [[] for _ in world.seeds], 0
-    iterations = cfg.iterations - done
-    times = times_of(cfg.student_steps if method in FEW_STEPS else 1)
-    curves = Curves(world, method, cfg.iterations, iterations, times)
-    curves.points, curves.done = points, done
+        times = times_of(cfg.student_steps if method in FEW_STEPS else 1)
+        curves, seconds = kind(world, cfg.iterations, times), 0
+    began = time.perf_counter() - seconds
+    iterations = cfg.iterations - curves.done
     rate = rates[method] if cfg.lr_student is None else cfg.lr_student
     if loss == "mse":
-        pretrain(cfg, world, student, iterations, iterations, rate, 0.0, curves)
+        net = pretrain(cfg, world, student, iterations, iterations, rate, 0.0, curves)
     elif loss == "adp":
         regression = round(cfg.mse_share * iterations)
-        pretrain(cfg, world, student, iterations, regression, rates["mse"], rate, curves)
+        net = pretrain(cfg, world, student, iterations, regression, rates["mse"], rate, curves)
     else:
-        distil(cfg, loss, world, student, iterations, rate, curves)
-    curves.bar.close()
-    seconds = time.perf_counter() - began
+        net = distil(cfg, loss, world, student, iterations, rate, curves)
+    return net, curves, time.perf_counter() - began
 
-    samples = sample(world, student, times)  # (S, SAMPLES, d)
+
+def train(cfg, method, world, rates=RATES):
+    """One method, all seeds: ([a result for each seed], samples (S, SAMPLES, d)).
+
+    rates: as `trained` has them.
+    """
+    net, curves, seconds = trained(cfg, method, world, rates)
+    samples = sample(world, net.student, curves.times)  # (S, SAMPLES, d)
     results = []
     for i, (seed, x) in enumerate(zip(world.seeds, samples[..., :2], strict=True)):
         result = {
@@ -748,16 +763,13 @@ def main(cfg):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
-    runs, samples = [], {}
+    runs = []
     for separation in separations(cfg):
         world = World(replace(cfg, separation=separation and str(separation)))
         for method in cfg.methods.split(","):
-            results, x = train(cfg, method, world)
+            results, _ = train(cfg, method, world)
             runs += results
-            samples[f"{method}@{world.plane.separation:.1f}"] = x.numpy()
-            written = {"runs": runs, "config": asdict(cfg)}
-            (folder / "results.json").write_text(json.dumps(written) + "\n")
-            np.savez_compressed(folder / "samples.npz", **samples)
+            write_json(folder / "results.json", {"runs": runs, "config": asdict(cfg)})
     print(table(runs))
 
 

@@ -9,7 +9,6 @@ searched for each method, on seeds of their own.
 """
 
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import matplotlib
@@ -30,31 +29,31 @@ from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
 from toy.claims import SEARCH_SEEDS, header, least, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
-from toy.run import Config, Curves, Noise, World
+from toy.run import Config, Noise, World
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "why.json"
 
 DAMPED = {"damping": 0.1}
-METHODS = {  # name: (loss of adm.py, what differs from ADM as published, but for Δt)
+METHODS = {  # name: (method of toy/run.py, what differs from ADM as published, but for Δt)
     "DMD": ("dmd", {}),
     "step": ("step", {}),
     "step, DMD's weight": ("step", {"gen_weight": "dmd"}),
-    "ADM": ("adm", {}),  # the paper's own
-    "ADM, damping 0.1": ("adm", DAMPED),
+    "ADM": ("adm-paper", {}),  # the paper's own
+    "ADM, damping 0.1": ("adm-paper", DAMPED),
 }
 LEVERS = {  # of the last of them, in four steps at Δt = T/4: what could make D follow, or help
-    "ADM, damping 0.1, TTUR 4": ("adm", {**DAMPED, "ttur": 4}),
-    "ADM, damping 0.1, heads at 5e-3": ("adm", {**DAMPED, "lr_heads": 5e-3}),
-    "ADM, damping 0.1, DMD's weight": ("adm", {**DAMPED, "gen_weight": "dmd"}),
+    "ADM, damping 0.1, TTUR 4": ("adm-paper", {**DAMPED, "ttur": 4}),
+    "ADM, damping 0.1, heads at 5e-3": ("adm-paper", {**DAMPED, "lr_heads": 5e-3}),
+    "ADM, damping 0.1, DMD's weight": ("adm-paper", {**DAMPED, "gen_weight": "dmd"}),
 }
 # A D as strong as can be: no damping, heads four times as wide and five times as fast, TTUR 4. Then
 # its parts, and TTUR 4 for those without a D.
 HEADS = {"head_width": 128, "lr_heads": 5e-3}
 STRONG = {
-    "ADM, strong D": ("adm", {**HEADS, "ttur": 4}),
-    "ADM, strong heads": ("adm", HEADS),
-    "ADM, TTUR 4": ("adm", {"ttur": 4}),
+    "ADM, strong D": ("adm-paper", {**HEADS, "ttur": 4}),
+    "ADM, strong heads": ("adm-paper", HEADS),
+    "ADM, TTUR 4": ("adm-paper", {"ttur": 4}),
     "step, TTUR 4": ("step", {"ttur": 4}),
     "DMD, TTUR 4": ("dmd", {"ttur": 4}),
 }
@@ -70,7 +69,7 @@ SEEDS = {"seeds": 5, "first_seed": 0}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the student
 # The closest race once more, at rates in between: both methods' best is taken on the same seeds.
 FINER = (2e-4, 3e-4, 6e-4, 1e-3)
-RACES = {4: (("DMD", 64), ("step", 2)), 1: (("DMD", 64), ("step", 4))}  # by steps
+RACES = (("DMD", 4, 64), ("step", 4, 2), ("DMD", 1, 64), ("step", 1, 4))  # (name, steps, part)
 SAMPLES = 20_000  # of each student
 
 
@@ -79,16 +78,11 @@ SAMPLES = 20_000  # of each student
 
 def trained(world, seeds, name, steps, part, rate):
     """(Players after training, samples (S, SAMPLES, 2), the settings)."""
-    loss, changes = EVERY[name]
+    method, changes = EVERY[name]
     settings = toy.PUBLISHED | changes | {"dt": 1 / part}
     cfg = Config(**seeds, iterations=600, student_steps=steps, **settings)
-    times = toy.times_of(steps)
-    student = deepcopy(world.mlp).requires_grad_(True)
-    curves = Curves(world, name, cfg.iterations, cfg.iterations, times)
-    curves.every = cfg.iterations + 1  # no points
-    net = toy.distil(cfg, loss, world, student, cfg.iterations, rate, curves)
-    curves.bar.close()
-    return net, drawn(world, student, times), cfg
+    net, _, _ = toy.trained(cfg, method, world, {method: rate})
+    return net, drawn(world, net.student, net.times), cfg
 
 
 def searched_at(name, part):
@@ -105,7 +99,7 @@ def best_rate(searched, world, name, steps, part):
     def tried(rate):
         if f"{rate:g}" not in trials:
             _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
-            trials[f"{rate:g}"] = [round(mode_tv(world.mixture, of_seed), 4) for of_seed in x]
+            trials[f"{rate:g}"] = measured(world, x)["mode_tv"]
             print("search", key(name, steps, part), rate, trials, flush=True)
         return np.mean(trials[f"{rate:g}"])
 
@@ -131,14 +125,9 @@ HELD = ("search", "untrained", "runs", "finer")  # in results/why.json
 
 
 def missing(results):
-    """What results lack: [(method, steps, part), …] and, of the races, [(…, rate), …]."""
+    """(the runs, the runs at finer rates) that results lack: lists of (method, steps, part)."""
     runs = [what for what in wanted() if key(*what) not in results["runs"]]
-    races = []
-    for steps, race in RACES.items():
-        for name, part in race:
-            tvs = results["finer"].get(key(name, steps, part), {})  # {rate: TVs}
-            races += [(name, steps, part, rate) for rate in FINER if f"{rate:g}" not in tvs]
-    return runs, races
+    return runs, [what for what in RACES if key(*what) not in results["finer"]]
 
 
 def found():
@@ -163,16 +152,18 @@ def run():
         if name.startswith("ADM"):
             row |= followed(net, cfg, world)
         if name == "DMD":
-            row["weight"] = dmd_weight(net, world)
+            row["weight"] = dmd_weight(net, cfg, world)
         results["runs"][key(name, steps, part)] = row
         write_json(FILE, results)
         print(row, flush=True)
-    for name, steps, part, rate in races:
-        _, x, _ = trained(world, SEEDS, name, steps, part, rate)
-        tvs = results["finer"].setdefault(key(name, steps, part), {})  # {rate: TVs}
-        tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
+    for what in races:
+        tvs = {}  # {rate: TV of each seed}
+        for rate in FINER:
+            _, x, _ = trained(world, SEEDS, *what, rate)
+            tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
+        results["finer"][key(*what)] = tvs
         write_json(FILE, results)
-        print("finer", key(name, steps, part), rate, tvs, flush=True)
+        print("finer", key(*what), tvs, flush=True)
 
 
 def measured(world, x):
@@ -198,41 +189,27 @@ def followed(net, cfg, world):
     linear   share of logits within (−1, 1), where the hinge is linear
     accuracy d_accuracy
     """
-    _, t, x_t = diffused(net, world, (cfg.t_min + cfg.dt) * T, cfg.t_max * T)
-    s = t - cfg.dt * T  # (n,)
+    draw = Noise((11,), world.seeds, 4096)
     with torch.no_grad():
-        x_real, x_fake = (
-            LINE.pf_ode_step(x_t, role(x_t, t, {})[0], t, s) for role in (net.teacher, net.fake)
-        )
-        logits_real = net.discriminator.logits(net.discriminator.features(x_real, s, {}))  # (n,)
-    x_fake.requires_grad_()
-    logits = net.discriminator.logits(net.discriminator.features(x_fake, s, {}))  # (n,)
-    (slope,) = torch.autograd.grad(logits.sum(), x_fake)  # (n, 2)
-    gap = x_real - x_fake.detach()  # (n, 2)
-    said = torch.cat([logits_real, logits.detach()])
+        x_0 = toy.emitted(net.student, net.times, draw)  # (n, 2)
+    real, fake, slope, gap = toy.slope_and_gap(net, cfg, draw, x_0, {}, {})
     values = {
         "cosine": torch.cosine_similarity(slope, gap).mean(),
         "length": (slope * gap).sum() / gap.square().sum(),
-        "linear": (said.abs() < 1).float().mean(),
-        "accuracy": accuracy(logits_real, logits.detach()),
+        "linear": (torch.cat([real, fake]).abs() < 1).float().mean(),
+        "accuracy": accuracy(real, fake),
     }
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
 @torch.no_grad()
-def diffused(net, world, low, high):
-    """(x̂_0 (n, 2), t (n,) ~ U[low, high], x_t (n, 2)) of 4,096 new samples of each seed."""
+def dmd_weight(net, cfg, world):
+    """[[t/T, mean 1/mean|x̂_0 − x0_real|], …]: at the middle of 24 even parts of [0.02, 0.98]."""
     draw = Noise((11,), world.seeds, 4096)
     x_0 = toy.emitted(net.student, net.times, draw)  # (n, 2)
-    t = draw.uniform(low, high)  # (n,)
-    return x_0, t, LINE.add_noise(x_0, draw.normal((2,)), t)
-
-
-@torch.no_grad()
-def dmd_weight(net, world):
-    """[[t/T, mean 1/mean|x̂_0 − x0_real|], …]: at the middle of 24 even parts of [0.02, 0.98]."""
-    x_0, t, x_t = diffused(net, world, 0.02 * T, 0.98 * T)
-    x0_real, _ = LINE.to_x0_eps(x_t, net.teacher(x_t, t, {})[0], t)  # (n, 2)
+    t = draw.uniform(cfg.t_min * T, cfg.t_max * T)  # (n,)
+    x_t, out_real, _ = adm.both_scores(net, draw, {}, {}, x_0, t)  # (n, 2)
+    x0_real, _ = LINE.to_x0_eps(x_t, out_real, t)  # (n, 2)
     weight = 1 / adm.mean_distance(x_0, x0_real)  # (n,)
     edges = torch.linspace(0.02, 0.98, 25)  # (25,)
     part = torch.bucketize(t / T, edges[1:-1])  # (n,)
@@ -338,15 +315,14 @@ def races():
     """TV at rates in between, and the paired verdict of best against best."""
     finer = found()["finer"]
     lines = header("TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best")
-    for steps, race in RACES.items():
-        dmds = None
-        for name, part in race:
-            tvs = finer[key(name, steps, part)].values()  # by rate
-            best = min(tvs, key=np.mean)
-            cells = [pm(values) for values in tvs]
-            what = name if name == "DMD" else f"{name}, T/{part}"
-            dmds = dmds or best  # the first of a race
-            lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
+    for name, steps, part in RACES:
+        tvs = finer[key(name, steps, part)].values()  # by rate
+        best = min(tvs, key=np.mean)
+        what = f"{name}, T/{part}"
+        if name == "DMD":  # the first of a race
+            what, dmds = name, best
+        cells = [pm(values) for values in tvs]
+        lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
     return lines
 
 
