@@ -345,7 +345,7 @@ def test_the_exported_student_is_ours_in_stock_diffusers(family, distilled):
 MISTAKES = [
     (["evil"], "no command"),
     (["gain", "nowhere", "out/adm", "gain.png"], "nowhere"),
-    (["diagnose", "out/adp", "--what"], "--what"),
+    (["diagnose", "out/adp", "d.json", "--what"], "--what"),
     (["diagnose"], "init"),
     (["search", "gan"], "gan"),
     (["experiment", "first"], "first"),

@@ -13,7 +13,7 @@ The teacher anew, seeded, and its samples, and the CLIP (minutes):
 
 What D learns of a student that rests; how near its teacher a student comes in each stage, drawn:
 
-    python toy/digits.py diagnose out/adp
+    python toy/digits.py diagnose out/adp diagnosis.json
     python toy/digits.py gain out/adp out/adm gain.png
 
 The experiment and the README's tables and pictures of it (hours):
@@ -46,7 +46,7 @@ COMMANDS = {
     "train": (train, {}),
     "samples": (samples, {}),
     "clip": (clip, {}),
-    "diagnose": (diagnose, {"init": {}}),
+    "diagnose": (diagnose, {"init": {}, "out": {}}),
     "gain": (gain, {"first": {}, "second": {}, "out": {}}),
     "search": (search, {"methods": {**ANY_NUMBER, "choices": SECOND_STAGES}}),
     "experiment": (experiment, {"methods": {**ANY_NUMBER, "choices": list(METHODS)}}),

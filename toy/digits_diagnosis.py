@@ -12,7 +12,7 @@ from ode import Draw
 from runtime.files import read_json, write_json
 from runtime.folder import starting_point
 from toy.digits_experiment import HOME, execute, read_weights
-from toy.digits_samples import RESULTS, opened, table
+from toy.digits_samples import opened, table
 from toy.digits_teacher import PROMPTS
 from toy.run import slope_and_gap
 
@@ -28,26 +28,27 @@ VARIANTS = {  # of adm.py's flags, beside the recipe's
 }
 
 
-def diagnose(init, iterations=200):
+def diagnose(init, out, iterations=200):
     """What the heads have learnt of a student that rests, for each of VARIANTS: `alignment`.
 
-    init: the run that the student is from; adm.py is in its warm-up throughout. Printed, and in
-    results/digits-diagnosis.json.
+    init: the run that the student is from; adm.py is in its warm-up throughout. After each quarter
+    of the iterations; printed, and in the json file out.
     """
     family = load_teacher("digits")
-    rows = {}
+    every = iterations // 4
+    rows = {}  # {variant, iterations: alignment}
     for i, (name, flags) in enumerate(VARIANTS.items()):
         resting = f"--init {init} --student-steps 1 --iterations {iterations} --warmup {iterations}"
-        written = f"--checkpoint-every {iterations} --sample-every 0 --out {HOME}/diagnosis-{i}"
-        folder = execute(f"python adm.py {resting} {flags} {written}")
-        rows[name] = alignment(folder, family)
+        written = f"--checkpoint-every {every} --keep-checkpoints 4 --sample-every 0"
+        folder = execute(f"python adm.py {resting} {flags} {written} --out {HOME}/diagnosis-{i}")
+        for checkpoint in sorted((folder / "checkpoints").iterdir()):
+            rows[f"{name}; {int(checkpoint.name)}"] = alignment(folder, checkpoint, family)
     print("\n".join(table(rows)))
-    found = {"init": str(init), "iterations": iterations, "variants": rows}
-    write_json(RESULTS / "digits-diagnosis.json", found)
+    write_json(out, {"init": str(init), "variants": rows})
 
 
-def alignment(folder, family, batch_size=200):
-    """{margin, accuracy, cosine, length} of the heads of a finished run of adm.py, on new samples.
+def alignment(folder, checkpoint, family, batch_size=200):
+    """{margin, accuracy, cosine, length} of the heads at a checkpoint of adm.py, on new samples.
 
     margin    E[D(x_real) − D(x_fake)]
     accuracy  D's: the share of logits that are on their side of 0
@@ -55,7 +56,7 @@ def alignment(folder, family, batch_size=200):
     length    of ∇D over that of x_real − x_fake: the median (toy/why.py has a projection)
     """
     cfg = SimpleNamespace(**read_json(folder / "config.json", "run", "config")["config"])
-    net = players(folder, family, cfg)
+    net = players(checkpoint, family, cfg)
     draw = Draw((cfg.seed, STAGE), range(batch_size))
     numbers = draw.integers(len(PROMPTS))
     texts = opened(family)[0]
@@ -72,15 +73,14 @@ def alignment(folder, family, batch_size=200):
     }
 
 
-def players(folder, family, cfg):
-    """adm.py's Players after a run in which a one-step student of cfg.init rested."""
+def players(checkpoint, family, cfg):
+    """adm.py's Players at a checkpoint of a run in which a one-step student of cfg.init rests."""
     schedule, pipeline = starting_point(cfg.init, family, family.schedule, 0)
     teacher, student, fake = make_roles(family, ("student", "fake"))
     student.load(pipeline)
     discriminator = LatentDiscriminator(teacher, cfg.head_width)
-    newest = max((folder / "checkpoints").iterdir())
-    read_weights(fake.own_parameters(), newest / "fake.safetensors")
-    read_weights(dict(discriminator.heads.named_parameters()), newest / "heads.safetensors")
+    read_weights(fake.own_parameters(), checkpoint / "fake.safetensors")
+    read_weights(dict(discriminator.heads.named_parameters()), checkpoint / "heads.safetensors")
     schedules = (family.schedule, schedule)
     times, shape = schedule.timesteps(1)[:-1], family.latent_shape()
     return adm.Players(
