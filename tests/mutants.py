@@ -351,21 +351,21 @@ MUTANTS = [
     *mutants("adm.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
         ("on a GPU: times stay on the CPU", "timesteps(steps)[:-1].to(ranks.device)",
          "timesteps(steps)[:-1]"),
-        ("on a GPU: a time in 16 bits", "return t, t - cfg.dt * T",
-         "return t, (t - cfg.dt * T).bfloat16()"),
         ("on a GPU: the host waits for a loss", "    judged = ((x_real,",
          "    loss_d.item()\n    judged = ((x_real,"),
-        ("on a GPU: heads in 16 bits", "cfg.head_width, ranks.mesh).to(ranks.device)",
-         "cfg.head_width, ranks.mesh).to(ranks.device, torch.bfloat16)"),
     ]),
     *mutants("runtime/folder.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
         ("on a GPU: the host waits for a stream", "        asked, *means = self",
          "        torch.cuda.current_stream().synchronize()\n        asked, *means = self"),
     ]),
     *mutants("models.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: a time in 16 bits", "self.family.call(self.net, x_t, t, cond)",
+         "self.family.call(self.net, x_t, t.bfloat16(), cond)"),
+        ("on a GPU: what trains in 16 bits", "p.data = p.data.float()",
+         "p.data = p.data.bfloat16()"),
         ("on a GPU: a buffer of the heads in 16 bits", "self.heads = nn.ModuleList(heads)",
          "self.heads = nn.ModuleList(heads)\n"
-         "        self.heads.register_buffer('half', torch.ones(1, dtype=torch.bfloat16))"),
+         "        self.heads.register_buffer('scale', torch.ones(1, dtype=torch.bfloat16))"),
     ]),
     *mutants("runtime/ranks.py", ("tests/test_rehearsal.py", "-k", OF_LORA_ON_8), [
         ("on a GPU: gradients averaged in 16 bits", "MixedPrecisionPolicy(dtype, torch.float32,",
