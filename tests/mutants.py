@@ -139,6 +139,10 @@ MUTANTS = [
         ("Wan: a decoder run again on a later cache", "[None] * at + [*entries]", "feat_cache"),
         ("Wan: one of two experts", "require(second is None", "require(True"),
     ]),
+    *mutants("families/wan.py", ("tests/test_models.py", "-k", "recomputes and wan"), [
+        ("Wan: a convolution without what it reads", "again(forward, x, feat_cache)",
+         "again(forward, x)"),
+    ]),
     *mutants("families/__init__.py", ("tests/test_models.py", "-k", "wan_2_2s"), [
         ("Wan 2.2 is taken for 2.1", 'and index.get("expand_timesteps")', "and False"),
     ]),
@@ -342,8 +346,13 @@ MUTANTS = [
         ("memory: a video decoded in float32", "in_half = is_video and",
          "in_half = not is_video and"),
     ]),
+    *mutants("families/base.py", ("tests/test_models.py", "-k", "alone_is_kept"), [
+        ("decoder: what a normalisation makes is kept",
+         "return partial(again, lambda x: activation(plain(x)))",
+         "return lambda x: activation(plain(x))"),
+    ]),
     *mutants("families/cogvideox.py", ("tests/test_models.py", "-k", "recomputes"), [
-        ("decoder: SiLU left out", "return F.silu(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])",
+        ("decoder: SiLU left out", "return activation(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])",
          "return x * norm.conv_y(z)[0] + norm.conv_b(z)[0]"),
         ("decoder: every frame as the first", "zq.split(1, 2), strict",
          "zq[:, :, :1].expand_as(zq).split(1, 2), strict"),
