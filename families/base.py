@@ -256,7 +256,8 @@ class Family:
     def recompute(self, vae):
         """Keep next to nothing of a pass of the decoder: backward makes it again, part by part.
 
-        A whole block of full size would be ten gigabytes. The numbers are the same.
+        A whole block of full size would be ten gigabytes. While a part is made again, what its
+        normalisations make is not kept either. The numbers are the same.
         """
         if vae._supports_gradient_checkpointing:
             vae.enable_gradient_checkpointing()
