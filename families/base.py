@@ -37,6 +37,9 @@ ODD_FOR_A_FLOW = (
     "use_exponential_sigmas",
     "use_beta_sigmas",
 )
+# What a decoder and its blocks call their normalisations, and what comes right after each.
+NORMS = {"norm1", "norm2", "norm_out", "conv_norm_out"}
+ACTIVATIONS = {"nonlinearity", "conv_act"}
 SMALLEST_MAP = 8  # positions along a side of a feature map that a discriminator's head can take
 
 
@@ -253,12 +256,24 @@ class Family:
     def recompute(self, vae):
         """Keep next to nothing of a pass of the decoder: backward makes it again, part by part.
 
-        A whole block of full size would be ten gigabytes. The numbers are the same.
+        A whole block of full size would be ten gigabytes. While a part is made again, what its
+        normalisations make is not kept either. The numbers are the same.
         """
         if vae._supports_gradient_checkpointing:
             vae.enable_gradient_checkpointing()
+        for module in vae.decoder.modules():
+            children = dict(module.named_children())
+            for name in children.keys() & ACTIVATIONS:
+                setattr(module, name, torch.nn.Identity())
+                for norm in children.keys() & NORMS:
+                    children[norm].forward = self.activated(children[norm], children[name])
         for part in self.parts_of(vae):
             part.forward = partial(self.again, part.forward)
+
+    def activated(self, norm, activation):
+        """activation(norm(x)) as a function of x, which alone is kept; backward runs it again."""
+        plain = norm.forward
+        return partial(again, lambda x: activation(plain(x)))
 
     def again(self, forward, *args, **kwargs):
         """What forward(*args, **kwargs) returns; backward runs it again."""

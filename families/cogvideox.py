@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
-    CogVideoXResnetBlock3D,
     CogVideoXSpatialNorm3D,
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
@@ -74,27 +73,25 @@ class CogVideoX(Video):
     def recompute(self, vae):
         """Part by part, and what follows a normalisation frame by frame."""
         for m in vae.decoder.modules():
-            if isinstance(m, CogVideoXSpatialNorm3D):
-                m.forward = partial(normalised, m)
-            elif isinstance(m, CogVideoXResnetBlock3D):
-                m.nonlinearity = torch.nn.Identity()  # it is in `normalised`
-            elif isinstance(m, CogVideoXUpsample3D):  # else each normalisation would copy it
+            if isinstance(m, CogVideoXUpsample3D):  # else each normalisation would copy it
                 m.register_forward_hook(lambda m, args, out: out.contiguous())
-        vae.decoder.conv_act = torch.nn.Identity()
         super().recompute(vae)
 
+    def activated(self, norm, activation):
+        return partial(normalised, norm, activation)
 
-def normalised(norm, f, zq, conv_cache=None):
-    """SiLU(norm(f, zq)), f (B, C, F, H, W), of an even number of frames, without a cache.
+
+def normalised(norm, activation, f, zq, conv_cache=None):
+    """activation(norm(f, zq)), f (B, C, F, H, W), of an even number of frames, without a cache.
 
     A CogVideoXSpatialNorm3D makes six tensors of f's size, of up to 1.4 GB each. What comes after
     the statistics is pointwise: one frame of it at a time is kept.
     """
     zq = F.interpolate(zq, size=f.shape[-3:])  # (B, C', F, H, W)
     frames = zip(norm.norm_layer(f).split(1, 2), zq.split(1, 2), strict=True)
-    return torch.cat([again(modulated, norm, x, z) for x, z in frames], 2), {}
+    return torch.cat([again(modulated, norm, activation, x, z) for x, z in frames], 2), {}
 
 
-def modulated(norm, x, z):
+def modulated(norm, activation, x, z):
     """A frame x (B, C, 1, H, W) of what `norm` has normalised, scaled and shifted by z."""
-    return F.silu(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])
+    return activation(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])

@@ -19,7 +19,7 @@ class Wan(Video):
     pipeline_class = diffusers.WanPipeline
     net_class = diffusers.WanTransformer3DModel
     vae_class = diffusers.AutoencoderKLWan
-    vae_parts = (of_vae.WanResidualBlock, of_vae.WanResample)
+    vae_parts = (of_vae.WanResidualBlock, of_vae.WanResample, of_vae.WanCausalConv3d)
     guidance = 5.0
     student_steps = 4
     fps = 16
@@ -65,8 +65,15 @@ class Wan(Video):
         z = latents.transpose(1, 2) * std + mean  # (B, C, F, H, W)
         return vae.decode(z.to(vae.dtype)).sample
 
-    def again(self, forward, x, feat_cache, feat_idx):
+    def activated(self, norm, activation):
+        """Frame by frame: it computes in float32, and each position by itself."""
+        of_frames = super().activated(norm, activation)
+        return lambda x: torch.cat([of_frames(frame) for frame in x.split(1, 2)], 2)
+
+    def again(self, forward, x, feat_cache, feat_idx=None):
         """On the decoder's cache as it was then: a part changes its next two entries at most."""
+        if feat_idx is None:  # a convolution, and the one entry that it reads
+            return super().again(forward, x, feat_cache)
         at = feat_idx[0]
 
         def pure(x, *entries):

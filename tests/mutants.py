@@ -141,6 +141,10 @@ MUTANTS = [
         ("Wan: a decoder run again on a later cache", "[None] * at + [*entries]", "feat_cache"),
         ("Wan: one of two experts", "require(second is None", "require(True"),
     ]),
+    *mutants("families/wan.py", ("tests/test_models.py", "-k", "recomputes and wan"), [
+        ("Wan: a convolution without what it reads", "again(forward, x, feat_cache)",
+         "again(forward, x)"),
+    ]),
     *mutants("families/__init__.py", ("tests/test_models.py", "-k", "wan_2_2s"), [
         ("Wan 2.2 is taken for 2.1", 'and index.get("expand_timesteps")', "and False"),
     ]),
@@ -351,21 +355,21 @@ MUTANTS = [
     *mutants("adm.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
         ("on a GPU: times stay on the CPU", "timesteps(steps)[:-1].to(ranks.device)",
          "timesteps(steps)[:-1]"),
-        ("on a GPU: a time in 16 bits", "return t, t - cfg.dt * T",
-         "return t, (t - cfg.dt * T).bfloat16()"),
         ("on a GPU: the host waits for a loss", "    judged = ((x_real,",
          "    loss_d.item()\n    judged = ((x_real,"),
-        ("on a GPU: heads in 16 bits", "cfg.head_width, ranks.mesh).to(ranks.device)",
-         "cfg.head_width, ranks.mesh).to(ranks.device, torch.bfloat16)"),
     ]),
     *mutants("runtime/folder.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
         ("on a GPU: the host waits for a stream", "        asked, *means = self",
          "        torch.cuda.current_stream().synchronize()\n        asked, *means = self"),
     ]),
     *mutants("models.py", ("tests/test_rehearsal.py", "-k", OF_LORA), [
+        ("on a GPU: a time in 16 bits", "self.family.call(self.net, x_t, t, cond)",
+         "self.family.call(self.net, x_t, t.bfloat16(), cond)"),
+        ("on a GPU: what trains in 16 bits", "p.data = p.data.float()",
+         "p.data = p.data.bfloat16()"),
         ("on a GPU: a buffer of the heads in 16 bits", "self.heads = nn.ModuleList(heads)",
          "self.heads = nn.ModuleList(heads)\n"
-         "        self.heads.register_buffer('half', torch.ones(1, dtype=torch.bfloat16))"),
+         "        self.heads.register_buffer('scale', torch.ones(1, dtype=torch.bfloat16))"),
     ]),
     *mutants("runtime/ranks.py", ("tests/test_rehearsal.py", "-k", OF_LORA_ON_8), [
         ("on a GPU: gradients averaged in 16 bits", "MixedPrecisionPolicy(dtype, torch.float32,",
@@ -375,8 +379,13 @@ MUTANTS = [
         ("memory: a video decoded in float32", "in_half = is_video and",
          "in_half = not is_video and"),
     ]),
+    *mutants("families/base.py", ("tests/test_models.py", "-k", "alone_is_kept"), [
+        ("decoder: what a normalisation makes is kept",
+         "return partial(again, lambda x: activation(plain(x)))",
+         "return lambda x: activation(plain(x))"),
+    ]),
     *mutants("families/cogvideox.py", ("tests/test_models.py", "-k", "recomputes"), [
-        ("decoder: SiLU left out", "return F.silu(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])",
+        ("decoder: SiLU left out", "return activation(x * norm.conv_y(z)[0] + norm.conv_b(z)[0])",
          "return x * norm.conv_y(z)[0] + norm.conv_b(z)[0]"),
         ("decoder: every frame as the first", "zq.split(1, 2), strict",
          "zq[:, :, :1].expand_as(zq).split(1, 2), strict"),

@@ -22,6 +22,7 @@ import models
 import ode
 from families import load_teacher
 from families.tiny import build
+from families.video import Video
 from families.wan import Wan
 from models import PixelDiscriminator, load_pixel_backbone
 from runtime.settings import BadInput
@@ -621,7 +622,10 @@ def what_autograd_keeps(*modules):
 
 @pytest.mark.parametrize("name", [*SOME, WAN_2_2])
 def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teachers, name):
-    """Bitwise. What it makes again at a time, the rehearsal tracks."""
+    """Bitwise, but of Wan's, which is added up frame by frame.
+
+    What it makes again at a time, the rehearsal tracks.
+    """
     family = teachers[name]
     sizes, gradients = {}, {}
     for how in ("plain", "recompute"):
@@ -634,9 +638,25 @@ def test_a_decoder_that_recomputes_keeps_little_and_gives_the_same_gradient(teac
         sizes[how] = sum(kept.values())
         images.square().mean().backward()
         gradients[how] = z.grad
-    assert torch.equal(gradients["plain"], gradients["recompute"])
-    assert gradients["plain"].abs().max() > 0
+    largest = gradients["plain"].abs().max()
+    rounding = 1e-6 * largest if isinstance(family, Wan) else 0
+    assert largest > 0
+    assert (gradients["recompute"] - gradients["plain"]).abs().max() <= rounding
     assert sizes["recompute"] < sizes["plain"] / 3
+
+
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-wan"])
+def test_of_a_decoders_normalisation_its_input_alone_is_kept(teachers, name):
+    family = teachers[name]
+    vae = family.vae()
+    family.recompute(vae)
+    norm = vae.decoder.mid_block.resnets[0].norm1
+    channels = next(norm.parameters()).numel()
+    frames = [4] * isinstance(family, Video)
+    x = torch.randn(1, channels, *frames, 8, 8).requires_grad_()
+    with what_autograd_keeps(norm) as kept:
+        norm(x)
+    assert kept == {x.untyped_storage().data_ptr(): x.nbytes}
 
 
 @pytest.mark.parametrize("name", VISION)
