@@ -218,7 +218,7 @@ def rehearsed(specs, folder):
                 noted = json.loads(line)
                 if noted["error"]:
                     process.kill()
-                    wrong = f"{last_line(noted['error'])} ({last_line(said.read_text())})"
+                    wrong = last_line(noted["error"])
                     raise BadInput(f"the rehearsal of {noted['name']}: {wrong}")
                 yield noted
     if process.returncode:
@@ -227,7 +227,7 @@ def rehearsed(specs, folder):
 
 
 def last_line(text):
-    """Of what a process said: what ended it, if anything."""
+    """The last line that a process wrote, which tells what ended it."""
     return next(reversed(text.strip().splitlines()), "it said nothing")
 
 

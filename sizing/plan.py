@@ -267,7 +267,7 @@ def unrehearsed(cfg, flags, latent):
     if not of_model(family):
         why = f"passes of {cfg.model} cannot be: a rehearsal knows the hub's models alone"
         return Unrehearsed(f"nothing that has been rehearsed fits, and {why}")
-    stage = "adm" if hasattr(cfg, "fake_gradient") else "adp"
+    stage = "adm" if hasattr(cfg, "lr_fake") else "adp"
     words = f"{flags} {typed(size_of(family, latent))}".strip()
     command = f"`python tools/plan.py {stage} {words}` with this run's flags"
     return Unrehearsed(f"nothing that has been rehearsed fits: {command} rehearses the others")
@@ -341,14 +341,19 @@ def enough_gpus(cfg, world, gpu_bytes, latent=None):
 
 def advice(cfg, world, gpu_bytes, latent=None, measure=None):
     """What would make cfg fit, in words: flags, or else more GPUs; or who would know."""
+    unknown = more = None
     try:
         flags, smaller = cheapest(cfg, world, gpu_bytes, latent, measure)
         if flags:
             return f"in {gb(smaller.peak[0])} GB it fits with {flags}"
+    except Unrehearsed as e:
+        unknown = e
+    try:
         more = enough_gpus(cfg, world, gpu_bytes, latent)
     except Unrehearsed as e:
-        return str(e)
-    return f"no flag makes it fit, {more} GPUs do" if more else "no flag makes it fit"
+        unknown = unknown or e
+    said = str(unknown or "no flag makes it fit")
+    return f"{said}; on {more} GPUs it fits" if more else said
 
 
 def must_fit(cfg, latent=None):

@@ -347,6 +347,7 @@ MISTAKES = [
     (["gain", "nowhere", "out/adm", "gain.png"], "nowhere"),
     (["diagnose", "out/adp", "d.json", "--what"], "--what"),
     (["diagnose"], "init"),
+    (["diagnose", "out/adp", "nowhere/d.json"], "no folder nowhere"),
     (["search", "gan"], "gan"),
     (["experiment", "first"], "first"),
 ]

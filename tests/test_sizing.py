@@ -212,7 +212,7 @@ def test_a_rehearsal_is_of_the_depth_and_the_size_that_are_asked(tmp_path):
         ("os.kill(os.getpid(), 9)", r"the rehearsal: exit code -9 \(it said nothing\)"),
         (
             """print('{"name": "adm x", "error": "Traceback\\\\nit broke"}', flush=True)""",
-            r"the rehearsal of adm x: it broke \(it said nothing\)",
+            r"the rehearsal of adm x: it broke",
         ),
     ],
 )
@@ -233,6 +233,8 @@ def test_what_no_gpu_is_like_is_refused(capsys):
         assert "--gpu-gb 0.0: a positive number" in said
     said = refused(capsys, plan.show, plan.AdmConfig, "--gpu-gb", "inf")
     assert "--gpu-gb inf: a positive number" in said
+    said = refused(capsys, plan.record, plan.RecordConfig, "--stages", "pairs", "--check")
+    assert "--check: the table has no training of these models" in said
     said = refused(capsys, plan.record, plan.RecordConfig, "--stages", "adm,nosuch")
     assert "--stages nosuch: one of adm, adp, pairs, encode, decode" in said
 
@@ -323,12 +325,25 @@ def test_what_nobody_has_rehearsed_neither_fits_nor_does_not(capsys):
     call(plan.show, plan.AdmConfig, *tiny)
     call(plan.show_encoding, plan.EncodeConfig, *tiny[:2])
     for line in capsys.readouterr().out.splitlines():
-        assert "peak " not in line or line.endswith("of 80: states alone, of passes nobody knows")
+        assert "peak " not in line or line.endswith("what its passes need, nobody has rehearsed")
     # Of an ADP's pairs the size is theirs.
     of_pairs = sizing.plan.unrehearsed(config(adp.Config, *words[:2]), "--fit", (16, 32, 32))
     assert "`python tools/plan.py adp --fit --resolution 256x256`" in str(of_pairs)
     with pytest.raises(sizing.plan.Unrehearsed, match="adm --world-size 4`"):
         enough_gpus(config(adm.Config, *words[:8]), 1, 40 * GB)
+
+
+def test_more_gpus_that_are_known_to_do_are_named_where_flags_are_not_known(monkeypatch):
+    def unknown(*args):
+        raise sizing.plan.Unrehearsed("who knows")
+
+    monkeypatch.setattr(sizing.plan, "cheapest", unknown)
+    monkeypatch.setattr(sizing.plan, "enough_gpus", lambda *args: 8)
+    assert sizing.plan.advice(None, 1, 1) == "who knows; on 8 GPUs it fits"
+    monkeypatch.setattr(sizing.plan, "enough_gpus", unknown)
+    assert sizing.plan.advice(None, 1, 1) == "who knows"
+    monkeypatch.setattr(sizing.plan, "cheapest", lambda *args: (None, None))
+    assert sizing.plan.advice(None, 1, 1) == "who knows"
 
 
 def test_pairs_and_encoding_are_planned(capsys):

@@ -94,10 +94,12 @@ def waits(*flags):
             torch.cuda.set_sync_debug_mode("warn" if iteration == 1 else "default")
 
     Run.record = counted_from_here
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        run(adm.main, adm.Config, flags, prog="adm.py")
-    Run.record = record
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run(adm.main, adm.Config, flags, prog="adm.py")
+    finally:
+        Run.record = record
     found = sum("synchronizing CUDA operation" in str(one.message) for one in said)
     if there:
         expect("waits for the GPU in iteration 2", "1, for its row", found, found == 1)

@@ -190,7 +190,7 @@ def print_peak(cfg, plan, otherwise):
     beside = f"{gb(CONTEXT)} for CUDA's context, {gb(WORKSPACE)} for workspaces, {FRAGMENTED:.0%}"
     print_line("beside", f"{beside} between tensors: our allowance")
     fits = plan.fits(cfg.gpu_gb * 1e9)
-    said = "it fits" if fits else "states alone, of passes nobody knows"
+    said = "it fits" if fits else "its states do; what its passes need, nobody has rehearsed"
     if fits is False:
         said = f"it does not fit; {otherwise()}"
     print_line("peak", f"{gb(peak)}, {phase}; needed {gb(plan.needed)} of {cfg.gpu_gb:g}: {said}")
@@ -278,6 +278,7 @@ def record(cfg):
     rows = [row for row in usual(models) if row.stage in stages]
     if cfg.check:
         there = [row for row in rows if row.stage in ("adm", "adp") and str(row) in table()]
+        require(there, "--check: the table has no training of these models")
         far = [row for row in there if abs(compare(row)) > CLOSE]
         if far:
             raise Stopped(1, f"{len(far)} of {len(there)} off by more than {CLOSE:.0%}")

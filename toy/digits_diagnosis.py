@@ -1,5 +1,6 @@
 """A diagnosis: what D learns of a student that rests."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -9,8 +10,9 @@ import adm
 from families import load_teacher
 from models import LatentDiscriminator, accuracy, make_roles
 from ode import Draw
-from runtime.files import read_json, write_json
+from runtime.files import read_json, remove, write_json
 from runtime.folder import starting_point
+from runtime.settings import require
 from toy.digits_experiment import HOME, execute, read_weights
 from toy.digits_samples import opened, table
 from toy.digits_teacher import PROMPTS
@@ -32,15 +34,18 @@ def diagnose(init, out, iterations=200):
     """What the heads have learnt of a student that rests, for each of VARIANTS: `alignment`.
 
     init: the run that the student is from; adm.py is in its warm-up throughout. After each quarter
-    of the iterations; printed, and in the json file out.
+    of the iterations; printed, and in the json file out. The runs are made anew, in
+    out/digits/diagnosis. Raises BadInput where out's folder is not there.
     """
+    require(Path(out).parent.is_dir(), f"{out}: there is no folder {Path(out).parent}")
+    remove(HOME / "diagnosis")
     family = load_teacher("digits")
     every = iterations // 4
     rows = {}  # {variant, iterations: alignment}
     for i, (name, flags) in enumerate(VARIANTS.items()):
         resting = f"--init {init} --student-steps 1 --iterations {iterations} --warmup {iterations}"
         written = f"--checkpoint-every {every} --keep-checkpoints 4 --sample-every 0"
-        folder = execute(f"python adm.py {resting} {flags} {written} --out {HOME}/diagnosis-{i}")
+        folder = execute(f"python adm.py {resting} {flags} {written} --out {HOME}/diagnosis/{i}")
         for checkpoint in sorted((folder / "checkpoints").iterdir()):
             rows[f"{name}; {int(checkpoint.name)}"] = alignment(folder, checkpoint, family)
     print("\n".join(table(rows)))

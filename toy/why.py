@@ -329,7 +329,7 @@ def races():
 def followers():
     """How D follows, and what could make it: by method, steps and Δt.
 
-    The rival is DMD with as many updates of its fake score; at TTUR 1 at the best of FINER too.
+    The rival is DMD with as many updates of its fake score; at TTUR 1 at its best of FINER.
     """
     columns = ("TV", "modes", "cosine", "length", "linear", "rate", "against DMD at its TTUR")
     lines = header("of which D", *columns)
