@@ -34,7 +34,7 @@ demo: $(VENV)/.installed
 
 # Two halves side by side, one on each core; the first says what it found when the second is through.
 # In the first are files that start no script: the fork server of those that do is in one half alone.
-HALF := $(patsubst %,tests/test_%.py,bf16 cost models movie peers reference rehearsal)
+HALF := $(patsubst %,tests/test_%.py,bf16 models peers reference rehearsal)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 test: $(VENV)/.installed
