@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from families import DIGITS, tiny
 from toy.digits_teacher import EMPTY, MEANS, NAMES, WORDS, captions, held_out, training_images
@@ -16,6 +16,8 @@ def clip(folder=CLIP, data=None, iterations=4000):
 
     data: images (N, 3, 32, 32) and digits (N,); default: those that the teacher is trained on.
     """
+    from transformers import CLIPImageProcessor  # only here: without torchvision it says so
+
     images, labels = data or training_images()
     torch.manual_seed(0)
     tokenizer = tiny.clip_tokenizer(WORDS, max_length=6)
