@@ -190,8 +190,11 @@ def print_peak(cfg, plan, otherwise):
     beside = f"{gb(CONTEXT)} for CUDA's context, {gb(WORKSPACE)} for workspaces, {FRAGMENTED:.0%}"
     print_line("beside", f"{beside} between tensors: our allowance")
     fits = plan.fits(cfg.gpu_gb * 1e9)
-    said = "it fits" if fits else "its states do; what its passes need, nobody has rehearsed"
-    if fits is False:
+    if fits is None:
+        said = "its states do; what its passes need, nobody has rehearsed"
+    elif fits:
+        said = "it fits"
+    else:
         said = f"it does not fit; {otherwise()}"
     print_line("peak", f"{gb(peak)}, {phase}; needed {gb(plan.needed)} of {cfg.gpu_gb:g}: {said}")
 
