@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adm
 from families import load_teacher
@@ -14,20 +15,25 @@ from runtime.files import read_json, remove, write_json
 from runtime.folder import starting_point
 from runtime.settings import require
 from toy.digits_experiment import HOME, execute, read_weights
+from toy.digits_heads import EXACT, ORDINARY, discriminator_is
 from toy.digits_samples import opened, table
 from toy.digits_teacher import PROMPTS
 from toy.run import slope_and_gap
 
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
-VARIANTS = {  # of adm.py's flags, beside the recipe's
-    "paper: Δt = T/64, no damping": "--dt 0.015625 --damping 0",
-    "Δt = T/64": "--dt 0.015625",
-    "Δt = T/4, no damping": "--damping 0",
-    "recipe: Δt = T/4": "",
-    "Δt = T/2": "--dt 0.5",
-    "heads' rate 1e-3": "--lr-heads 1e-3",
-    "TTUR 4": "--ttur 4",
+VARIANTS = {  # adm.py's flags, beside the recipe's, and one of digits_heads.py's discriminators
+    "paper: Δt = T/64, no damping": ("--dt 0.015625 --damping 0", ORDINARY),
+    "Δt = T/64": ("--dt 0.015625", ORDINARY),
+    "Δt = T/4, no damping": ("--damping 0", ORDINARY),
+    "recipe: Δt = T/4": ("", ORDINARY),
+    "Δt = T/2": ("--dt 0.5", ORDINARY),
+    "heads' rate 1e-3": ("--lr-heads 1e-3", ORDINARY),
+    "TTUR 4": ("--ttur 4", ORDINARY),
+    "batch of 64": ("--batch-size 64", ORDINARY),
+    "damping by ∇D itself": ("", EXACT),
+    "damping by ∇D itself, Δt = T/64": ("--dt 0.015625", EXACT),
 }
+FITTED = {"∇D fitted to the gap": "recipe: Δt = T/4", "the same, Δt = T/64": "Δt = T/64"}
 
 
 def diagnose(init, out, iterations=200):
@@ -35,41 +41,40 @@ def diagnose(init, out, iterations=200):
 
     init: the run that the student is from; adm.py is in its warm-up throughout. After each quarter
     of the iterations; printed, and in the json file out. The runs are made anew, in
-    out/digits/diagnosis. Raises BadInput where out's folder is not there.
+    out/digits/diagnosis. Then what such heads could express: `fitted`. Raises BadInput where out's
+    folder is not there.
     """
     require(Path(out).parent.is_dir(), f"{out}: there is no folder {Path(out).parent}")
     remove(HOME / "diagnosis")
     family = load_teacher("digits")
     every = iterations // 4
-    rows = {}  # {variant, iterations: alignment}
-    for i, (name, flags) in enumerate(VARIANTS.items()):
+    rows, checkpoints = {}, {}  # {variant, iterations: alignment}, {variant: its last}
+    for i, (name, (flags, heads)) in enumerate(VARIANTS.items()):
         resting = f"--init {init} --student-steps 1 --iterations {iterations} --warmup {iterations}"
         written = f"--checkpoint-every {every} --keep-checkpoints 4 --sample-every 0"
-        folder = execute(f"python adm.py {resting} {flags} {written} --out {HOME}/diagnosis/{i}")
+        command = f"python adm.py {resting} {flags} {written} --out {HOME}/diagnosis/{i}"
+        with discriminator_is(heads):
+            folder = execute(command)
         for checkpoint in sorted((folder / "checkpoints").iterdir()):
-            rows[f"{name}; {int(checkpoint.name)}"] = alignment(folder, checkpoint, family)
+            rows[f"{name}; {int(checkpoint.name)}"] = alignment(*players(checkpoint, family))
+            checkpoints[name] = checkpoint
+    for name, variant in FITTED.items():
+        net, cfg = players(checkpoints[variant], family)
+        for iteration, row in fitted(net, cfg, iterations, every):
+            rows[f"{name}; {iteration}"] = row
     print("\n".join(table(rows)))
     write_json(out, {"init": str(init), "variants": rows})
 
 
-def alignment(folder, checkpoint, family, batch_size=200):
-    """{margin, accuracy, cosine, length} of the heads at a checkpoint of adm.py, on new samples.
+def alignment(net, cfg, batch_size=200):
+    """{margin, accuracy, cosine, length} of the heads, on new samples.
 
     margin    E[D(x_real) − D(x_fake)]
     accuracy  D's: the share of logits that are on their side of 0
     cosine    of ∇D at x_fake with x_real − x_fake: a mean over samples
     length    of ∇D over that of x_real − x_fake: the median (toy/why.py has a projection)
     """
-    cfg = SimpleNamespace(**read_json(folder / "config.json", "run", "config")["config"])
-    net = players(checkpoint, family, cfg)
-    draw = Draw((cfg.seed, STAGE), range(batch_size))
-    numbers = draw.integers(len(PROMPTS))
-    texts = opened(family)[0]
-    cond = {name: c[numbers] for name, c in texts.items()}  # (B, ...) each
-    uncond = {name: c[[len(PROMPTS)] * batch_size] for name, c in texts.items()}
-    with torch.no_grad():
-        x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 4, 8, 8)
-    real, fake, slope, gap = slope_and_gap(net, cfg, draw, x0_hat, cond, uncond)
+    real, fake, slope, gap = judged(net, cfg, (cfg.seed, STAGE), batch_size)
     return {
         "margin": (real - fake).mean().item(),
         "accuracy": accuracy(real, fake).item(),
@@ -78,8 +83,44 @@ def alignment(folder, checkpoint, family, batch_size=200):
     }
 
 
-def players(checkpoint, family, cfg):
-    """adm.py's Players at a checkpoint of a run in which a one-step student of cfg.init rests."""
+def fitted(net, cfg, iterations, every):
+    """Yields (iteration, `alignment`) of new heads that are shown the gap: ½ E|∇D − gap|².
+
+    They have the run's rate and batches; its student and fake score rest. What D could express if
+    it were told x_real − x_fake, which ADM's D is to find from two logits a sample.
+    """
+    torch.manual_seed(cfg.seed)
+    discriminator = LatentDiscriminator(net.teacher, cfg.head_width)
+    net = net._replace(discriminator=discriminator)
+    optimizer = torch.optim.AdamW(discriminator.heads.parameters(), cfg.lr_heads)
+    for iteration in range(1, iterations + 1):
+        with sdpa_kernel(SDPBackend.MATH):  # attention whose gradient has a gradient
+            key = cfg.seed, STAGE, iteration
+            *_, slope, gap = judged(net, cfg, key, cfg.batch_size, learn=True)
+            (0.5 * (slope - gap).square().sum(1).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(discriminator.heads.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if iteration % every == 0:
+            yield iteration, alignment(net, cfg)
+
+
+def judged(net, cfg, key, batch_size, learn=False):
+    """toy/run.py's `slope_and_gap` on new samples, of prompts at random."""
+    draw = Draw(key, range(batch_size))
+    numbers = draw.integers(len(PROMPTS))
+    texts = opened(net.teacher.family)[0]
+    cond = {name: c[numbers] for name, c in texts.items()}  # (B, ...) each
+    uncond = {name: c[[len(PROMPTS)] * batch_size] for name, c in texts.items()}
+    with torch.no_grad():
+        x0_hat, _ = adm.sample(net, draw, cond, 0)  # (B, 4, 8, 8)
+    return slope_and_gap(net, cfg, draw, x0_hat, cond, uncond, learn)
+
+
+def players(checkpoint, family):
+    """(adm.py's Players, settings) at a checkpoint of a run in which a one-step student rests."""
+    settings = read_json(checkpoint.parent.parent / "config.json", "run", "config")["config"]
+    cfg = SimpleNamespace(**settings)
     schedule, pipeline = starting_point(cfg.init, family, family.schedule, 0)
     teacher, student, fake = make_roles(family, ("student", "fake"))
     student.load(pipeline)
@@ -88,6 +129,5 @@ def players(checkpoint, family, cfg):
     read_weights(dict(discriminator.heads.named_parameters()), checkpoint / "heads.safetensors")
     schedules = (family.schedule, schedule)
     times, shape = schedule.timesteps(1)[:-1], family.latent_shape()
-    return adm.Players(
-        teacher, student, fake, discriminator, *schedules, times, shape, cfg.guidance
-    )
+    net = adm.Players(teacher, student, fake, discriminator, *schedules, times, shape, cfg.guidance)
+    return net, cfg

@@ -66,6 +66,9 @@ LEVERS = (
     (ADM, "--gen-weight dmd", ORDINARY),
     *[(method, "--ttur 4", ORDINARY) for method in (DMD, STEP, ADM)],
     (ADM, "--ttur 4 --lr-student 3e-05", ORDINARY),
+    *[(method, "--batch-size 64", ORDINARY) for method in (DMD, STEP, ADM)],
+    (ADM, "--head-width 256", ORDINARY),
+    (ADM, "--beta1 0.5", ORDINARY),
     *[(ADM, "", name) for name in DISCRIMINATORS if name != ORDINARY],
 )
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]

@@ -1,15 +1,19 @@
-"""Discriminators that adm.py has no flag for: what could make D follow, tried in the levers."""
+"""What could make D follow, and adm.py has no flag for: other parts for it, among the levers."""
 
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adm
+from families import recipes
 from models import Discriminator, Head2d, LatentDiscriminator
 from ode import T
 
 ORDINARY = ""
+EXACT = "damping by ∇D itself"
 FREQUENCIES = (1, 2, 4, 8)  # of a time's sines and cosines
+UPDATES = 4  # of the heads, on one set of maps
 
 
 class TimedDiscriminator(LatentDiscriminator):
@@ -36,18 +40,91 @@ class NormalisedDiscriminator(LatentDiscriminator):
         return [h / h.square().mean(1, keepdim=True).add(1e-6).sqrt() for h in maps]
 
 
+class LateHead(Head2d):
+    """Its convolutions have no stride: every position of the map is there until the pooling."""
+
+    smallest = 1
+    strided = (3, 1, 1)
+
+
+class LateDiscriminator(LatentDiscriminator):
+    """D with LateHeads."""
+
+    def __init__(self, teacher, width=256, mesh=None):
+        _, _, channels = teacher.family.taps(teacher.net)
+        Discriminator.__init__(self, teacher, [LateHead(c, width) for c in channels], mesh)
+
+
+class RememberingDiscriminator(LatentDiscriminator):
+    """Keeps the last maps of x_fake, x_real, and what is near x_real and x_fake, in this order."""
+
+    last = None  # the one that was made last
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+        RememberingDiscriminator.last = self
+
+    def features(self, x_t, t, cond):
+        maps = super().features(x_t, t, cond)
+        self.seen = [*self.seen[-3:], [h.detach() for h in maps]]
+        return maps
+
+
+def step_repeated(optimizer, clip, once=adm.step):
+    """adm.py's step; of the heads UPDATES of them, on one set of maps: no pass of the networks."""
+    norm = once(optimizer, clip)
+    discriminator = RememberingDiscriminator.last
+    if optimizer.param_groups[0]["params"][0] is next(discriminator.heads.parameters()):
+        for _ in range(UPDATES - 1):
+            repeated_loss(discriminator).backward()
+            once(optimizer, clip)
+    return norm
+
+
+def repeated_loss(discriminator):
+    """adm_round's loss of D by the recipe for digits, on the maps that were seen last."""
+    recipe = recipes.ADM["digits"]
+    fake, real, near_real, near_fake = (discriminator.logits(maps) for maps in discriminator.seen)
+    loss = adm.discriminator_loss(real, fake)
+    for logits, moved in ((real, near_real), (fake, near_fake)):
+        penalty = adm.damping_loss(logits, moved, recipe["damping_sigma"])
+        loss = loss + recipe["damping"] * penalty
+    return loss
+
+
+def damping_exact(discriminator, cfg, draw, cond, s, judged):
+    """adm.py's damping by ∇D itself, ½ E|∇D|², where adm.py has a difference in one direction."""
+    loss = 0
+    for x, _ in judged:
+        x = x.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # attention whose gradient has a gradient
+            logits = discriminator.logits(discriminator.features(x, s, cond))  # (B,)
+            (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)  # (B, ...)
+        loss = loss + cfg.damping * 0.5 * slope.flatten(1).square().sum(1).mean()
+    return loss
+
+
+REPEATED = {"LatentDiscriminator": RememberingDiscriminator, "step": step_repeated}
+# {name: {what of adm.py: what stands there instead}}
 DISCRIMINATORS = {
-    ORDINARY: LatentDiscriminator,
-    "heads that are told t": TimedDiscriminator,
-    "features normalised": NormalisedDiscriminator,
+    ORDINARY: {},
+    "heads that are told t": {"LatentDiscriminator": TimedDiscriminator},
+    "features normalised": {"LatentDiscriminator": NormalisedDiscriminator},
+    "heads that pool later": {"LatentDiscriminator": LateDiscriminator},
+    f"{UPDATES} updates of the heads on one set": REPEATED,
+    EXACT: {"damping": damping_exact},
 }
 
 
 @contextmanager
 def discriminator_is(name):
     """Inside, adm.py trains this one of DISCRIMINATORS."""
-    adm.LatentDiscriminator = DISCRIMINATORS[name]
+    former = {part: getattr(adm, part) for part in DISCRIMINATORS[name]}
     try:
+        for part, other in DISCRIMINATORS[name].items():
+            setattr(adm, part, other)
         yield
     finally:
-        adm.LatentDiscriminator = LatentDiscriminator
+        for part, own in former.items():
+            setattr(adm, part, own)

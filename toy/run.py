@@ -592,11 +592,12 @@ def dmd2_round(net, cfg, draw, r, pool, learn):
     return latents
 
 
-def slope_and_gap(net, cfg, draw, x0_hat, cond, uncond):
+def slope_and_gap(net, cfg, draw, x0_hat, cond, uncond, learn=False):
     """What a trained D makes of new samples x0_hat (n, ...) of the student, each at a random t.
 
     (D at x_real (n,), at x_fake (n,), ∇D at x_fake (n, d), x_real − x_fake (n, d)): D's optimum has
     its gradient along that gap, 1/2γ as long where the hinge is linear, γ being --damping.
+    learn: ∇D has a gradient in D's heads.
     """
     schedule, discriminator = net.schedule, net.discriminator
     t, s = adm.step_times(cfg, draw)  # (n,) each
@@ -606,7 +607,7 @@ def slope_and_gap(net, cfg, draw, x0_hat, cond, uncond):
     with torch.no_grad():
         real = discriminator.logits(discriminator.features(x_real, s, cond))  # (n,)
     fake = discriminator.logits(discriminator.features(x_fake, s, cond))  # (n,)
-    (slope,) = torch.autograd.grad(fake.sum(), x_fake)  # (n, ...)
+    (slope,) = torch.autograd.grad(fake.sum(), x_fake, create_graph=learn)  # (n, ...)
     gap = x_real - x_fake.detach()  # (n, ...)
     return real, fake.detach(), slope.flatten(1), gap.flatten(1)
 
