@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -19,11 +20,11 @@ import families
 import models
 import runtime.settings
 from families import recipes
-from ode import student_sample
-from toy import digits, digits_experiment, digits_teacher
+from ode import Draw, student_sample
+from toy import digits, digits_experiment, digits_heads, digits_teacher
 from toy.digits_clip import CLIP, clip
 from toy.digits_experiment import METHODS, curve, measured, seeds_of
-from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
+from toy.digits_heads import DISCRIMINATORS, discriminator_is
 from toy.digits_measure import LABELS, NUMBERS, look, measure, read
 from toy.digits_samples import (
     GUIDANCE,
@@ -416,10 +417,11 @@ def test_other_discriminators_judge_too_and_only_inside(family, name):
     cond, _ = opened(family)
     some = {key: c[:4] for key, c in cond.items()}  # (4, ...) each
     x = torch.randn(4, *family.latent_shape())
+    own = {part: getattr(adm, part) for part in DISCRIMINATORS[name]}
     with discriminator_is(name):
+        assert {part: getattr(adm, part) for part in own} == DISCRIMINATORS[name]
         discriminator = adm.LatentDiscriminator(teacher, 64)
-    assert type(discriminator) is DISCRIMINATORS[name]
-    assert adm.LatentDiscriminator is DISCRIMINATORS[ORDINARY]
+    assert {part: getattr(adm, part) for part in own} == own
     for t in (100.0, 900.0):
         logits = discriminator.logits(discriminator.features(x, torch.full((4,), t), some))
         assert logits.shape == (4,) and logits.isfinite().all()
@@ -429,7 +431,7 @@ def test_heads_are_told_t(family):
     teacher = models.load_denoiser(family)
     cond, _ = opened(family)
     some = {key: c[:2] for key, c in cond.items()}  # (2, ...) each
-    discriminator = DISCRIMINATORS["heads that are told t"](teacher, 64)
+    discriminator = digits_heads.TimedDiscriminator(teacher, 64)
     x = torch.randn(2, *family.latent_shape())
     plain = models.LatentDiscriminator(teacher, 64)
     early, late = torch.full((2,), 10.0), torch.full((2,), 990.0)
@@ -439,3 +441,56 @@ def test_heads_are_told_t(family):
         assert torch.equal(h[:, :-8], other)
     told = [discriminator.features(x, t, some)[0][:, -8:] for t in (early, late)]
     assert (told[0] - told[1]).abs().max() > 0.5
+
+
+def test_late_heads_see_every_position_until_the_pooling():
+    head = digits_heads.LateHead(96, 64)
+    assert head.body(torch.randn(2, 96, 4, 4)).shape == (2, 64, 4, 4)
+    assert head(torch.randn(2, 96, 4, 4)).shape == (2,)
+
+
+@pytest.fixture
+def in_a_round(family):
+    """What adm.py's damping is called with, on four samples: D, settings, draw, … judged."""
+    teacher = models.load_denoiser(family).requires_grad_(False)
+    cond, _ = opened(family)
+    some = {key: c[:4] for key, c in cond.items()}  # (4, ...) each
+    torch.manual_seed(0)
+    discriminator = digits_heads.RememberingDiscriminator(teacher, 64)
+    cfg = SimpleNamespace(**recipes.ADM["digits"])
+    s = torch.full((4,), 300.0)
+    fake, real = torch.randn(2, 4, *family.latent_shape())  # (4, ...) each
+    maps = discriminator.features(fake, s, some), discriminator.features(real, s, some)
+    logits_fake, logits_real = (discriminator.logits(h) for h in maps)
+    judged = (real, logits_real), (fake, logits_fake)
+    return discriminator, cfg, Draw((0,), range(4)), some, s, judged
+
+
+def test_damping_by_the_gradient_itself_is_what_directions_estimate(in_a_round):
+    discriminator, cfg, *rest = in_a_round
+    cfg.damping_sigma = 1e-3
+    with torch.no_grad():
+        estimates = [adm.damping(discriminator, cfg, *rest).item() for _ in range(60)]
+    exact = digits_heads.damping_exact(discriminator, cfg, *rest)
+    error = np.std(estimates) / np.sqrt(len(estimates))
+    assert abs(exact.item() - np.mean(estimates)) < 3 * error
+    exact.backward()
+    assert all(p.grad is not None for p in discriminator.heads.parameters() if p.ndim > 1)
+
+
+def test_several_updates_on_one_set_are_of_the_heads_alone(in_a_round):
+    discriminator, cfg, *_, judged = in_a_round
+    (_, logits_real), (_, logits_fake) = judged
+    loss = adm.discriminator_loss(logits_real, logits_fake) + adm.damping(*in_a_round)
+    # What the further updates descend is, at first, the round's own loss.
+    assert digits_heads.repeated_loss(discriminator).item() == pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
+    heads = torch.optim.AdamW(discriminator.heads.parameters(), 1e-3, fused=True)
+    other = torch.nn.Linear(2, 2)
+    others = torch.optim.AdamW(other.parameters(), 1e-3, fused=True)
+    other(torch.ones(2)).sum().backward()
+    for optimizer in (heads, others):
+        optimizer.skipped = []
+        digits_heads.step_repeated(optimizer, 1.0)
+    assert len(heads.skipped) == digits_heads.UPDATES and len(others.skipped) == 1
+    assert digits_heads.repeated_loss(discriminator) < loss
