@@ -21,6 +21,7 @@ The experiment and the README's tables and pictures of it (hours):
     python toy/digits.py search         # or of one method: search adm-recipe
     python toy/digits.py experiment     # or of one method
     python toy/digits.py levers         # or of one seed: levers 0
+    python toy/digits.py cost           # of an update, by method
     python toy/digits.py readme
     python toy/digits.py picture
 """
@@ -35,7 +36,7 @@ from runtime.script import in_one_line, quiet
 from runtime.settings import require
 from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose
-from toy.digits_experiment import METHODS, SECOND_STAGES, experiment, levers, search
+from toy.digits_experiment import METHODS, SECOND_STAGES, cost, experiment, levers, search
 from toy.digits_report import gain, picture, readme
 from toy.digits_samples import samples
 from toy.digits_teacher import train
@@ -51,6 +52,7 @@ COMMANDS = {
     "search": (search, {"methods": {**ANY_NUMBER, "choices": SECOND_STAGES}}),
     "experiment": (experiment, {"methods": {**ANY_NUMBER, "choices": list(METHODS)}}),
     "levers": (levers, {"seeds": {**ANY_NUMBER, "type": int}}),
+    "cost": (cost, {}),
     "readme": (readme, {}),
     "picture": (picture, {}),
 }

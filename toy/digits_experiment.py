@@ -10,6 +10,7 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file
 
 import adm
@@ -29,6 +30,7 @@ HOME = Path("out/digits")  # of all runs
 SEARCH_JSON = RESULTS / "digits-search.json"
 DIGITS_JSON = RESULTS / "digits.json"
 LEVERS_JSON = RESULTS / "digits-levers.json"
+COST_JSON = RESULTS / "digits-cost.json"
 FIRST = 150  # iterations of the ADP that adp+… begin with
 ITERATIONS = 300
 LONGER = 1500  # of regression alone, for about as long by the clock as two stages
@@ -71,6 +73,7 @@ LEVERS = (
     (ADM, "--beta1 0.5", ORDINARY),
     *[(ADM, "", name) for name in DISCRIMINATORS if name != ORDINARY],
 )
+AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
 # --- One trial ------------------------------------------------------------------------------------
@@ -251,6 +254,30 @@ def levers(seeds=()):
     for seed in seeds or SEEDS:
         for method, more, heads in LEVERS:
             keep(method, seed, LEVERS_JSON, more, heads)
+
+
+def cost(turns=5, iterations=10):
+    """results/digits-cost.json: how long an update of AFTER_ADP takes, DMD's being 1.
+
+    Runs of so many updates take turns, so that what else the machine does slows all; of a turn a
+    method has its median update, of the turns the median ratio.
+    """
+    pairs()
+    init, commands = start(DMD, SEEDS[0])
+    for command in commands:
+        execute(command)
+    ratios = {method: [] for method in AFTER_ADP}
+    for _ in range(turns):
+        took = {}
+        for method in AFTER_ADP:
+            out = HOME / "cost"
+            remove(out)
+            kind = second_stage(init, 1, iterations, 0, 1e-5)
+            folder = execute(f"python {METHODS[method]} {kind} {written(0, out, 0)}")
+            took[method] = np.median(curves.read(folder)["seconds"])
+        for method, seconds in took.items():
+            ratios[method].append(seconds / took[DMD])
+    write_json(COST_JSON, {"cost": {m: float(np.median(many)) for m, many in ratios.items()}})
 
 
 def what_of(row):

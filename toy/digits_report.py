@@ -6,15 +6,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from families import load_teacher
+from runtime.files import read_json
 from toy.claims import header, row_of
 from toy.digits_experiment import (
     ADM,
+    AFTER_ADP,
+    COST_JSON,
     DIGITS_JSON,
     DMD,
+    ITERATIONS,
     LEVERS,
     LEVERS_JSON,
     METHODS,
     STEP,
+    WARMUP,
     curve,
     execute,
     pairs,
@@ -30,24 +35,27 @@ from toy.digits_teacher import held_out
 COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "class_tv", "accuracy")
 # {where a comparison of second stages starts: its methods}
 STAGE_2 = {
-    "one step, from ADP": ("adp+dmd", "adp+step", "adp+adm-recipe", "adp+adm-paper"),
+    "one step, from ADP": AFTER_ADP,
     "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
 COLOURS = {"dmd": "C0", "step": "C2", "adm-recipe": "C3", "adm-paper": "C1"}
 BESIDE = (DMD, STEP, ADM)  # what the levers are compared with
 FASTER = (ADM, "--ttur 4", ORDINARY)
+ALL = ITERATIONS + WARMUP  # of DMD's run
 MAPS_JSON = RESULTS / "digits-maps.json"  # of a teacher whose patches are one latent: see README
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
 
 def readme():
-    """Prints the README's tables of results/digits.json, -levers.json and -maps.json."""
+    """Prints the README's tables of results/digits.json, -cost, -levers and -maps.json."""
     teacher = teacher_samples(load_teacher("digits"))
     runs, levers = runs_of(DIGITS_JSON), runs_of(LEVERS_JSON)
     seeds = {run["seed"] for run in levers}
     as_it_is = [(method, "", ORDINARY) for method in BESIDE]
     some = [run for run in runs if run["seed"] in seeds]
     print("\n".join(table_of_methods(runs, teacher)))
+    print()
+    print("\n".join(table_at_equal_time(runs)))
     print()
     print("\n".join(table_of_levers([*some, *levers], [*as_it_is, *LEVERS])))
     print()
@@ -66,6 +74,25 @@ def table_of_methods(runs, teacher):
         cells = [spread([run[name] for run in mine]) for name in COLUMNS]
         seconds = np.median([run["seconds"] for run in mine])
         lines.append(row_of((method, *cells, f"{mine[0]['iterations']}", f"{seconds:.0f}")))
+    return lines
+
+
+def table_at_equal_time(runs):
+    """Lines: where each second stage after ADP stands when DMD has done its iterations.
+
+    By what its update costs (`cost`); fd between two points of its curve is on the line through
+    their logarithms.
+    """
+    lines = header("method", "an update, DMD's being 1", "iterations in DMD's time", "fd then")
+    costs = read_json(COST_JSON, "cost", "cost")["cost"]
+    for method in AFTER_ADP:
+        distances = []
+        for run in runs:
+            if run["method"] == method:
+                iterations, _, fd, *_ = np.array(run["curve"]).T  # (n,) each
+                then = min(ALL / costs[method], iterations[-1])
+                distances.append(np.exp(np.interp(then, iterations, np.log(fd))))
+        lines.append(row_of((method, f"{costs[method]:.2f}", f"{then:.0f}", spread(distances))))
     return lines
 
 
