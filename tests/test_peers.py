@@ -10,6 +10,8 @@ from conftest import call, refused
 def test_without_a_clone_the_table_has_this_projects_updates(tmp_path, capsys, monkeypatch):
     """A DMD update has 5 forward passes, an ADM update 2 more in part, through the heads' maps."""
     monkeypatch.setattr(bench_peers, "WARM_UP", 0)
+    monkeypatch.setattr(bench_peers, "PROMPTS", ["a red fox"])
+    monkeypatch.setattr(bench_peers, "B", 1)
     file = tmp_path / "peers.json"
     call(bench_peers.main, bench_peers.Config, "--repeats", 1, "--json", file)
     results = json.loads(file.read_text())
