@@ -37,6 +37,7 @@ OF_ADM = (ORACLE, "-k", "of_adm and sd3 and not after")
 OF_SDXL = (ORACLE, "-k", "of_adm and sdxl")
 OF_ADP = (ORACLE, "-k", "of_adp and (sd3 or sdxl)")
 OF_LORA_ON_8 = "averaged and sd3 and LoRA and 8"
+OF_OFFLOAD = "waits and sd3 and adm and offload and not resumed"
 OF_LORA = "sd3 and adm and LoRA and not (8 or after or blocks)"
 
 # fmt: off
@@ -235,7 +236,7 @@ MUTANTS = [
     *mutants("runtime/optimize.py", ("tests/test_sharding.py", "-k", "not_finite"), [
         ("steps that are not finite", "(~norm.isfinite())", "(norm != norm)"),
     ]),
-    *mutants("runtime/optimize.py", ("tests/test_device.py", "-k", "waits or waiting"), [
+    *mutants("runtime/optimize.py", ("tests/test_rehearsal.py", "-k", OF_OFFLOAD), [
         ("offload: the host waits", "copy_(moment, non_blocking=True)", "copy_(moment)"),
         ("offload: memory is not pinned", "home.pin_memory() if on_device", "home if on_device"),
     ]),

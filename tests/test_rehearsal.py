@@ -47,6 +47,8 @@ HOW = {
     "full, resumed": (f"{ONE} --iterations 3 --resume", 1),
     "8 ranks, resumed": (f"{SHARDED} --iterations 3 --resume", 8),
     "offload, resumed": (f"{OFFLOAD} --ema 0.9 --iterations 3 --resume", 1),
+    # By the seed iteration 2 trains the first of two steps.
+    "full, damped": (f"{ONE} --damping 0.1 --fake-samples last --seed 2", 1),
 }
 USUAL = ("full", "LoRA", "8 ranks", "offload")
 FROM_ADP = {"after adp.py": "full", "LoRA after adp.py": "LoRA", "8 ranks after adp.py": "8 ranks"}
@@ -231,6 +233,31 @@ def test_the_host_waits_once_an_iteration_for_its_log_row(name, run):
         expected["pipeline_stable_diffusion_3.py _get_clip_prompt_embeds"] = 2
         expected["pipeline_stable_diffusion_3.py _get_t5_prompt_embeds"] = 1
     assert steady == expected, run["iterations"][-1]["waits"]
+
+
+def test_nothing_crosses_without_waiting_but_rows_and_the_moments_of_offload(name, run):
+    """In each micro-batch a row's conditioning, and of a pair its noise and its sample.
+
+    With --offload each moment comes and goes as often.
+    """
+    model, script, how = RUNS[NAMES.index(name)]
+    if "resumed" in how:
+        pytest.skip("it has no second iteration")
+    rows, there, back = 0, 0, 0
+    for what, times in run["iterations"][-1]["copies"].items():
+        if "rows.py" in what:
+            rows += times
+        elif "to the device" in what and what.endswith(" in_parts"):
+            there += times
+        else:
+            assert "to the host" in what and what.endswith(" put_away"), what
+            back += times
+    conditioning = len(load_teacher(model, random_init=True).cond_shapes())
+    micro_batches = 2 if "offload" in how else 1
+    if "live" in how:  # it is encoded there
+        conditioning = 0
+    assert rows == micro_batches * (conditioning + 2 * (script == "adp"))
+    assert there == back and bool(there) == ("offload" in how)
 
 
 # --- Precision ----------------------------------------------------------------------------------
