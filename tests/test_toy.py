@@ -398,6 +398,15 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
+def test_results_that_are_there_are_not_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "train", lambda *_: ([], None))
+    monkeypatch.setattr(toy, "World", lambda cfg: None)
+    there = tmp_path / "results.json"
+    there.write_text("an hour's")
+    refused(capsys, "not empty", "--out", str(tmp_path))
+    assert there.read_text() == "an hour's" and list(tmp_path.iterdir()) == [there]
+
+
 def test_the_command_itself_refuses_with_one_line(tmp_path):
     result = script(tmp_path, "toy/run.py", "--seeds", "0")
     assert result.returncode == 2
@@ -562,7 +571,10 @@ def test_claims_refuses_with_one_line(tmp_path, monkeypatch, capsys, argv, word)
 
 
 @pytest.mark.parametrize("command", ["run", "judge", "readme"])
-def test_results_of_another_mixture_are_not_taken_for_ones_own(tmp_path, capsys, command):
+def test_results_of_another_mixture_are_not_taken_for_ones_own(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.setattr(claims, "run", lambda *_: None)  # which would train for minutes
     results = tmp_path / "two-steps.json"
     results.write_bytes((claims.RESULTS / results.name).read_bytes())
     with pytest.raises(SystemExit) as e:

@@ -41,7 +41,7 @@ import adm
 import adp
 from models import Discriminator, frozen
 from ode import Draw, FlowSchedule, T, common, student_sample, teacher_sample, with_guidance
-from runtime.files import write_json
+from runtime.files import claim, write_json
 from runtime.flags import option
 from runtime.script import run
 from runtime.settings import BadInput, at_least, flag, positive, require
@@ -759,10 +759,7 @@ def numbers(kind, name, cfg):
 def main(cfg):
     check(cfg)
     folder = Path(cfg.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
+    claim(folder)
     runs = []
     for separation in separations(cfg):
         world = World(replace(cfg, separation=separation and str(separation)))
