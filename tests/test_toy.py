@@ -670,4 +670,4 @@ def test_how_a_discriminator_follows_is_measured(tiny):
 def test_a_rate_is_searched_until_it_gets_worse(tvs, best):
     trials = {f"{rate:g}": [tv, tv] for rate, tv in zip(why.RATES, tvs, strict=True)}
     found = {why.key("ADM", 4, 16): trials}
-    assert why.best_rate(found, None, "ADM", 4, 16) == best
+    assert why.searched(found, None, "ADM", 4, 16) == best

@@ -180,27 +180,34 @@ def search(results, regime, cfg, path):
     for method in missing:
         trials = results["search"].setdefault(method, {})  # {rate: TV of each seed}
 
-        def tried(rate, method=method, trials=trials):
-            key = f"{rate:g}"
-            if key not in trials:
-                rates = {**results["rates"], method: rate}
-                rows, _ = toy.train(cfg, method, world, rates)
-                trials[key] = [round(row["tv"], 4) for row in rows]
-                write(path, results)
-                print("search", path.stem, method, key, trials[key], flush=True)
-            return np.mean(trials[key])
+        def trial(rate, method=method):
+            write(path, results)  # what has been tried
+            rows, _ = toy.train(cfg, method, world, {**results["rates"], method: rate})
+            tvs = [round(row["tv"], 4) for row in rows]
+            print("search", path.stem, method, f"{rate:g}", tvs, flush=True)
+            return tvs
 
-        results["rates"][method] = least(tried, RATES, START)
+        results["rates"][method] = best_rate(trials, RATES, START, trial)
         write(path, results)
 
 
-def least(tried, rates, start):
-    """The rate at which tried(rate) is least, searched from `start`, down or else up."""
-    i = rates.index(start)
+def best_rate(trials, rates, start, trial):
+    """The rate of least mean, searched among `rates` from `start` on, down or else up.
+
+    trials {rate: a value a seed}: what trial(rate) has returned; it grows.
+    """
+
+    def mean(i):
+        name = f"{rates[i]:g}"
+        if name not in trials:
+            trials[name] = trial(rates[i])
+        return np.mean(trials[name])
+
+    best = rates.index(start)
     for way in (-1, 1):
-        while 0 <= i + way < len(rates) and tried(rates[i + way]) < tried(rates[i]):
-            i += way
-    return rates[i]
+        while 0 <= best + way < len(rates) and mean(best + way) < mean(best):
+            best += way
+    return rates[best]
 
 
 # --- What is measured, and when a claim holds -----------------------------------------------------

@@ -25,7 +25,7 @@ from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
-from toy.claims import SEARCH_SEEDS, header, least, paired, pm, row_of
+from toy.claims import SEARCH_SEEDS, best_rate, header, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.plot import LOOK, legend_below
 from toy.run import Config, Noise, World
@@ -91,18 +91,16 @@ def searched_at(name, part):
     return 16 if part >= 8 else 4
 
 
-def best_rate(searched, world, name, steps, part):
-    """The rate of least mean TV, after trials in `searched`, which grows."""
-    trials = searched.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
+def searched(results, world, name, steps, part):
+    """The rate of least mean TV, after trials in `results`, which grows."""
+    trials = results.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
 
-    def tried(rate):
-        if f"{rate:g}" not in trials:
-            _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
-            trials[f"{rate:g}"] = measured(world, x)["mode_tv"]
-            print("search", key(name, steps, part), rate, trials, flush=True)
-        return np.mean(trials[f"{rate:g}"])
+    def trial(rate):
+        _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
+        print("search", key(name, steps, part), rate, flush=True)
+        return measured(world, x)["mode_tv"]
 
-    return least(tried, RATES, 1e-3)
+    return best_rate(trials, RATES, 1e-3, trial)
 
 
 def key(name, steps, part):
@@ -145,7 +143,7 @@ def run():
         if f"{steps}" not in results["untrained"]:
             start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
             results["untrained"][f"{steps}"] = measured(world, start)
-        rate = best_rate(results["search"], of_search, name, steps, searched_at(name, part))
+        rate = searched(results["search"], of_search, name, steps, searched_at(name, part))
         net, x, cfg = trained(world, SEEDS, name, steps, part, rate)
         row = {"method": name, "steps": steps, "part": part, "rate": rate, **measured(world, x)}
         if name.startswith("ADM"):
