@@ -298,22 +298,28 @@ DMDX = "adp+adm-paper"
 RIVALS = {"adm-paper": "ADM as published", "adm-recipe": "ADM by our recipe", "step": "step (ours)"}
 
 
-def beats(regime, first="", measure="TV"):
-    """Three claims: that each of RIVALS does better than DMD. first: "adp+" for after ADP."""
+def beats(regime, first="", measure="TV", steps=""):
+    """Three claims: that each of RIVALS does better than DMD.
+
+    first: "adp+" for after ADP. steps: ", four steps" of runs that are named so.
+    """
     start = "After ADP, " if first else ""
-    claims = []
+    end = steps.replace(",", " in")
+    better = more if measure == "coverage" else less
     for rival, name in RIVALS.items():
-        said = f"{start}{name} beats DMD"
-        claims.append(Claim(said, regime, (first + rival, first + "dmd"), measure))
-    return claims
+        runs = f"{first}{rival}{steps}", f"{first}dmd{steps}"
+        yield Claim(f"{start}{name} beats DMD{end}", regime, runs, measure, better)
 
 
 def beyond_adp(regime):
     """Two claims: stage 2 is worth its while."""
-    return [
-        Claim("DMDX beats regression alone", regime, (DMDX, "mse")),
-        Claim("DMDX beats ADP alone", regime, (DMDX, "adp")),
-    ]
+    yield Claim("DMDX beats regression alone", regime, (DMDX, "mse"))
+    yield Claim("DMDX beats ADP alone", regime, (DMDX, "adp"))
+
+
+def seen(*claims):
+    """These, of results that had been seen."""
+    return [replace(claim, said=f"(seen before) {claim.said}") for claim in claims]
 
 
 PHASE = ("separation-5", "separation-10", "separation-20", "headline", "separation-40")
@@ -355,20 +361,12 @@ def registered():
     yield from beats("headline", "adp+")
     yield from beats("headline", "adp+", "density TV")
     # (g) The digits: three seeds. Their one step had been seen when this was registered.
-    seen = "(seen before) "
-    for claim in (*beats("digits", "adp+", "fd"), *beats("digits", "adp+", "fd_any")):
-        yield replace(claim, said=seen + claim.said)
-    for rival in ("adm-recipe", "step"):
-        yield Claim(f"{seen}{RIVALS[rival]} beats DMD", "digits", (rival, "dmd"), "fd")
-    for rival, name in RIVALS.items():
-        runs = (f"{rival}, four steps", "dmd, four steps")
-        yield Claim(f"{name} beats DMD in four steps", "digits", runs, "fd")
-    # These had been seen, too.
+    yield from seen(*beats("digits", "adp+", "fd"), *beats("digits", "adp+", "fd_any"))
+    _, *of_one_step = beats("digits", measure="fd")  # ADM as published was not run
+    yield from seen(*of_one_step)
+    yield from beats("digits", "", "fd", ", four steps")
     for measure in ("fd_named", "fd_any", "fd_real", "coverage"):
-        better = more if measure == "coverage" else less
-        for rival, name in RIVALS.items():
-            runs = (f"{rival}, four steps", "dmd, four steps")
-            yield Claim(f"{seen}{name} beats DMD in four steps", "digits", runs, measure, better)
+        yield from seen(*beats("digits", "", measure, ", four steps"))
     # (h) Ten times longer.
     yield from beyond_adp("long")
     yield from beats("long")
