@@ -179,7 +179,7 @@ def test_every_method_runs_and_trains_only_the_student(tiny, method):
     assert [r["seed"] for r in runs] == [0, 1]
     assert x.shape == (2, toy.SAMPLES, 2) and x.isfinite().all()
     for r in runs:
-        assert set(toy.COLUMNS) <= r.keys()
+        assert set(toy.COLUMNS.values()) <= r.keys()
         assert [p["iteration"] for p in r["history"]] == [1, 2, 3, 4, 5, 6]
     for p, q in zip(world.mlp.parameters(), before, strict=True):
         assert p.grad is None and torch.equal(p, q)
@@ -431,6 +431,10 @@ def test_the_command_writes_results_and_they_can_be_drawn(tmp_path, capsys):
     plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
     written = {f.name for f in tmp_path.iterdir()}
     assert {"results.png", "results-curves.png", "phase.png"} <= written
+
+
+def test_every_method_has_a_name_and_a_colour():
+    assert plot.LOOK.keys() == toy.METHODS.keys()
 
 
 @pytest.mark.parametrize("results", ["[]", '{"runs": {"DMD": {"rate": 1}}}'])

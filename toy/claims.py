@@ -27,7 +27,7 @@ from runtime.files import aside, read_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
 from toy.gmm import load_mixture
-from toy.run import Config, World
+from toy.run import COLUMNS, Config, World
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIXTURE = "ring8-rare"
@@ -85,10 +85,7 @@ REGIMES = {
             "adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4}),
         },
     ),
-    "separation-5": separated(5),
-    "separation-10": separated(10),
-    "separation-20": separated(20),
-    "separation-40": separated(40),
+    **{f"separation-{n}": separated(n) for n in (5, 10, 20, 40)},
     "four-steps": Regime(
         "four steps from the teacher",
         {"student_steps": 4},
@@ -261,13 +258,6 @@ def least_share(row):
     return (np.array(row["shares"][:-1]) / weights).min()
 
 
-COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name in a run's row
-    "modes covered": "modes_covered",
-    "in mode": "in_mode",
-    "TV": "tv",
-    "density TV": "density_tv",
-    "energy": "energy",
-}
 MEASURES = {  # what a claim is about: of a run's row
     **{said: itemgetter(name) for said, name in COLUMNS.items()},
     "least share": least_share,
@@ -323,8 +313,6 @@ def seen(*claims):
 
 
 PHASE = ("separation-5", "separation-10", "separation-20", "headline", "separation-40")
-FEW_STEPS = ("four-steps", "two-steps")
-FEW_PAIRS = ("pairs-128", "pairs-1024")
 KEEPS = "DMDX keeps modes that DMD from the teacher loses"
 LOSES = "ADM as published loses modes that DMD keeps"
 HELPS = "TTUR 4 helps ADM by our recipe"
@@ -338,12 +326,12 @@ def registered():
         yield from beats(regime)
         yield Claim(KEEPS, regime, (DMDX, "dmd"), "modes covered", more)
     # (b) Several steps from the teacher: the paper's setting for SD3 and CogVideoX.
-    for regime in FEW_STEPS:
+    for regime in ("four-steps", "two-steps"):
         yield from beats(regime)
         yield Claim(LOSES, regime, ("adm-paper", "dmd"), "modes covered")
     yield Claim(HELPS, "four-steps", ("adm-recipe, TTUR 4", "adm-recipe"))
     # (c) Few pairs in 16 dimensions.
-    for regime in FEW_PAIRS:
+    for regime in ("pairs-128", "pairs-1024"):
         yield from beyond_adp(regime)
         yield from beats(regime, "adp+")
         yield Claim(HELPS, regime, ("adp+adm-recipe, TTUR 4", "adp+adm-recipe"))

@@ -40,25 +40,20 @@ class Mixture:
     """
 
     def __init__(self, means, weights, std):
+        form = "a mixture is numbers: means (K, d), weights (K,), std one or (K,)"
         try:
-            self.means = torch.as_tensor(means, dtype=torch.float32)  # (K, d)
-            self.weights = torch.as_tensor(weights, dtype=torch.float32)  # (K,)
-            self.std = torch.as_tensor(std, dtype=torch.float32)  # () or (K,)
+            self.means = torch.as_tensor(means, dtype=torch.float32)
+            K, d = self.means.shape
+            self.weights = torch.as_tensor(weights, dtype=torch.float32).view(K)
+            self.std = torch.as_tensor(std, dtype=torch.float32).expand(K)
         except (TypeError, ValueError, RuntimeError):
-            what = "means (K, d), weights (K,), std one or (K,)"
-            raise BadInput(f"a mixture is numbers: {what}") from None
-        shape = tuple(self.means.shape)
-        require(self.means.ndim == 2 and self.means.numel(), f"means must be (K, d), not {shape}")
-        K = len(self.means)
-        for name, allowed in (("weights", ((K,),)), ("std", ((), (K,)))):
-            shape = tuple(getattr(self, name).shape)
-            require(shape in allowed, f"{K} means, but {name} of shape {shape}")
+            raise BadInput(form) from None
+        require(d, form)
         finite = all(x.isfinite().all() for x in (self.means, self.weights, self.std))
         require(finite, "a mixture's numbers must be finite")
         require((self.weights > 0).all(), "weights must be positive")
         require((self.std > 0).all(), "std must be positive")
         self.weights = self.weights / self.weights.sum()
-        self.std = self.std.expand(K)  # (K,)
 
     @property
     def separation(self):

@@ -58,6 +58,7 @@ class Film(toy.Curves):
 
     def __init__(self, world, *about):
         super().__init__(world, *about)
+        self.frames = []
         self.add(world.start)
 
     def due(self):
@@ -68,7 +69,7 @@ class Film(toy.Curves):
     def add(self, student, **_):
         x = toy.emitted(student, self.times, noises(self.seeds))  # (SAMPLES, 2)
         measured = {"tv": mode_tv(self.plane, x), "covered": modes_covered(self.plane, x)}
-        self.points[0].append({"points": hundredths(x[:POINTS]), **measured})
+        self.frames.append({"points": hundredths(x[:POINTS]), **measured})
 
 
 def updates_of(iterations):
@@ -92,7 +93,7 @@ def record(path=MOVIE, cfg=None, rates=toy.RATES):
     films = [toy.trained(cfg, method, world, rates, Film)[1] for method in PANELS]
     seen = {}  # {what a frame has: (methods, frames, ...)}
     for name in ("points", "tv", "covered"):
-        seen[name] = [[frame[name] for frame in film.points[0]] for film in films]
+        seen[name] = [[frame[name] for frame in film.frames] for film in films]
     x_T = noises(world.seeds).normal((2,))  # (SAMPLES, 2)
     with torch.no_grad():
         target = teacher_sample(with_guidance(world.teacher, {}, {}, 1), LINE, x_T, 64)
