@@ -418,13 +418,13 @@ class World:
     def fit(self, width):
         """An MLP of this width for each seed, the same one, frozen."""
         dim = self.mixture.means.shape[1]
-        data = self.mixture.sample((1, POOL), torch.Generator().manual_seed(0))  # (1, POOL, d)
+        data = self.mixture.sample(POOL, torch.Generator().manual_seed(0))  # (POOL, d)
         mlp = MLP(Draw((0,), [0]), width, self.mixture.spread, dim)
         optimizer = Optimizer(mlp, 0.02)
         for iteration in tqdm(range(TEACHER), "teacher", leave=False, disable=None):
             draw = Noise((1, iteration), [0], 512)
             t = draw.uniform(0, T)  # (B,)
-            (x_0,) = draw.pick(data)  # (B, d)
+            (x_0,) = draw.pick(data[None])  # (B, d)
             x_t = LINE.add_noise(x_0, draw.normal((dim,)), t)  # (B, d)
             add_gradient(1, adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)))
             optimizer.step(iteration / TEACHER)
@@ -634,7 +634,7 @@ def train(cfg, method, world, rates=RATES):
 
 def fresh(mixture, seed):
     """(4000, 2) draws that nothing was trained on."""
-    return mixture.sample((4000,), torch.Generator().manual_seed(10**6 + seed))
+    return mixture.sample(4000, torch.Generator().manual_seed(10**6 + seed))
 
 
 def rounded(x):
