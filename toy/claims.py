@@ -129,9 +129,10 @@ def run(names, mixture, folder):
         wanted = {method: (method, {}) for method in regime.methods} | regime.runs
         there = {r["name"] for r in results["runs"]}
         missing = {label: how for label, how in wanted.items() if label not in there}
+        searched = all(method in rates for method, _ in missing.values())
+        require(searched, f"{name}: no rates yet: run {regime.rates} first")
         world = World(cfg) if missing else None
         for label, (method, more) in missing.items():
-            require(method in rates, f"{name}: no rate for {method}: run {regime.rates} first")
             rows, _ = toy.train(replace(cfg, **more), method, world, rates)
             results["runs"] += [{"name": label, **kept(row, name)} for row in rows]
             results["config"] = vars(cfg)

@@ -25,12 +25,11 @@ from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
-from toy.claims import SEARCH_SEEDS, best_rate, header, paired, pm, row_of
+from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, header, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.plot import LOOK, legend_below
 from toy.run import Config, Noise, World
 
-RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "why.json"
 
 DAMPED = {"damping": 0.1}
