@@ -48,7 +48,7 @@ def points(mixture):
     """(x_t (64, d), t (64,)) where the mixture is, all over the line."""
     g = generator(1)
     t = torch.rand(64, generator=g) * 0.9 * T + 0.05 * T
-    x0 = mixture.sample((64,), g)
+    x0 = mixture.sample(64, g)
     return LINE.add_noise(x0, torch.randn(x0.shape, generator=g), t), t
 
 
@@ -93,7 +93,7 @@ def test_velocity_against_monte_carlo(mixture, points):
 
 
 def test_samples_have_the_moments_of_the_mixture(mixture):
-    x = mixture.sample((200_000,), generator(3))
+    x = mixture.sample(200_000, generator(3))
     assert_close(x.mean(0), mixture.weights @ mixture.means, rtol=0, atol=0.02)
     assert_close(float((x.square().mean()) ** 0.5), mixture.spread, rtol=0.01, atol=0)
 
@@ -130,7 +130,7 @@ def test_mode_metrics_against_a_known_answer():
 
 
 def test_density_tv_against_known_answers():
-    draws = TWO.sample((100_000,), generator(0))
+    draws = TWO.sample(100_000, generator(0))
     assert gmm.density_tv(TWO, draws) < 0.02
     outside = torch.full((100, 2), 99.0)
     assert gmm.density_tv(TWO, outside) == pytest.approx(1, abs=1e-3)
@@ -179,7 +179,7 @@ def test_every_method_runs_and_trains_only_the_student(tiny, method):
     assert [r["seed"] for r in runs] == [0, 1]
     assert x.shape == (2, toy.SAMPLES, 2) and x.isfinite().all()
     for r in runs:
-        assert set(toy.COLUMNS) <= r.keys()
+        assert set(toy.COLUMNS.values()) <= r.keys()
         assert [p["iteration"] for p in r["history"]] == [1, 2, 3, 4, 5, 6]
     for p, q in zip(world.mlp.parameters(), before, strict=True):
         assert p.grad is None and torch.equal(p, q)
@@ -339,7 +339,7 @@ def test_stage_2_takes_the_gradient_of_adm_round(tiny):
         ("not json", "JSON"),
         ({"means": [[0, 0], [1, 1]], "weights": [1, -1], "std": 0.3}, "positive"),
         ({"means": [[0, 0], [1, 1]], "weights": [1], "std": 0.3}, "weights"),
-        ({"means": [[0, 0]], "weights": [1]}, "expected"),
+        ({"means": [[0, 0]], "weights": [1]}, "'std'"),
         ({"means": [[0, 0, 0]], "weights": [1], "std": 1}, "two-dimensional"),
         ({"means": "x", "weights": [1], "std": 1}, "numbers"),
         ({"means": [[0, 0], [1, 1]], "weights": [1, 1], "std": [1, 1, 1]}, "std"),
@@ -398,6 +398,15 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
+def test_results_that_are_there_are_not_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "train", lambda *_: ([], None))
+    monkeypatch.setattr(toy, "World", lambda cfg: None)
+    there = tmp_path / "results.json"
+    there.write_text("an hour's")
+    refused(capsys, "not empty", "--out", str(tmp_path))
+    assert there.read_text() == "an hour's" and list(tmp_path.iterdir()) == [there]
+
+
 def test_the_command_itself_refuses_with_one_line(tmp_path):
     result = script(tmp_path, "toy/run.py", "--seeds", "0")
     assert result.returncode == 2
@@ -422,6 +431,10 @@ def test_the_command_writes_results_and_they_can_be_drawn(tmp_path, capsys):
     plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
     written = {f.name for f in tmp_path.iterdir()}
     assert {"results.png", "results-curves.png", "phase.png"} <= written
+
+
+def test_every_method_has_a_name_and_a_colour():
+    assert plot.LOOK.keys() == toy.METHODS.keys()
 
 
 @pytest.mark.parametrize("results", ["[]", '{"runs": {"DMD": {"rate": 1}}}'])
@@ -562,7 +575,10 @@ def test_claims_refuses_with_one_line(tmp_path, monkeypatch, capsys, argv, word)
 
 
 @pytest.mark.parametrize("command", ["run", "judge", "readme"])
-def test_results_of_another_mixture_are_not_taken_for_ones_own(tmp_path, capsys, command):
+def test_results_of_another_mixture_are_not_taken_for_ones_own(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.setattr(claims, "run", lambda *_: None)  # which would train for minutes
     results = tmp_path / "two-steps.json"
     results.write_bytes((claims.RESULTS / results.name).read_bytes())
     with pytest.raises(SystemExit) as e:
@@ -658,4 +674,4 @@ def test_how_a_discriminator_follows_is_measured(tiny):
 def test_a_rate_is_searched_until_it_gets_worse(tvs, best):
     trials = {f"{rate:g}": [tv, tv] for rate, tv in zip(why.RATES, tvs, strict=True)}
     found = {why.key("ADM", 4, 16): trials}
-    assert why.best_rate(found, None, "ADM", 4, 16) == best
+    assert why.searched(found, None, "ADM", 4, 16) == best

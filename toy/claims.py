@@ -27,7 +27,7 @@ from runtime.files import aside, read_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
 from toy.gmm import load_mixture
-from toy.run import Config, World
+from toy.run import COLUMNS, Config, World
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIXTURE = "ring8-rare"
@@ -85,10 +85,7 @@ REGIMES = {
             "adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4}),
         },
     ),
-    "separation-5": separated(5),
-    "separation-10": separated(10),
-    "separation-20": separated(20),
-    "separation-40": separated(40),
+    **{f"separation-{n}": separated(n) for n in (5, 10, 20, 40)},
     "four-steps": Regime(
         "four steps from the teacher",
         {"student_steps": 4},
@@ -132,9 +129,10 @@ def run(names, mixture, folder):
         wanted = {method: (method, {}) for method in regime.methods} | regime.runs
         there = {r["name"] for r in results["runs"]}
         missing = {label: how for label, how in wanted.items() if label not in there}
+        searched = all(method in rates for method, _ in missing.values())
+        require(searched, f"{name}: no rates yet: run {regime.rates} first")
         world = World(cfg) if missing else None
         for label, (method, more) in missing.items():
-            require(method in rates, f"{name}: no rate for {method}: run {regime.rates} first")
             rows, _ = toy.train(replace(cfg, **more), method, world, rates)
             results["runs"] += [{"name": label, **kept(row, name)} for row in rows]
             results["config"] = vars(cfg)
@@ -180,27 +178,34 @@ def search(results, regime, cfg, path):
     for method in missing:
         trials = results["search"].setdefault(method, {})  # {rate: TV of each seed}
 
-        def tried(rate, method=method, trials=trials):
-            key = f"{rate:g}"
-            if key not in trials:
-                rates = {**results["rates"], method: rate}
-                rows, _ = toy.train(cfg, method, world, rates)
-                trials[key] = [round(row["tv"], 4) for row in rows]
-                write(path, results)
-                print("search", path.stem, method, key, trials[key], flush=True)
-            return np.mean(trials[key])
+        def trial(rate, method=method):
+            write(path, results)  # what has been tried
+            rows, _ = toy.train(cfg, method, world, {**results["rates"], method: rate})
+            tvs = [round(row["tv"], 4) for row in rows]
+            print("search", path.stem, method, f"{rate:g}", tvs, flush=True)
+            return tvs
 
-        results["rates"][method] = least(tried, RATES, START)
+        results["rates"][method] = best_rate(trials, RATES, START, trial)
         write(path, results)
 
 
-def least(tried, rates, start):
-    """The rate at which tried(rate) is least, searched from `start`, down or else up."""
-    i = rates.index(start)
+def best_rate(trials, rates, start, trial):
+    """The rate of least mean, searched among `rates` from `start` on, down or else up.
+
+    trials {rate: a value a seed}: what trial(rate) has returned; it grows.
+    """
+
+    def mean(i):
+        name = f"{rates[i]:g}"
+        if name not in trials:
+            trials[name] = trial(rates[i])
+        return np.mean(trials[name])
+
+    best = rates.index(start)
     for way in (-1, 1):
-        while 0 <= i + way < len(rates) and tried(rates[i + way]) < tried(rates[i]):
-            i += way
-    return rates[i]
+        while 0 <= best + way < len(rates) and mean(best + way) < mean(best):
+            best += way
+    return rates[best]
 
 
 # --- What is measured, and when a claim holds -----------------------------------------------------
@@ -254,13 +259,6 @@ def least_share(row):
     return (np.array(row["shares"][:-1]) / weights).min()
 
 
-COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name in a run's row
-    "modes covered": "modes_covered",
-    "in mode": "in_mode",
-    "TV": "tv",
-    "density TV": "density_tv",
-    "energy": "energy",
-}
 MEASURES = {  # what a claim is about: of a run's row
     **{said: itemgetter(name) for said, name in COLUMNS.items()},
     "least share": least_share,
@@ -291,27 +289,31 @@ DMDX = "adp+adm-paper"
 RIVALS = {"adm-paper": "ADM as published", "adm-recipe": "ADM by our recipe", "step": "step (ours)"}
 
 
-def beats(regime, first="", measure="TV"):
-    """Three claims: that each of RIVALS does better than DMD. first: "adp+" for after ADP."""
+def beats(regime, first="", measure="TV", steps=""):
+    """Three claims: that each of RIVALS does better than DMD.
+
+    first: "adp+" for after ADP. steps: ", four steps" of runs that are named so.
+    """
     start = "After ADP, " if first else ""
-    claims = []
+    end = steps.replace(",", " in")
+    better = more if measure == "coverage" else less
     for rival, name in RIVALS.items():
-        said = f"{start}{name} beats DMD"
-        claims.append(Claim(said, regime, (first + rival, first + "dmd"), measure))
-    return claims
+        runs = f"{first}{rival}{steps}", f"{first}dmd{steps}"
+        yield Claim(f"{start}{name} beats DMD{end}", regime, runs, measure, better)
 
 
 def beyond_adp(regime):
     """Two claims: stage 2 is worth its while."""
-    return [
-        Claim("DMDX beats regression alone", regime, (DMDX, "mse")),
-        Claim("DMDX beats ADP alone", regime, (DMDX, "adp")),
-    ]
+    yield Claim("DMDX beats regression alone", regime, (DMDX, "mse"))
+    yield Claim("DMDX beats ADP alone", regime, (DMDX, "adp"))
+
+
+def seen(*claims):
+    """These, of results that had been seen."""
+    return [replace(claim, said=f"(seen before) {claim.said}") for claim in claims]
 
 
 PHASE = ("separation-5", "separation-10", "separation-20", "headline", "separation-40")
-FEW_STEPS = ("four-steps", "two-steps")
-FEW_PAIRS = ("pairs-128", "pairs-1024")
 KEEPS = "DMDX keeps modes that DMD from the teacher loses"
 LOSES = "ADM as published loses modes that DMD keeps"
 HELPS = "TTUR 4 helps ADM by our recipe"
@@ -325,12 +327,12 @@ def registered():
         yield from beats(regime)
         yield Claim(KEEPS, regime, (DMDX, "dmd"), "modes covered", more)
     # (b) Several steps from the teacher: the paper's setting for SD3 and CogVideoX.
-    for regime in FEW_STEPS:
+    for regime in ("four-steps", "two-steps"):
         yield from beats(regime)
         yield Claim(LOSES, regime, ("adm-paper", "dmd"), "modes covered")
     yield Claim(HELPS, "four-steps", ("adm-recipe, TTUR 4", "adm-recipe"))
     # (c) Few pairs in 16 dimensions.
-    for regime in FEW_PAIRS:
+    for regime in ("pairs-128", "pairs-1024"):
         yield from beyond_adp(regime)
         yield from beats(regime, "adp+")
         yield Claim(HELPS, regime, ("adp+adm-recipe, TTUR 4", "adp+adm-recipe"))
@@ -348,20 +350,12 @@ def registered():
     yield from beats("headline", "adp+")
     yield from beats("headline", "adp+", "density TV")
     # (g) The digits: three seeds. Their one step had been seen when this was registered.
-    seen = "(seen before) "
-    for claim in (*beats("digits", "adp+", "fd"), *beats("digits", "adp+", "fd_any")):
-        yield replace(claim, said=seen + claim.said)
-    for rival in ("adm-recipe", "step"):
-        yield Claim(f"{seen}{RIVALS[rival]} beats DMD", "digits", (rival, "dmd"), "fd")
-    for rival, name in RIVALS.items():
-        runs = (f"{rival}, four steps", "dmd, four steps")
-        yield Claim(f"{name} beats DMD in four steps", "digits", runs, "fd")
-    # These had been seen, too.
+    yield from seen(*beats("digits", "adp+", "fd"), *beats("digits", "adp+", "fd_any"))
+    _, *of_one_step = beats("digits", measure="fd")  # ADM as published was not run
+    yield from seen(*of_one_step)
+    yield from beats("digits", "", "fd", ", four steps")
     for measure in ("fd_named", "fd_any", "fd_real", "coverage"):
-        better = more if measure == "coverage" else less
-        for rival, name in RIVALS.items():
-            runs = (f"{rival}, four steps", "dmd, four steps")
-            yield Claim(f"{seen}{name} beats DMD in four steps", "digits", runs, measure, better)
+        yield from seen(*beats("digits", "", measure, ", four steps"))
     # (h) Ten times longer.
     yield from beyond_adp("long")
     yield from beats("long")

@@ -21,7 +21,7 @@ from models import load_denoiser
 from runtime import curves
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
-from toy.claims import least
+from toy.claims import best_rate
 from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
 from toy.digits_measure import NUMBERS
 from toy.digits_samples import RESULTS, judge, open_run, sample, teacher_samples
@@ -221,18 +221,17 @@ def search(methods=()):
     """results/digits-search.json: the best rate of these methods (default: all), and the trials."""
     pairs()
     for method in methods or SECOND_STAGES:
-        trials = {}  # {rate: its row}
+        rows = []  # a trial each
 
-        def tried(rate, method=method, trials=trials):
-            if rate not in trials:
-                trials[rate] = trial(method, SEARCH_SEED, rate)
-            return trials[rate]["fd"]
+        def fd(rate, method=method, rows=rows):
+            rows.append(trial(method, SEARCH_SEED, rate))
+            return rows[-1]["fd"]
 
-        best = least(tried, RATES, 1e-5)
+        best = best_rate({}, RATES, 1e-5, fd)
         # Two searches may go side by side.
         plan = read_json(SEARCH_JSON, "search", "rates") if SEARCH_JSON.exists() else NOTHING
         others = [row for row in plan["trials"] if row["method"] != method]
-        found = {"rates": {**plan["rates"], method: best}, "trials": [*others, *trials.values()]}
+        found = {"rates": {**plan["rates"], method: best}, "trials": [*others, *rows]}
         write_json(SEARCH_JSON, found)
 
 

@@ -31,6 +31,7 @@ from toy.digits_heads import ORDINARY
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
+from toy.plot import LOOK
 
 COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "class_tv", "accuracy")
 # {where a comparison of second stages starts: its methods}
@@ -38,7 +39,6 @@ STAGE_2 = {
     "one step, from ADP": AFTER_ADP,
     "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
-COLOURS = {"dmd": "C0", "step": "C2", "adm-recipe": "C3", "adm-paper": "C1"}
 BESIDE = (DMD, STEP, ADM)  # what the levers are compared with
 FASTER = (ADM, "--ttur 4", ORDINARY)
 ALL = ITERATIONS + WARMUP  # of DMD's run
@@ -178,8 +178,8 @@ def curves(runs, teacher):
     shown = {}  # {label: line}, the same in every column
     for (upper, lower), (title, methods) in zip(axes.T, STAGE_2.items(), strict=True):
         for method in methods:
-            name = method.removeprefix("adp+")
-            style = {"color": COLOURS[name], "lw": 1.2, "marker": ".", "ms": 5}
+            name, colour = LOOK[method.removeprefix("adp+")]
+            style = {"color": colour, "lw": 1.2, "marker": ".", "ms": 5}
             for points in [run["curve"] for run in runs if run["method"] == method]:
                 iterations, seconds, distances, *_ = np.array(points).T  # (n,) each
                 (shown[name],) = upper.plot(iterations, distances, **style)
@@ -207,10 +207,11 @@ def gain(first, second, out):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     done = 0
-    for folder, label in ((first, "ADP"), (second, "ADM, from there")):
+    for folder, label, look in ((first, "ADP", "adp"), (second, "ADM, from there", "adm-recipe")):
         points = curve(Path(folder))
         iterations = [done + point[0] for point in points]
-        axis.plot(iterations, [point[2] for point in points], marker="o", label=label)
+        distances = [point[2] for point in points]
+        axis.plot(iterations, distances, color=LOOK[look][1], marker="o", label=label)
         done = iterations[-1]
     axis.axhline(own, color="black", ls="--", lw=1, label="the teacher in 28 steps, other noises")
     axis.set_yscale("log")

@@ -40,25 +40,20 @@ class Mixture:
     """
 
     def __init__(self, means, weights, std):
+        form = "a mixture is numbers: means (K, d), weights (K,), std one or (K,)"
         try:
-            self.means = torch.as_tensor(means, dtype=torch.float32)  # (K, d)
-            self.weights = torch.as_tensor(weights, dtype=torch.float32)  # (K,)
-            self.std = torch.as_tensor(std, dtype=torch.float32)  # () or (K,)
+            self.means = torch.as_tensor(means, dtype=torch.float32)
+            K, d = self.means.shape
+            self.weights = torch.as_tensor(weights, dtype=torch.float32).view(K)
+            self.std = torch.as_tensor(std, dtype=torch.float32).expand(K)
         except (TypeError, ValueError, RuntimeError):
-            what = "means (K, d), weights (K,), std one or (K,)"
-            raise BadInput(f"a mixture is numbers: {what}") from None
-        shape = tuple(self.means.shape)
-        require(self.means.ndim == 2 and self.means.numel(), f"means must be (K, d), not {shape}")
-        K = len(self.means)
-        for name, allowed in (("weights", ((K,),)), ("std", ((), (K,)))):
-            shape = tuple(getattr(self, name).shape)
-            require(shape in allowed, f"{K} means, but {name} of shape {shape}")
+            raise BadInput(form) from None
+        require(d, form)
         finite = all(x.isfinite().all() for x in (self.means, self.weights, self.std))
         require(finite, "a mixture's numbers must be finite")
         require((self.weights > 0).all(), "weights must be positive")
         require((self.std > 0).all(), "std must be positive")
         self.weights = self.weights / self.weights.sum()
-        self.std = self.std.expand(K)  # (K,)
 
     @property
     def separation(self):
@@ -71,13 +66,11 @@ class Mixture:
         of_modes = self.means.square().mean(1) + self.std.square()  # (K,)
         return float((self.weights @ of_modes).sqrt())
 
-    def sample(self, shape, generator=None):
-        """Independent draws (*shape, d)."""
-        n = torch.Size(shape).numel()
+    def sample(self, n, generator=None):
+        """Independent draws (n, d)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)  # (n,)
         noise = torch.randn(n, self.means.shape[1], generator=generator)  # (n, d)
-        x = self.means[k] + self.std[k, None] * noise  # (n, d)
-        return x.view(*shape, -1)
+        return self.means[k] + self.std[k, None] * noise
 
     def velocity(self, x_t, t):
         """E[ε − x_0 | x_t], (B, d): what a flow network would predict.
@@ -115,18 +108,13 @@ def mixture_of_file(name):
     """As load_mixture, for a file."""
     try:
         with open(name, encoding="utf-8") as f:
-            given = json.load(f)
-    except (OSError, ValueError) as e:
+            return Mixture(**json.load(f))
+    except (OSError, TypeError, ValueError) as e:  # BadInput, too
+        named = ", ".join(NAMED)
+        form = '{"means": [[x, y], …], "weights": […], "std": 0.3}'
         reason = " ".join(str(e).split())
-        neither = f"neither one of {', '.join(NAMED)} nor a JSON file ({reason})"
-        raise BadInput(f"--mixture {name}: {neither}") from None
-    whole = isinstance(given, dict) and given.keys() == {"means", "weights", "std"}
-    form = '{"means": [[x, y], …], "weights": […], "std": 0.3}'
-    require(whole, f"--mixture {name}: expected {form}")
-    try:
-        return Mixture(**given)
-    except BadInput as e:
-        raise BadInput(f"--mixture {name}: {e}") from None
+        neither = f"neither one of {named} nor a JSON file {form}"
+        raise BadInput(f"--mixture {name}: {neither}: {reason}") from None
 
 
 # --- Metrics --------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from toy.digits_measure import NUMBERS
 from toy.digits_report import SHOWN
 from toy.digits_samples import GUIDANCE, RESULTS, open_run, sample
 from toy.gmm import LINE, mode_tv, modes_covered
+from toy.plot import LOOK
 
 MOVIE = RESULTS / "movie.npz"
 DIGITS_MOVIE = RESULTS / "digits-movie.npz"
@@ -42,12 +43,7 @@ SMALL = {"fontsize": 9}
 
 # --- On the mixture -------------------------------------------------------------------------------
 
-PANELS = {  # {method: its title}
-    "dmd": "DMD",
-    "adm-paper": "ADM as published",
-    "adm-recipe": "ADM, our recipe",
-    "adp+adm-paper": "DMDX",
-}
+PANELS = ("dmd", "adm-paper", "adm-recipe", "adp+adm-paper")  # methods
 FRAMES = 40  # after the first
 POINTS = 600  # that are drawn
 SAMPLES = 50_000  # of which modes and TV are measured
@@ -62,6 +58,7 @@ class Film(toy.Curves):
 
     def __init__(self, world, *about):
         super().__init__(world, *about)
+        self.frames = []
         self.add(world.start)
 
     def due(self):
@@ -72,7 +69,7 @@ class Film(toy.Curves):
     def add(self, student, **_):
         x = toy.emitted(student, self.times, noises(self.seeds))  # (SAMPLES, 2)
         measured = {"tv": mode_tv(self.plane, x), "covered": modes_covered(self.plane, x)}
-        self.points[0].append({"points": hundredths(x[:POINTS]), **measured})
+        self.frames.append({"points": hundredths(x[:POINTS]), **measured})
 
 
 def updates_of(iterations):
@@ -96,7 +93,7 @@ def record(path=MOVIE, cfg=None, rates=toy.RATES):
     films = [toy.trained(cfg, method, world, rates, Film)[1] for method in PANELS]
     seen = {}  # {what a frame has: (methods, frames, ...)}
     for name in ("points", "tv", "covered"):
-        seen[name] = [[frame[name] for frame in film.points[0]] for film in films]
+        seen[name] = [[frame[name] for frame in film.frames] for film in films]
     x_T = noises(world.seeds).normal((2,))  # (SAMPLES, 2)
     with torch.no_grad():
         target = teacher_sample(with_guidance(world.teacher, {}, {}, 1), LINE, x_T, 64)
@@ -122,7 +119,8 @@ def training(film):
     figure.subplots_adjust(0.003, 0.2, 0.997, 0.91, wspace=0.03)
     limit = 1.3 * np.abs(modes).max()
     clouds = []
-    for axis, title in zip(axes, ("teacher, 64 steps", *PANELS.values()), strict=True):
+    titles = ["teacher, 64 steps", *(LOOK[method][0] for method in PANELS)]
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
         axis.set_title(title, pad=3, **SMALL)
         clouds.append(axis.scatter(*target.T, s=5, c=colours, lw=0))
@@ -146,11 +144,7 @@ def training(film):
 
 # --- On digits ------------------------------------------------------------------------------------
 
-ROWS = {  # {method: its label}
-    "adp+adm-recipe": "ADP, then ADM\nby our recipe",
-    "adp+dmd": "ADP, then DMD",
-    "adp+step": "ADP, then step",
-}
+ROWS = ("adp+adm-recipe", "adp+dmd", "adp+step")  # methods
 COLUMNS = [NUMBERS[i] for i in SHOWN[:14]]  # prompts: of each digit, then "a handwritten digit"
 OF_STAGE = 15  # frames
 CORNER = 176, 34  # of the images, in pixels from the left and from below
@@ -209,7 +203,7 @@ def digits_training(film):
     figure = Figure(figsize=(8.3, 2.45), dpi=1140 / 8.3)
     above = '"a handwritten zero" to "nine", then "a handwritten digit"; the same noises'
     figure.text(0.998, 0.985, above, ha="right", va="top", **SMALL)
-    labels = ("teacher, 28 steps\nwith guidance", *ROWS.values())
+    labels = ("teacher, 28 steps\nwith guidance", *(LOOK[method][0] for method in ROWS))
     for row, label in enumerate(labels):
         figure.text(0.002, 0.8 - 0.2 * row, label, va="center", **SMALL)
     said = figure.text(0.998, 0.025, "", ha="right", **SMALL)

@@ -41,11 +41,11 @@ import adm
 import adp
 from models import Discriminator, frozen
 from ode import Draw, FlowSchedule, T, common, student_sample, teacher_sample, with_guidance
-from runtime.files import write_json
+from runtime.files import claim, write_json
 from runtime.flags import option
 from runtime.script import run
 from runtime.settings import BadInput, at_least, flag, positive, require
-from toy.gmm import LINE, load_mixture, metrics, mode_tv, modes_covered, shares
+from toy.gmm import LINE, NAMED, load_mixture, metrics, mode_tv, modes_covered, shares
 
 # Where no flag says otherwise: ADM as published, and what this project makes of it (ours). Warm-up
 # is what our recipes give to DMD and step as well.
@@ -53,68 +53,48 @@ PUBLISHED = {"dt": 1 / 64, "damping": 0.0, "ttur": 1, "warmup": 0}
 WARM = {"warmup": 100}
 LONG_STEP = {**WARM, "dt": 1 / 4}
 RECIPE = {**LONG_STEP, "damping": 0.1}
-METHODS = {  # name: (the loss of its last stage, what differs from PUBLISHED)
-    "mse": ("mse", {}),
-    "adp": ("adp", {}),
-    "dmd": ("dmd", WARM),
-    "step": ("step", LONG_STEP),
-    "adm-paper": ("adm", {}),
-    "adm-recipe": ("adm", RECIPE),
-    "dmd2": ("dmd2", {"ttur": 5, "damping": 0.1}),
-    "adp+dmd": ("dmd", WARM),
-    "adp+step": ("step", LONG_STEP),
-    "adp+adm-paper": ("adm", {}),
-    "adp+adm-recipe": ("adm", RECIPE),
+METHODS = {
+    # name: (the loss of its last stage, the student's rate there, what differs from PUBLISHED)
+    # Rates: `python toy/claims.py run headline` chose them.
+    "mse": ("mse", 0.03, {}),
+    "adp": ("adp", 1e-5, {}),
+    "dmd": ("dmd", 1e-3, WARM),
+    "step": ("step", 1e-3, LONG_STEP),
+    "adm-paper": ("adm", 1e-4, {}),
+    "adm-recipe": ("adm", 3e-4, RECIPE),
+    "dmd2": ("dmd2", 0.01, {"ttur": 5, "damping": 0.1}),
+    "adp+dmd": ("dmd", 3e-4, WARM),
+    "adp+step": ("step", 3e-4, LONG_STEP),
+    "adp+adm-paper": ("adm", 1e-5, {}),
+    "adp+adm-recipe": ("adm", 1e-5, RECIPE),
 }
+RATES = {name: rate for name, (_, rate, _) in METHODS.items()}
 FEW_STEPS = ("dmd", "step", "adm-paper", "adm-recipe")  # these may take several (--student-steps)
 SAMPLES = 100_000  # of each student, for its metrics
 TEACHER = 3000  # iterations of the teacher MLP's fit, batch 512
 POOL = 20_000  # ODE pairs of each seed
 HISTORY = 40  # points of a training curve
 GAN_WEIGHT = 0.1  # of dmd2's adversary beside DMD
-RATES = {  # of the student's last stage: `python toy/claims.py run headline` chose them
-    "mse": 0.03,
-    "adp": 1e-05,
-    "dmd": 0.001,
-    "step": 0.001,
-    "adm-paper": 0.0001,
-    "adm-recipe": 0.0003,
-    "dmd2": 0.01,
-    "adp+dmd": 0.0003,
-    "adp+step": 0.0003,
-    "adp+adm-paper": 1e-05,
-    "adp+adm-recipe": 1e-05,
-}
+
+OWN = "; default: the method's own"
 
 
 @dataclass
 class Config:
     mixture: str = option(
-        "ring8-rare",
-        "ring8, ring8-rare, ring4-rare, or a JSON file: means, weights, std",
-        "the target",
+        "ring8-rare", f"{', '.join(NAMED)}, or a JSON file: see toy/gmm.py", "the target"
     )
     separation: str | None = option(
         None,
-        "how far apart modes are: radius of the farthest over σ; one, or several as 5,10; "
-        "default: as the mixture is",
+        "radius of the farthest mode over σ: one, or several as 5,10; default: the mixture's own",
         "the target",
     )
-    dim: int = option(
-        2,
-        "dimensions: the mixture lies in the first two, where it is measured, and is N(0, σ²) in "
-        "all others",
-        "the target",
-    )
+    dim: int = option(2, "dimensions; beyond the first two it is N(0, σ²)", "the target")
     pairs: int = option(POOL, "ODE pairs of each seed", "the target")
     missing: str | None = option(
-        None, "modes, by number from 0, of which there are no pairs; comma-separated", "the target"
+        None, "modes without pairs, by number from 0, comma-separated; default: none", "the target"
     )
-    methods: str = option(
-        ",".join(METHODS),
-        "which to compare, comma-separated; adp+… is ADP first, then the other",
-        "what to train",
-    )
+    methods: str = option(",".join(METHODS), "comma-separated; adp+… is ADP first", "what to train")
     seeds: int = option(2, "students of each method, all else alike", "what to train")
     first_seed: int = option(0, "their numbers start here", "what to train")
     iterations: int = option(
@@ -124,9 +104,6 @@ class Config:
     adp_share: float = option(
         0.75, "share of the iterations that adp+… spends on ADP", "the method"
     )
-    mse_share: float = option(
-        0.9, "share of ADP's iterations that are regression, before its adversary", "the method"
-    )
     schedule: Literal["cubic", "uniform"] = option(
         "cubic", "where on the line ADP's student trains (paper: cubic)", "the method"
     )
@@ -134,22 +111,13 @@ class Config:
         1, f"of {', '.join(FEW_STEPS)}; all others take one step", "the method"
     )
     ttur: int | None = option(
-        None,
-        "discriminator and fake-score updates for each student update; default: the method's own "
-        "(1; dmd2's 5)",
-        "the method",
+        None, f"updates of D and fake score for each of the student's{OWN}", "the method"
     )
     warmup: int | None = option(
-        None,
-        "first updates of discriminator and fake score, in which the student rests (ours); "
-        "default: the method's own (paper: none)",
-        "the method",
+        None, f"first updates of D and fake score: the student rests (ours){OWN}", "the method"
     )
     dt: float | None = option(
-        None,
-        "adm, step: length of the PF-ODE step, as a fraction of T; default: the method's own "
-        "(paper: 1/64)",
-        "the method",
+        None, f"adm, step: length of the PF-ODE step, as a fraction of T{OWN}", "the method"
     )
     gen_weight: Literal["none", "1/alpha", "dmd"] = option(
         "none",
@@ -157,28 +125,24 @@ class Config:
         "the method",
     )
     damping: float | None = option(
-        None,
-        "weight of a zero-centred gradient penalty on stage 2's discriminator (ours); default: the "
-        "method's own (paper: none)",
-        "the method",
+        None, f"weight of a gradient penalty on stage 2's D (ours){OWN}", "the method"
     )
     width: int = option(128, "of every hidden layer", "networks and rates")
     student_width: int | None = option(
-        None, "of the student's; default: as all others'", "networks and rates"
+        None, "of the student's; default: the same", "networks and rates"
     )
     head_width: int = option(32, "of the discriminator's heads", "networks and rates")
     lr_student: float | None = option(
-        None,
-        "learning rate of the student; default: the method's own, from the search",
-        "networks and rates",
+        None, f"learning rate of the student{OWN}", "networks and rates"
     )
-    lr_fake: float = option(1e-3, "learning rate of the fake score", "networks and rates")
     lr_heads: float = option(
         1e-3, "learning rate of the discriminator's heads", "networks and rates"
     )
-    out: str = option("out/toy", "folder to write", "output")
+    out: str = option("out/toy", "new folder to write", "output")
 
-    # What adm.py reads too and nobody varies here; all but the last as by its own default.
+    # What nobody varies here. Of those that adm.py reads too, all but the last are its defaults.
+    mse_share: ClassVar = 0.9  # of ADP's iterations that are regression, before its adversary
+    lr_fake: ClassVar = 1e-3
     t_min: ClassVar = 0.02
     t_max: ClassVar = 0.98
     damping_sigma: ClassVar = 0.01
@@ -187,10 +151,7 @@ class Config:
 
 
 # What of it shapes ADP as a first stage.
-STAGE_1 = (
-    *("iterations", "adp_share", "mse_share", "batch_size"),
-    *("head_width", "schedule", "lr_heads"),
-)
+STAGE_1 = (*("iterations", "adp_share", "batch_size", "head_width", "schedule", "lr_heads"),)
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -414,9 +375,7 @@ class World:
         self.mixture = load_mixture(cfg.mixture, separation, cfg.dim)
         self.seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
         self.mlp = self.fit(cfg.width)
-        self.start = self.mlp
-        if cfg.student_width not in (None, cfg.width):
-            self.start = self.fit(cfg.student_width)
+        self.start = self.fit(cfg.student_width) if cfg.student_width else self.mlp
         x_T = Noise((2,), self.seeds, cfg.pairs).normal((cfg.dim,))  # (S·pairs, d)
         with torch.no_grad():
             x_0 = teacher_sample(with_guidance(self.teacher, {}, {}, 1), LINE, x_T, 64)
@@ -459,13 +418,13 @@ class World:
     def fit(self, width):
         """An MLP of this width for each seed, the same one, frozen."""
         dim = self.mixture.means.shape[1]
-        data = self.mixture.sample((1, POOL), torch.Generator().manual_seed(0))  # (1, POOL, d)
+        data = self.mixture.sample(POOL, torch.Generator().manual_seed(0))  # (POOL, d)
         mlp = MLP(Draw((0,), [0]), width, self.mixture.spread, dim)
         optimizer = Optimizer(mlp, 0.02)
         for iteration in tqdm(range(TEACHER), "teacher", leave=False, disable=None):
             draw = Noise((1, iteration), [0], 512)
             t = draw.uniform(0, T)  # (B,)
-            (x_0,) = draw.pick(data)  # (B, d)
+            (x_0,) = draw.pick(data[None])  # (B, d)
             x_t = LINE.add_noise(x_0, draw.normal((dim,)), t)  # (B, d)
             add_gradient(1, adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)))
             optimizer.step(iteration / TEACHER)
@@ -617,7 +576,8 @@ def slope_and_gap(net, cfg, draw, x0_hat, cond, uncond, learn=False):
 
 def settled(cfg, method):
     """cfg with the method's own settings where no flag says otherwise."""
-    own = PUBLISHED | METHODS[method][1]
+    _, _, changes = METHODS[method]
+    own = PUBLISHED | changes
     return replace(cfg, **{name: own[name] for name in own if getattr(cfg, name) is None})
 
 
@@ -628,7 +588,7 @@ def trained(cfg, method, world, rates=RATES, kind=Curves):
     begins with, which is shared where it is the same. kind: of the curves, a class.
     """
     cfg = settled(cfg, method)
-    loss, _ = METHODS[method]
+    loss, _, _ = METHODS[method]
     if method.startswith("adp+"):
         student, curves, seconds = world.after_adp(cfg, rates, kind)
     else:
@@ -675,7 +635,7 @@ def train(cfg, method, world, rates=RATES):
 
 def fresh(mixture, seed):
     """(4000, 2) draws that nothing was trained on."""
-    return mixture.sample((4000,), torch.Generator().manual_seed(10**6 + seed))
+    return mixture.sample(4000, torch.Generator().manual_seed(10**6 + seed))
 
 
 def rounded(x):
@@ -703,15 +663,22 @@ def by(runs, *fields):
     return groups
 
 
-COLUMNS = ("modes_covered", "in_mode", "tv", "density_tv", "energy", "seconds")
+COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name among the results
+    "modes covered": "modes_covered",
+    "in mode": "in_mode",
+    "TV": "tv",
+    "density TV": "density_tv",
+    "energy": "energy",
+}
 
 
 def table(runs):
     """Text: one line a method (and mixture and separation), mean ± sd over its seeds."""
-    lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
+    columns = {**COLUMNS, "seconds": "seconds"}
+    lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in columns)]
     for (method, mixture, separation), group in by(runs, "method", "mixture", "separation").items():
         line = f"{method:14} {mixture:>10} {separation:>4.1f}{len(group):>6}"
-        for name in COLUMNS:
+        for name in columns.values():
             values = [r[name] for r in group]
             sd = np.std(values, ddof=len(values) > 1)
             line += f"{np.mean(values):>9.3f} ± {sd:<6.3f}"
@@ -727,10 +694,8 @@ def check(cfg):
     at_least(0, cfg, "first_seed", "warmup", "damping")
     at_least(2, cfg, "dim")
     at_least(8, cfg, "width", "head_width", "student_width")
-    positive(cfg, "lr_student", "lr_fake", "lr_heads")
-    for name in ("adp_share", "mse_share"):
-        share = getattr(cfg, name)
-        require(0 <= share <= 1, f"{flag(name)} {share}: in [0, 1]")
+    positive(cfg, "lr_student", "lr_heads")
+    require(0 <= cfg.adp_share <= 1, f"--adp-share {cfg.adp_share}: in [0, 1]")
     require(cfg.dt is None or 0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
     for separation in separations(cfg):
         mixture = load_mixture(cfg.mixture, separation)
@@ -760,10 +725,7 @@ def numbers(kind, name, cfg):
 def main(cfg):
     check(cfg)
     folder = Path(cfg.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {cfg.out}: {e.strerror}") from None
+    claim(folder)
     runs = []
     for separation in separations(cfg):
         world = World(replace(cfg, separation=separation and str(separation)))

@@ -12,11 +12,9 @@ import sys
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,11 +25,11 @@ from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
-from toy.claims import SEARCH_SEEDS, header, least, paired, pm, row_of
+from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, header, paired, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
+from toy.plot import LOOK, legend_below
 from toy.run import Config, Noise, World
 
-RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "why.json"
 
 DAMPED = {"damping": 0.1}
@@ -92,18 +90,16 @@ def searched_at(name, part):
     return 16 if part >= 8 else 4
 
 
-def best_rate(searched, world, name, steps, part):
-    """The rate of least mean TV, after trials in `searched`, which grows."""
-    trials = searched.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
+def searched(results, world, name, steps, part):
+    """The rate of least mean TV, after trials in `results`, which grows."""
+    trials = results.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
 
-    def tried(rate):
-        if f"{rate:g}" not in trials:
-            _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
-            trials[f"{rate:g}"] = measured(world, x)["mode_tv"]
-            print("search", key(name, steps, part), rate, trials, flush=True)
-        return np.mean(trials[f"{rate:g}"])
+    def trial(rate):
+        _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
+        print("search", key(name, steps, part), rate, flush=True)
+        return measured(world, x)["mode_tv"]
 
-    return least(tried, RATES, 1e-3)
+    return best_rate(trials, RATES, 1e-3, trial)
 
 
 def key(name, steps, part):
@@ -146,7 +142,7 @@ def run():
         if f"{steps}" not in results["untrained"]:
             start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
             results["untrained"][f"{steps}"] = measured(world, start)
-        rate = best_rate(results["search"], of_search, name, steps, searched_at(name, part))
+        rate = searched(results["search"], of_search, name, steps, searched_at(name, part))
         net, x, cfg = trained(world, SEEDS, name, steps, part, rate)
         row = {"method": name, "steps": steps, "part": part, "rate": rate, **measured(world, x)}
         if name.startswith("ADM"):
@@ -234,24 +230,24 @@ FOLLOWERS = (  # in the last
     *[what for what in STRONG_AT if what[1] == 1],
 )
 
-LOOK = {  # name: (colour, how far its points are moved aside)
-    "step": ("tab:green", 0.94),
-    "step, DMD's weight": ("tab:blue", 0.98),
-    "ADM": ("tab:red", 1.02),
-    "ADM, damping 0.1": ("tab:orange", 1.06),
+LINES = {  # name: (colour, how far its points are moved aside)
+    "step": (LOOK["step"][1], 0.94),
+    "step, DMD's weight": ("tab:cyan", 0.98),
+    "ADM": (LOOK["adm-paper"][1], 1.02),
+    "ADM, damping 0.1": (LOOK["adm-recipe"][1], 1.06),
 }
 
 
 def picture():
     """results/why.png: TV against Δt in four steps and in one, and the weights that it implies."""
-    plt.rcParams["font.size"] = 13
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(21, 6.4))
-    of_tv(left, 4)
-    of_tv(middle, 1)
-    of_weights(right)
-    for ax in (left, middle, right):
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
-    figure.tight_layout()
+    matplotlib.rcParams["font.size"] = 13
+    figure = Figure(figsize=(21, 6.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    of_tv(axes[0], 4)
+    of_tv(axes[1], 1)
+    of_weights(axes[2])
+    for ax in axes:
+        legend_below(ax)
     with aside(RESULTS / "why.png") as partial:
         figure.savefig(partial, format="png", dpi=80)
 
@@ -261,10 +257,11 @@ def of_tv(ax, steps):
     results = found()
     dmd = results["runs"][key("DMD", steps, 64)]["mode_tv"]
     mean, sd = np.mean(dmd), np.std(dmd, ddof=1)
-    ax.axhspan(mean - sd, mean + sd, color="black", alpha=0.2, lw=0, label="DMD")
+    title, colour = LOOK["dmd"]
+    ax.axhspan(mean - sd, mean + sd, color=colour, alpha=0.25, lw=0, label=title)
     start = np.mean(results["untrained"][f"{steps}"]["mode_tv"])
     ax.axhline(start, color="black", ls=":", label="before training")
-    for name, (colour, beside) in LOOK.items():
+    for name, (colour, beside) in LINES.items():
         tvs = [results["runs"][key(name, steps, part)]["mode_tv"] for part in PARTS]
         dts = [beside / part for part in PARTS]
         means = [np.mean(tv) for tv in tvs]
@@ -280,14 +277,16 @@ def of_tv(ax, steps):
 
 def of_weights(ax):
     """Of the score difference in the student's gradient, each with mean 1 over its range of t."""
-    shades = plt.cm.viridis(np.linspace(0.9, 0, 5))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, 5))
     for part, shade in zip((256, 64, 16, 4, 2), shades, strict=True):
         t = np.linspace(0.02 + 1 / part, 0.98, 200)  # of T
         weight = line_weight(t, 1 / part)
         ax.plot(t, weight / weight.mean(), color=shade, lw=2.5, label=f"step, Δt = T/{part}")
     dmd = found()["runs"][key("DMD", 4, 64)]
     t, weight = np.array(dmd["weight"]).T  # (24,) each
-    ax.plot(t, weight / weight.mean(), "k--", lw=2.5, label="DMD, measured")
+    title, colour = LOOK["dmd"]
+    look = {"color": colour, "ls": "--", "lw": 2.5, "label": f"{title}, measured"}
+    ax.plot(t, weight / weight.mean(), **look)
     ax.set(yscale="log", xlim=(0, 1), xlabel="t / T, from data to noise", ylabel="weight, mean 1")
     ax.set_title("How much the score difference at t counts")
 
