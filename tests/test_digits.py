@@ -21,7 +21,7 @@ import models
 import runtime.settings
 from families import recipes
 from ode import Draw, student_sample
-from toy import digits, digits_experiment, digits_heads, digits_teacher
+from toy import digits, digits_diagnosis, digits_experiment, digits_heads, digits_teacher
 from toy.digits_clip import CLIP, clip
 from toy.digits_experiment import METHODS, curve, measured, seeds_of
 from toy.digits_heads import DISCRIMINATORS, discriminator_is
@@ -494,3 +494,18 @@ def test_several_updates_on_one_set_are_of_the_heads_alone(in_a_round):
         digits_heads.step_repeated(optimizer, 1.0)
     assert len(heads.skipped) == digits_heads.UPDATES and len(others.skipped) == 1
     assert digits_heads.repeated_loss(discriminator) < loss
+
+
+def test_diagnose_says_what_heads_found_and_what_they_could_express(tmp_path, monkeypatch):
+    variants = {"recipe": ("", digits_heads.ORDINARY)}
+    monkeypatch.setattr(digits_diagnosis, "VARIANTS", variants)
+    monkeypatch.setattr(digits_diagnosis, "FITTED", {"fitted": "recipe"})
+    monkeypatch.setattr(digits_diagnosis, "HOME", tmp_path)
+    out = tmp_path / "diagnosis.json"
+    digits_diagnosis.diagnose("teacher", out, iterations=8)
+    rows = json.loads(out.read_text())["variants"]
+    iterations = (2, 4, 6, 8)
+    assert list(rows) == [f"{name}; {i}" for name in ("recipe", "fitted") for i in iterations]
+    # Told the gap, new heads find its direction at once.
+    assert rows["fitted; 8"]["cosine"] > rows["fitted; 2"]["cosine"] + 0.05
+    assert rows["fitted; 8"]["cosine"] > rows["recipe; 8"]["cosine"]

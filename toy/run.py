@@ -138,6 +138,7 @@ class Config:
     lr_heads: float = option(
         1e-3, "learning rate of the discriminator's heads", "networks and rates"
     )
+    beta1: float = option(0.9, "Adam's β1 in stage 2, of all that learns", "networks and rates")
     out: str = option("out/toy", "new folder to write", "output")
 
     # What nobody varies here. Of those that adm.py reads too, all but the last are its defaults.
@@ -247,11 +248,11 @@ def add_gradient(seeds, loss):
 class Optimizer:
     """Adam, elementwise, so each seed's slice is stepped as if alone."""
 
-    def __init__(self, module, rate, clip=None):
+    def __init__(self, module, rate, clip=None, beta1=0.9):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.rate = rate
         self.clip = clip
-        self.adam = torch.optim.Adam(self.parameters, rate, fused=True)
+        self.adam = torch.optim.Adam(self.parameters, rate, (beta1, 0.999), fused=True)
         self.last = []  # the last step's gradients
 
     def step(self, progress=None):
@@ -492,10 +493,10 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
         shape=student.shape,
         guidance=1,
     )
-    optimizer = Optimizer(student, rate)
-    others = [Optimizer(fake, cfg.lr_fake)]
+    optimizer = Optimizer(student, rate, beta1=cfg.beta1)
+    others = [Optimizer(fake, cfg.lr_fake, beta1=cfg.beta1)]
     if loss in ("adm", "dmd2"):
-        others.append(Optimizer(discriminator.heads, cfg.lr_heads))
+        others.append(Optimizer(discriminator.heads, cfg.lr_heads, beta1=cfg.beta1))
     learn = partial(add_gradient, cfg.seeds)
     for iteration in tqdm(range(cfg.warmup + iterations), loss, leave=False, disable=None):
         for r in range(cfg.ttur):  # the student learns in round 0
@@ -695,6 +696,7 @@ def check(cfg):
     at_least(2, cfg, "dim")
     at_least(8, cfg, "width", "head_width", "student_width")
     positive(cfg, "lr_student", "lr_heads")
+    require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
     require(0 <= cfg.adp_share <= 1, f"--adp-share {cfg.adp_share}: in [0, 1]")
     require(cfg.dt is None or 0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
     for separation in separations(cfg):

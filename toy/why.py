@@ -55,12 +55,23 @@ STRONG = {
     "step, TTUR 4": ("step", {"ttur": 4}),
     "DMD, TTUR 4": ("dmd", {"ttur": 4}),
 }
-EVERY = METHODS | LEVERS | STRONG
+# Without momentum, and with less, of all that learns: what is chased moves on.
+CALM = {
+    "ADM, β₁ 0": ("adm-paper", {"beta1": 0.0}),
+    "ADM, damping 0.1, β₁ 0": ("adm-paper", {**DAMPED, "beta1": 0.0}),
+    "ADM, damping 0.1, β₁ 0.5": ("adm-paper", {**DAMPED, "beta1": 0.5}),
+    "ADM, damping 0.1, β₁ 0, TTUR 4": ("adm-paper", {**DAMPED, "beta1": 0.0, "ttur": 4}),
+    "step, β₁ 0": ("step", {"beta1": 0.0}),
+    "DMD, β₁ 0": ("dmd", {"beta1": 0.0}),
+    "DMD, β₁ 0, TTUR 4": ("dmd", {"beta1": 0.0, "ttur": 4}),
+}
+EVERY = METHODS | LEVERS | STRONG | CALM
 STRONG_AT = (  # (name, steps, part)
     *[("ADM, strong D", steps, part) for steps in (1, 4) for part in (4, 2)],
     *[(name, 1, 4) for name in ("ADM, strong heads", "ADM, TTUR 4", "step, TTUR 4")],
     *[("DMD, TTUR 4", steps, 64) for steps in (1, 4)],
 )
+CALM_AT = [(name, steps, 64 if name.startswith("DMD") else 4) for steps in (1, 4) for name in CALM]
 PARTS = (256, 128, 64, 32, 16, 8, 4, 2)  # Δt = T/256 to T/2
 STEPS = (1, 4)  # of the student
 SEEDS = {"seeds": 5, "first_seed": 0}
@@ -115,6 +126,7 @@ def wanted():
     for name in LEVERS:
         yield name, 4, 4
     yield from STRONG_AT
+    yield from CALM_AT
 
 
 HELD = ("search", "untrained", "runs", "finer")  # in results/why.json
@@ -224,10 +236,10 @@ FOLLOWERS = (  # in the last
     *[(name, 4, part) for name in (PAPER, WITH_DAMPING) for part in (64, 4)],
     *[(name, 4, 4) for name in LEVERS],
     (PAPER, 4, 2),
-    *[what for what in STRONG_AT if what[1] == 4],
+    *[what for what in [*STRONG_AT, *CALM_AT] if what[1] == 4],
     *[(name, 1, 256) for name in (PAPER, WITH_DAMPING)],
     *[(PAPER, 1, part) for part in (4, 2)],
-    *[what for what in STRONG_AT if what[1] == 1],
+    *[what for what in [*STRONG_AT, *CALM_AT] if what[1] == 1],
 )
 
 LINES = {  # name: (colour, how far its points are moved aside)
