@@ -388,7 +388,7 @@ def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):
     assert done.returncode == 0, done.stderr
     tables = done.stdout.strip().split("\n\n")
     text = (ROOT / "toy" / "README.md").read_text()
-    assert len(tables) == 3
+    assert len(tables) == 4
     assert all(one in text for one in tables)
 
 

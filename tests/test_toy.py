@@ -366,6 +366,7 @@ def test_bad_mixture_files(tmp_path, capsys, fields, word):
         (("--warmup", "-1"), "warmup"),
         (("--missing", "9"), "missing"),
         (("--missing", "one"), "missing"),
+        (("--beta1", "1"), "beta1"),
         (("--schedule", "best"), "best"),
         (("--no-such", "1"), "--no-such"),
     ],

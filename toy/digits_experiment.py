@@ -68,11 +68,10 @@ LEVERS = (
     (ADM, "--gen-weight dmd", ORDINARY),
     *[(method, "--ttur 4", ORDINARY) for method in (DMD, STEP, ADM)],
     (ADM, "--ttur 4 --lr-student 3e-05", ORDINARY),
-    *[(method, "--batch-size 64", ORDINARY) for method in (DMD, STEP, ADM)],
-    (ADM, "--head-width 256", ORDINARY),
+    *[(method, "--batch-size 64", ORDINARY) for method in (DMD, ADM)],
     *[(method, "--beta1 0.5", ORDINARY) for method in (DMD, STEP, ADM)],
     (ADM, "--beta1 0", ORDINARY),
-    *[(method, "--beta1 0.5 --ttur 4", ORDINARY) for method in (DMD, STEP, ADM)],
+    *[(method, "--beta1 0.5 --ttur 4", ORDINARY) for method in (DMD, ADM)],
     *[(ADM, "", name) for name in DISCRIMINATORS if name != ORDINARY],
 )
 AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")

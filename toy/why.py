@@ -71,7 +71,10 @@ STRONG_AT = (  # (name, steps, part)
     *[(name, 1, 4) for name in ("ADM, strong heads", "ADM, TTUR 4", "step, TTUR 4")],
     *[("DMD, TTUR 4", steps, 64) for steps in (1, 4)],
 )
-CALM_AT = [(name, steps, 64 if name.startswith("DMD") else 4) for steps in (1, 4) for name in CALM]
+CALM_AT = (
+    *[(name, 1, 64 if name.startswith("DMD") else 4) for name in CALM],
+    *[(name, 4, 4) for name in ("ADM, β₁ 0", "ADM, damping 0.1, β₁ 0")],
+)
 PARTS = (256, 128, 64, 32, 16, 8, 4, 2)  # Δt = T/256 to T/2
 STEPS = (1, 4)  # of the student
 SEEDS = {"seeds": 5, "first_seed": 0}
@@ -232,14 +235,23 @@ def dmd_weight(net, cfg, world):
 
 SHOWN = [(steps, part) for steps in (4, 1) for part in (64, 4, 2)]  # in the first table
 PAPER, WITH_DAMPING = "ADM", "ADM, damping 0.1"
-FOLLOWERS = (  # in the last
-    *[(name, 4, part) for name in (PAPER, WITH_DAMPING) for part in (64, 4)],
-    *[(name, 4, 4) for name in LEVERS],
-    (PAPER, 4, 2),
-    *[what for what in [*STRONG_AT, *CALM_AT] if what[1] == 4],
-    *[(name, 1, 256) for name in (PAPER, WITH_DAMPING)],
+FOLLOWERS = (  # in the last: (name, steps, part)
+    *[(name, 4, part) for part in (64, 4) for name in (PAPER, WITH_DAMPING)],
+    ("ADM, damping 0.1, β₁ 0", 4, 4),
+    ("ADM, damping 0.1, TTUR 4", 4, 4),
+    ("ADM, damping 0.1, heads at 5e-3", 4, 4),
+    *[("ADM, strong D", 4, part) for part in (4, 2)],
+    ("DMD, TTUR 4", 4, 64),
+    (WITH_DAMPING, 1, 256),
     *[(PAPER, 1, part) for part in (4, 2)],
-    *[what for what in [*STRONG_AT, *CALM_AT] if what[1] == 1],
+    ("ADM, damping 0.1, β₁ 0", 1, 4),
+    ("ADM, damping 0.1, β₁ 0, TTUR 4", 1, 4),
+    ("ADM, TTUR 4", 1, 4),
+    ("ADM, strong heads", 1, 4),
+    *[("ADM, strong D", 1, part) for part in (4, 2)],
+    ("step, TTUR 4", 1, 4),
+    ("DMD, β₁ 0", 1, 64),
+    ("DMD, TTUR 4", 1, 64),
 )
 
 LINES = {  # name: (colour, how far its points are moved aside)
