@@ -87,7 +87,7 @@ def fitted(net, cfg, iterations, every):
     """Yields (iteration, `alignment`) of new heads that are shown the gap: ½ E|∇D − gap|².
 
     They have the run's rate and batches; its student and fake score rest. What D could express if
-    it were told x_real − x_fake, which ADM's D is to find from two logits a sample.
+    it were told x_real − x_fake, which ADM's D is to find from which is which.
     """
     torch.manual_seed(cfg.seed)
     discriminator = LatentDiscriminator(net.teacher, cfg.head_width)

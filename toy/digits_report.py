@@ -90,12 +90,12 @@ def table_at_equal_time(runs):
     lines = header("method", "an update, DMD's being 1", "iterations in DMD's time", "fd then")
     costs = read_json(COST_JSON, "cost", "cost")["cost"]
     for method in AFTER_ADP:
+        mine = [np.array(run["curve"]) for run in runs if run["method"] == method]  # (n, 5) each
+        then = min(ALL / costs[method], mine[0][-1, 0])
         distances = []
-        for run in runs:
-            if run["method"] == method:
-                iterations, _, fd, *_ = np.array(run["curve"]).T  # (n,) each
-                then = min(ALL / costs[method], iterations[-1])
-                distances.append(np.exp(np.interp(then, iterations, np.log(fd))))
+        for points in mine:
+            iterations, _, fd, *_ = points.T  # (n,) each
+            distances.append(np.exp(np.interp(then, iterations, np.log(fd))))
         lines.append(row_of((method, f"{costs[method]:.2f}", f"{then:.0f}", spread(distances))))
     return lines
 

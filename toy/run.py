@@ -152,7 +152,7 @@ class Config:
 
 
 # What of it shapes ADP as a first stage.
-STAGE_1 = (*("iterations", "adp_share", "batch_size", "head_width", "schedule", "lr_heads"),)
+STAGE_1 = ("iterations", "adp_share", "batch_size", "head_width", "schedule", "lr_heads")
 
 
 # --- Networks -------------------------------------------------------------------------------------
