@@ -7,7 +7,7 @@ TOY := out/toy-$(NOW)
 QUICK := dmd,step,adm-paper,adm-recipe,adp+dmd,adp+adm-paper
 # The images that the demo scores: of these prompts, 15 of each and 45 of "a handwritten digit".
 SAMPLE := tools/sample.py --prompts toy/digits-prompts.txt --count 255 --batch-size 85
-ROWS := teacher-1-step ADP-150-iterations DMDX teacher-28-steps
+ROWS := teacher-1-pass ADP-150 DMDX teacher
 # ADP so short that stage 2 has work to do: its recipe has 800 iterations.
 SHORT := --iterations 150 --mse-iterations 120 --ema 0 --checkpoint-every 50 --keep-checkpoints 3
 
@@ -20,14 +20,14 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python adp.py --pairs $(DEMO)/pairs $(SHORT) --out $(DEMO)/adp
 	$(VENV)/bin/python adm.py --init $(DEMO)/adp --student-steps 1 --checkpoint-every 100 --keep-checkpoints 4 --out $(DEMO)/adm
 	$(VENV)/bin/python toy/digits.py gain $(DEMO)/adp $(DEMO)/adm $(DEMO)/gain.png
-	$(VENV)/bin/python $(SAMPLE) --pipeline digits --steps 1 --out $(DEMO)/images/teacher-1-step
-	$(VENV)/bin/python $(SAMPLE) --pipeline $(DEMO)/adp/pipeline --out $(DEMO)/images/ADP-150-iterations
+	$(VENV)/bin/python $(SAMPLE) --pipeline digits --steps 1 --out $(DEMO)/images/teacher-1-pass
+	$(VENV)/bin/python $(SAMPLE) --pipeline $(DEMO)/adp/pipeline --out $(DEMO)/images/ADP-150
 	$(VENV)/bin/python $(SAMPLE) --pipeline $(DEMO)/adm/pipeline --out $(DEMO)/images/DMDX
-	$(VENV)/bin/python $(SAMPLE) --pipeline digits --out $(DEMO)/images/teacher-28-steps
+	$(VENV)/bin/python $(SAMPLE) --pipeline digits --out $(DEMO)/images/teacher
 	$(VENV)/bin/python tools/score.py $(foreach row,$(ROWS),$(DEMO)/images/$(row)) --out $(DEMO)/scores \
 		--metrics clip,diversity,distance,frechet --clip toy/digits-clip --features toy/digits-clip
-	@printf '%s\n' '' 'The teacher in one step, which blurs; its students after each stage, one pass each; the teacher' \
-		'in 28 steps with guidance, 56 passes.' \
+	@printf '%s\n' '' 'The teacher in one step, which blurs; its students, one pass each: after 150 iterations of ADP, and' \
+		'after ADM; the teacher in 28 steps with guidance, 56 passes.' \
 		'See $(DEMO)/scores/sheet.png and $(DEMO)/gain.png   The table above: $(DEMO)/scores/table.md' \
 		'Also: $(DEMO)/toy, $(DEMO)/adm/samples, $(DEMO)/adm/curves.png   The student: $(DEMO)/adm/pipeline' '' '    from diffusers import DiffusionPipeline' \
 		'    pipe = DiffusionPipeline.from_pretrained("$(DEMO)/adm/pipeline")' \
