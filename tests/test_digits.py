@@ -21,11 +21,12 @@ import models
 import runtime.settings
 from families import recipes
 from ode import Draw, student_sample
-from toy import digits, digits_diagnosis, digits_experiment, digits_heads, digits_teacher
+from toy import digits, digits_changes, digits_diagnosis, digits_experiment, digits_teacher
+from toy.digits_changes import CHANGES, NONE, changed
 from toy.digits_clip import CLIP, clip
 from toy.digits_experiment import METHODS, curve, measured, seeds_of
-from toy.digits_heads import DISCRIMINATORS, discriminator_is
 from toy.digits_measure import LABELS, NUMBERS, look, measure, read
+from toy.digits_report import fd_at
 from toy.digits_samples import (
     GUIDANCE,
     KINDS,
@@ -392,6 +393,13 @@ def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):
     assert all(one in text for one in tables)
 
 
+def test_fd_at_equal_time_is_the_starts_while_the_student_rests():
+    curve = [[0, 0, 4.0, 9, 0.5], [100, 7, 1.0, 9, 0.6], [360, 20, 0.5, 9, 0.7]]
+    fds = [fd_at(iteration, curve, 60) for iteration in (0, 30, 60, 80, 100, 360)]
+    assert fds == pytest.approx([4, 4, 4, 2, 1, 0.5])
+    assert fd_at(50, curve, 0) == pytest.approx(2)
+
+
 def test_committed_results_are_whole(teacher):
     """One row a method and seed, each with metrics, commands and the curve of its last run."""
     runs = json.loads((RESULTS / "digits.json").read_text())["runs"]
@@ -411,17 +419,17 @@ def test_committed_results_are_whole(teacher):
         assert last[2:] == pytest.approx([row["fd"], row["fd_any"], row["coverage"]])
 
 
-@pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_other_discriminators_judge_too_and_only_inside(family, name):
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_hold_inside_only_and_the_discriminator_judges(family, name):
     teacher = models.load_denoiser(family)
     cond, _ = opened(family)
     some = {key: c[:4] for key, c in cond.items()}  # (4, ...) each
     x = torch.randn(4, *family.latent_shape())
-    own = {part: getattr(adm, part) for part in DISCRIMINATORS[name]}
-    with discriminator_is(name):
-        assert {part: getattr(adm, part) for part in own} == DISCRIMINATORS[name]
+    own = [getattr(module, part) for module, part, _ in CHANGES[name]]
+    with changed(name):
+        assert all(getattr(module, part) is other for module, part, other in CHANGES[name])
         discriminator = adm.LatentDiscriminator(teacher, 64)
-    assert {part: getattr(adm, part) for part in own} == own
+    assert [getattr(module, part) for module, part, _ in CHANGES[name]] == own
     for t in (100.0, 900.0):
         logits = discriminator.logits(discriminator.features(x, torch.full((4,), t), some))
         assert logits.shape == (4,) and logits.isfinite().all()
@@ -431,7 +439,8 @@ def test_heads_are_told_t(family):
     teacher = models.load_denoiser(family)
     cond, _ = opened(family)
     some = {key: c[:2] for key, c in cond.items()}  # (2, ...) each
-    discriminator = digits_heads.TimedDiscriminator(teacher, 64)
+    with changed("heads that are told t"):
+        discriminator = adm.LatentDiscriminator(teacher, 64)
     x = torch.randn(2, *family.latent_shape())
     plain = models.LatentDiscriminator(teacher, 64)
     early, late = torch.full((2,), 10.0), torch.full((2,), 990.0)
@@ -444,7 +453,7 @@ def test_heads_are_told_t(family):
 
 
 def test_late_heads_see_every_position_until_the_pooling():
-    head = digits_heads.LateHead(96, 64)
+    head = digits_changes.LateHead(96, 64)
     assert head.body(torch.randn(2, 96, 4, 4)).shape == (2, 64, 4, 4)
     assert head(torch.randn(2, 96, 4, 4)).shape == (2,)
 
@@ -456,7 +465,7 @@ def in_a_round(family):
     cond, _ = opened(family)
     some = {key: c[:4] for key, c in cond.items()}  # (4, ...) each
     torch.manual_seed(0)
-    discriminator = digits_heads.RememberingDiscriminator(teacher, 64)
+    discriminator = digits_changes.RememberingDiscriminator(teacher, 64)
     cfg = SimpleNamespace(**recipes.ADM["digits"])
     s = torch.full((4,), 300.0)
     fake, real = torch.randn(2, 4, *family.latent_shape())  # (4, ...) each
@@ -471,7 +480,7 @@ def test_damping_by_the_gradient_itself_is_what_directions_estimate(in_a_round):
     cfg.damping_sigma = 1e-3
     with torch.no_grad():
         estimates = [adm.damping(discriminator, cfg, *rest).item() for _ in range(60)]
-    exact = digits_heads.damping_exact(discriminator, cfg, *rest)
+    exact = digits_changes.damping_exact(discriminator, cfg, *rest)
     error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(exact.item() - np.mean(estimates)) < 3 * error
     exact.backward()
@@ -483,7 +492,9 @@ def test_several_updates_on_one_set_are_of_the_heads_alone(in_a_round):
     (_, logits_real), (_, logits_fake) = judged
     loss = adm.discriminator_loss(logits_real, logits_fake) + adm.damping(*in_a_round)
     # What the further updates descend is, at first, the round's own loss.
-    assert digits_heads.repeated_loss(discriminator).item() == pytest.approx(loss.item(), rel=1e-4)
+    assert digits_changes.repeated_loss(discriminator).item() == pytest.approx(
+        loss.item(), rel=1e-4
+    )
     loss.backward()
     heads = torch.optim.AdamW(discriminator.heads.parameters(), 1e-3, fused=True)
     other = torch.nn.Linear(2, 2)
@@ -491,13 +502,13 @@ def test_several_updates_on_one_set_are_of_the_heads_alone(in_a_round):
     other(torch.ones(2)).sum().backward()
     for optimizer in (heads, others):
         optimizer.skipped = []
-        digits_heads.step_repeated(optimizer, 1.0)
-    assert len(heads.skipped) == digits_heads.UPDATES and len(others.skipped) == 1
-    assert digits_heads.repeated_loss(discriminator) < loss
+        digits_changes.step_repeated(optimizer, 1.0)
+    assert len(heads.skipped) == digits_changes.UPDATES and len(others.skipped) == 1
+    assert digits_changes.repeated_loss(discriminator) < loss
 
 
 def test_diagnose_says_what_heads_found_and_what_they_could_express(tmp_path, monkeypatch):
-    variants = {"recipe": ("", digits_heads.ORDINARY)}
+    variants = {"recipe": ("", NONE)}
     monkeypatch.setattr(digits_diagnosis, "VARIANTS", variants)
     monkeypatch.setattr(digits_diagnosis, "FITTED", {"fitted": "recipe"})
     monkeypatch.setattr(digits_diagnosis, "HOME", tmp_path)

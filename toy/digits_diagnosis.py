@@ -14,22 +14,22 @@ from ode import Draw
 from runtime.files import read_json, remove, write_json
 from runtime.folder import starting_point
 from runtime.settings import require
+from toy.digits_changes import EXACT, NONE, changed
 from toy.digits_experiment import HOME, execute, read_weights
-from toy.digits_heads import EXACT, ORDINARY, discriminator_is
 from toy.digits_samples import opened, table
 from toy.digits_teacher import PROMPTS
 from toy.run import slope_and_gap
 
 STAGE = 5  # of the seed's keys: other random numbers than in training and in the measure
-VARIANTS = {  # adm.py's flags, beside the recipe's, and one of digits_heads.py's discriminators
-    "paper: Δt = T/64, no damping": ("--dt 0.015625 --damping 0", ORDINARY),
-    "Δt = T/64": ("--dt 0.015625", ORDINARY),
-    "Δt = T/4, no damping": ("--damping 0", ORDINARY),
-    "recipe: Δt = T/4": ("", ORDINARY),
-    "Δt = T/2": ("--dt 0.5", ORDINARY),
-    "heads' rate 1e-3": ("--lr-heads 1e-3", ORDINARY),
-    "TTUR 4": ("--ttur 4", ORDINARY),
-    "batch of 64": ("--batch-size 64", ORDINARY),
+VARIANTS = {  # adm.py's flags, beside the recipe's, and one of digits_changes.py's CHANGES
+    "paper: Δt = T/64, no damping": ("--dt 0.015625 --damping 0", NONE),
+    "Δt = T/64": ("--dt 0.015625", NONE),
+    "Δt = T/4, no damping": ("--damping 0", NONE),
+    "recipe: Δt = T/4": ("", NONE),
+    "Δt = T/2": ("--dt 0.5", NONE),
+    "heads' rate 1e-3": ("--lr-heads 1e-3", NONE),
+    "TTUR 4": ("--ttur 4", NONE),
+    "batch of 64": ("--batch-size 64", NONE),
     "damping by ∇D itself": ("", EXACT),
     "damping by ∇D itself, Δt = T/64": ("--dt 0.015625", EXACT),
 }
@@ -49,11 +49,11 @@ def diagnose(init, out, iterations=200):
     family = load_teacher("digits")
     every = iterations // 4
     rows, checkpoints = {}, {}  # {variant, iterations: alignment}, {variant: its last}
-    for i, (name, (flags, heads)) in enumerate(VARIANTS.items()):
+    for i, (name, (flags, change)) in enumerate(VARIANTS.items()):
         resting = f"--init {init} --student-steps 1 --iterations {iterations} --warmup {iterations}"
         written = f"--checkpoint-every {every} --keep-checkpoints 4 --sample-every 0"
         command = f"python adm.py {resting} {flags} {written} --out {HOME}/diagnosis/{i}"
-        with discriminator_is(heads):
+        with changed(change):
             folder = execute(command)
         for checkpoint in sorted((folder / "checkpoints").iterdir()):
             rows[f"{name}; {int(checkpoint.name)}"] = alignment(*players(checkpoint, family))

@@ -22,7 +22,7 @@ from runtime import curves
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
 from toy.claims import best_rate
-from toy.digits_heads import DISCRIMINATORS, ORDINARY, discriminator_is
+from toy.digits_changes import CHANGES, NONE, changed
 from toy.digits_measure import NUMBERS
 from toy.digits_samples import RESULTS, judge, open_run, sample, teacher_samples
 
@@ -59,46 +59,52 @@ METHODS = {
     "adm-paper, four steps": PAPER,
 }
 DMD, STEP, ADM = "adp+dmd", "adp+step", "adp+adm-recipe"
-# What could help: a method, flags of it that differ, and another discriminator of digits_heads.py.
+# What could help: a method, flags of it that differ, and one of digits_changes.py's CHANGES.
 LEVERS = (
-    *[(STEP, f"--dt {dt}", ORDINARY) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
-    (STEP, f"--dt {1 / 64} --lr-student 1e-05", ORDINARY),
-    (STEP, f"--dt {1 / 64} --gen-weight dmd", ORDINARY),
-    *[(ADM, f"--dt {dt}", ORDINARY) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
-    (ADM, "--gen-weight dmd", ORDINARY),
-    *[(method, "--ttur 4", ORDINARY) for method in (DMD, STEP, ADM)],
-    (ADM, "--ttur 4 --lr-student 3e-05", ORDINARY),
-    *[(method, "--batch-size 64", ORDINARY) for method in (DMD, ADM)],
-    *[(method, "--beta1 0.5", ORDINARY) for method in (DMD, STEP, ADM)],
-    (ADM, "--beta1 0", ORDINARY),
-    *[(method, "--beta1 0.5 --ttur 4", ORDINARY) for method in (DMD, ADM)],
-    *[(ADM, "", name) for name in DISCRIMINATORS if name != ORDINARY],
+    *[(STEP, f"--dt {dt}", NONE) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
+    (STEP, f"--dt {1 / 64} --lr-student 1e-05", NONE),
+    (STEP, f"--dt {1 / 64} --gen-weight dmd", NONE),
+    *[(ADM, f"--dt {dt}", NONE) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
+    (ADM, "--gen-weight dmd", NONE),
+    *[(method, "--ttur 4", NONE) for method in (DMD, STEP, ADM)],
+    (ADM, "--ttur 4 --lr-student 3e-05", NONE),
+    *[(method, "--batch-size 64", NONE) for method in (DMD, ADM)],
+    *[(method, "--beta1 0.5", NONE) for method in (DMD, STEP, ADM)],
+    (DMD, "--beta1 0.5 --lr-student 0.0001", NONE),
+    (ADM, "--beta1 0.5 --lr-student 3e-05", NONE),
+    (ADM, "--beta1 0", NONE),
+    *[(method, "--beta1 0.5 --ttur 4", NONE) for method in (DMD, ADM)],
+    (ADM, "--head-width 256", NONE),
+    *[(ADM, "", change) for change in CHANGES if change != NONE],
 )
 AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")
+# Those that are compared at equal time: their updates' cost is measured.
+TIMED = ("--beta1 0.5", "--ttur 4", "--batch-size 64", "--head-width 256")
+CASES = [(method, "", NONE) for method in AFTER_ADP]
+CASES += [what for what in LEVERS if what[1] in TIMED or what[2] != NONE]
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
 # --- One trial ------------------------------------------------------------------------------------
 
 
-def trial(method, seed, rate, iterations=ITERATIONS, more="", heads=ORDINARY):
+def trial(method, seed, rate, iterations=ITERATIONS, more="", change=NONE):
     """One run of a method, measured: a row of digits.json but for its curve.
 
-    more: flags of that stage that differ. heads: one of digits_heads.py's DISCRIMINATORS.
+    more: flags of that stage that differ. change: one of digits_changes.py's CHANGES.
     """
     flags = METHODS[method]
-    words = f"{method} {seed} {rate or ''} {iterations} {more} {heads}".replace(",", "")
+    words = f"{method} {seed} {rate or ''} {iterations} {more} {change}".replace(",", "")
     out = HOME / "-".join(words.replace("--", "").split())
     if flags.startswith("adp.py"):
         iterations = LONGER if method == "mse-longer" else FIRST + iterations
         commands, kind = [], pairs_and_regression(iterations)
     else:
         init, commands = start(method, seed)
-        warmup = 0 if flags == PAPER else WARMUP
         steps = 4 if method.endswith("four steps") else 1
-        kind = second_stage(init, steps, iterations, warmup, rate)
+        kind = second_stage(init, steps, iterations, warmup_of(method), rate)
     line = f"python {flags} {kind} {more} {written(seed, out, iterations // POINTS)}"
     commands.append(" ".join(line.split()))
-    with discriminator_is(heads):
+    with changed(change):
         for command in commands:
             folder = execute(command)
     seconds = curves.read(folder)["seconds"]  # (iterations,)
@@ -110,9 +116,14 @@ def trial(method, seed, rate, iterations=ITERATIONS, more="", heads=ORDINARY):
         "iterations": len(seconds),
         "rate": rate,
         "flags": more,
-        "heads": heads,
+        "change": change,
         "command": " && ".join(commands),
     }
+
+
+def warmup_of(method):
+    """How many of its first iterations a second stage's student rests."""
+    return 0 if METHODS[method] == PAPER else WARMUP
 
 
 def start(method, seed):
@@ -252,37 +263,42 @@ def seeds_of(method):
 def levers(seeds=()):
     """results/digits-levers.json: each of LEVERS likewise (default: SEEDS)."""
     for seed in seeds or SEEDS:
-        for method, more, heads in LEVERS:
-            keep(method, seed, LEVERS_JSON, more, heads)
+        for method, more, change in LEVERS:
+            keep(method, seed, LEVERS_JSON, more, change)
 
 
 def cost(turns=5, iterations=10):
-    """results/digits-cost.json: how long an update of AFTER_ADP takes, DMD's being 1.
+    """results/digits-cost.json: how long an update of each of CASES takes, DMD's being 1.
 
-    Runs of so many updates take turns, so that what else the machine does slows all; of a turn a
-    method has its median update, of the turns the median ratio.
+    Runs of so many updates take turns, so that what else the machine does slows all; of a turn each
+    has its median update, of the turns the median ratio.
     """
     pairs()
     init, commands = start(DMD, SEEDS[0])
     for command in commands:
         execute(command)
-    ratios = {method: [] for method in AFTER_ADP}
+    kind = second_stage(init, 1, iterations, 0, 1e-5)
+    out = HOME / "cost"
+    ratios = {what: [] for what in CASES}
     for _ in range(turns):
         took = {}
-        for method in AFTER_ADP:
-            out = HOME / "cost"
+        for method, more, change in CASES:
             remove(out)
-            kind = second_stage(init, 1, iterations, 0, 1e-5)
-            folder = execute(f"python {METHODS[method]} {kind} {written(0, out, 0)}")
-            took[method] = np.median(curves.read(folder)["seconds"])
-        for method, seconds in took.items():
-            ratios[method].append(seconds / took[DMD])
-    write_json(COST_JSON, {"cost": {m: float(np.median(many)) for m, many in ratios.items()}})
+            with changed(change):
+                execute(f"python {METHODS[method]} {kind} {more} {written(0, out, 0)}")
+            took[method, more, change] = np.median(curves.read(out)["seconds"])
+        for what, seconds in took.items():
+            ratios[what].append(seconds / took[DMD, "", NONE])
+    rows = []
+    for (method, more, change), many in ratios.items():
+        about = {"method": method, "flags": more, "change": change}
+        rows.append({**about, "cost": round(float(np.median(many)), 3)})
+    write_json(COST_JSON, {"runs": rows})
 
 
 def what_of(row):
-    """(method, flags, discriminator) of a row of the results."""
-    return row["method"], row["flags"], row["heads"]
+    """(method, flags, change) of a row of the results, as in LEVERS."""
+    return row["method"], row["flags"], row["change"]
 
 
 def runs_of(path):
@@ -290,13 +306,13 @@ def runs_of(path):
     return read_json(path, "results", "runs")["runs"] if path.exists() else []
 
 
-def keep(method, seed, path, more="", heads=ORDINARY):
+def keep(method, seed, path, more="", change=NONE):
     """Run a trial at its method's rate and put its row into the json file, if it is not there."""
     there = [what_of(row) for row in runs_of(path) if row["seed"] == seed]
-    if (method, more, heads) in there:
+    if (method, more, change) in there:
         return
     rate = read_json(SEARCH_JSON, "search", "rates")["rates"].get(method)
-    row = trial(method, seed, rate, more=more, heads=heads)
+    row = trial(method, seed, rate, more=more, change=change)
     row["curve"] = curve(Path(row["command"].split()[-1]))
     # Read once more: another may have been written meanwhile.
     write_json(path, {"runs": [*runs_of(path), row]})

@@ -1,13 +1,14 @@
 """What the README shows of the experiment on digits: tables and pictures of its results."""
 
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from families import load_teacher
-from runtime.files import read_json
 from toy.claims import header, row_of
+from toy.digits_changes import NONE
 from toy.digits_experiment import (
     ADM,
     AFTER_ADP,
@@ -25,9 +26,9 @@ from toy.digits_experiment import (
     pairs,
     runs_of,
     seeds_of,
+    warmup_of,
     what_of,
 )
-from toy.digits_heads import ORDINARY
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
@@ -40,12 +41,6 @@ STAGE_2 = {
     "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
 BESIDE = (DMD, STEP, ADM)  # what the levers are compared with
-CALM, BOTH = "--beta1 0.5", "--beta1 0.5 --ttur 4"
-ON_MAPS = [  # the levers there
-    (ADM, "--ttur 4", ORDINARY),
-    *[(method, flags, ORDINARY) for flags in (CALM, BOTH) for method in (DMD, ADM)],
-]
-ALL = ITERATIONS + WARMUP  # of DMD's run
 MAPS_JSON = RESULTS / "digits-maps.json"  # of a teacher whose patches are one latent: see README
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
@@ -54,16 +49,13 @@ def readme():
     """Prints the README's tables of results/digits.json, -cost, -levers and -maps.json."""
     teacher = teacher_samples(load_teacher("digits"))
     runs, levers = runs_of(DIGITS_JSON), runs_of(LEVERS_JSON)
-    seeds = {run["seed"] for run in levers}
-    as_it_is = [(method, "", ORDINARY) for method in BESIDE]
-    some = [run for run in runs if run["seed"] in seeds]
-    print("\n".join(table_of_methods(runs, teacher)))
-    print()
-    print("\n".join(table_at_equal_time(runs)))
-    print()
-    print("\n".join(table_of_levers([*some, *levers], [*as_it_is, *LEVERS])))
-    print()
-    print("\n".join(table_of_levers(runs_of(MAPS_JSON), [*as_it_is, *ON_MAPS])))
+    tables = (
+        table_of_methods(runs, teacher),
+        table_at_equal_time([*runs, *levers]),
+        table_of_levers([*runs, *levers]),
+        table_of_levers(runs_of(MAPS_JSON)),
+    )
+    print("\n\n".join("\n".join(lines) for lines in tables))
 
 
 def table_of_methods(runs, teacher):
@@ -82,22 +74,36 @@ def table_of_methods(runs, teacher):
 
 
 def table_at_equal_time(runs):
-    """Lines: where each second stage after ADP stands when DMD has done its iterations.
+    """Lines: where each of CASES stands when DMD as it is has done its iterations.
 
-    By what its update costs (`cost`); fd between two points of its curve is on the line through
-    their logarithms.
+    By what its update costs (`cost`).
     """
-    lines = header("method", "an update, DMD's being 1", "iterations in DMD's time", "fd then")
-    costs = read_json(COST_JSON, "cost", "cost")["cost"]
-    for method in AFTER_ADP:
-        mine = [np.array(run["curve"]) for run in runs if run["method"] == method]  # (n, 5) each
-        then = min(ALL / costs[method], mine[0][-1, 0])
-        distances = []
-        for points in mine:
-            iterations, _, fd, *_ = points.T  # (n,) each
-            distances.append(np.exp(np.interp(then, iterations, np.log(fd))))
-        lines.append(row_of((method, f"{costs[method]:.2f}", f"{then:.0f}", spread(distances))))
+    cost = "an update, DMD's being 1"
+    lines = header("method", "what differs", cost, "iterations in DMD's time", "fd then")
+    for case in runs_of(COST_JSON):
+        mine = [run for run in runs if what_of(run) == what_of(case)]
+        warmup = warmup_of(case["method"])
+        then = min((ITERATIONS + WARMUP) / case["cost"], ITERATIONS + warmup)
+        fds = [fd_at(then, run["curve"], warmup) for run in mine]
+        cells = (case["method"], differs(case), f"{case['cost']:.2f}", f"{then:.0f}", spread(fds))
+        lines.append(row_of(cells))
     return lines
+
+
+def fd_at(iteration, curve, warmup):
+    """fd between two points of a curve, on the line through their logarithms.
+
+    While the student rests it is its start's.
+    """
+    iterations, _, fds, *_ = np.array(curve).T  # (n,) each
+    iterations = np.insert(iterations, 1, warmup)  # (n + 1,)
+    fds = np.insert(fds, 1, fds[0])  # (n + 1,)
+    return np.exp(np.interp(iteration, iterations, np.log(fds)))
+
+
+def differs(row):
+    """What sets a row of the results apart from its method as it is: flags, or a change."""
+    return f"`{row['flags']}`" if row["flags"] else row["change"]
 
 
 def spread(values):
@@ -107,17 +113,15 @@ def spread(values):
     return f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
-def table_of_levers(runs, rows):
-    """Lines: of each row, which is what `what_of` says of a run, mean and range over seeds."""
-    lines = header("method", "what differs", "seeds", "fd", "fd_any", "seconds")
-    for what in rows:
-        mine = [run for run in runs if what_of(run) == what]
-        method, flags, heads = what
-        differs = f"`{flags}`" if flags else heads
-        cells = [method, differs, ", ".join(str(seed) for seed in sorted(r["seed"] for r in mine))]
-        cells += [spread([run[name] for run in mine]) for name in ("fd", "fd_any")]
-        seconds = np.median([run["seconds"] for run in mine])
-        lines.append(row_of((*cells, f"{seconds:.0f}")))
+def table_of_levers(runs):
+    """Lines: of BESIDE and of each of LEVERS among the runs, mean and range over seeds."""
+    lines = header("method", "what differs", "seeds", "fd", "fd_any")
+    for what in [*((method, "", NONE) for method in BESIDE), *LEVERS]:
+        mine = sorted((run for run in runs if what_of(run) == what), key=itemgetter("seed"))
+        if mine:
+            seeds = ", ".join(str(run["seed"]) for run in mine)
+            fds = [spread([run[name] for run in mine]) for name in ("fd", "fd_any")]
+            lines.append(row_of((what[0], differs(mine[0]), seeds, *fds)))
     return lines
 
 
@@ -179,22 +183,25 @@ def curves(runs, teacher):
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="col")
+    costs = {what_of(case): case["cost"] for case in runs_of(COST_JSON)}
     shown = {}  # {label: line}, the same in every column
     for (upper, lower), (title, methods) in zip(axes.T, STAGE_2.items(), strict=True):
         for method in methods:
-            name, colour = LOOK[method.removeprefix("adp+")]
+            from_teacher = method.removeprefix("adp+")
+            after_adp = f"adp+{from_teacher}"  # an update takes as long
+            name, colour = LOOK[from_teacher]
             style = {"color": colour, "lw": 1.2, "marker": ".", "ms": 5}
             for points in [run["curve"] for run in runs if run["method"] == method]:
-                iterations, seconds, distances, *_ = np.array(points).T  # (n,) each
-                (shown[name],) = upper.plot(iterations, distances, **style)
-                lower.plot(seconds, distances, **style)
+                iterations, _, fds, *_ = np.array(points).T  # (n,) each
+                (shown[name],) = upper.plot(iterations, fds, **style)
+                lower.plot(iterations * costs[after_adp, "", NONE], fds, **style)
         style = {"color": "black", "lw": 0.8, "ls": "--"}
         for axis in (upper, lower):
             shown["teacher, 28 steps"] = axis.axhline(teacher["fd"], **style)
             axis.set_yscale("log")
         upper.set_title(title, fontsize=12)
         upper.set_xlabel("iterations")
-        lower.set_xlabel("seconds of them, one thread, on shared cores")
+        lower.set_xlabel("time, in updates of DMD")
     axes[0, 0].set_ylabel("fd (less is nearer)")
     axes[1, 0].set_ylabel("fd (less is nearer)")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=11)

@@ -1,29 +1,32 @@
-"""What could make D follow, and adm.py has no flag for: other parts for it, among the levers."""
+"""What could make D follow, and adm.py has no flag for: changes of its code, among the levers."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adm
+import models
 from families import recipes
-from models import Discriminator, Head2d, LatentDiscriminator
+from models import Head2d, LatentDiscriminator
 from ode import T
 
-ORDINARY = ""
+NONE = ""
 EXACT = "damping by ∇D itself"
 FREQUENCIES = (1, 2, 4, 8)  # of a time's sines and cosines
 UPDATES = 4  # of the heads, on one set of maps
 
 
+class TimedHead(Head2d):
+    """The head of a map with further channels, as TimedDiscriminator makes it."""
+
+    def __init__(self, channels, width=256):
+        super().__init__(channels + 2 * len(FREQUENCIES), width)
+
+
 class TimedDiscriminator(LatentDiscriminator):
     """The heads are told t, as further channels of each map: sines and cosines of πkt/T."""
-
-    def __init__(self, teacher, width=256, mesh=None):
-        _, _, channels = teacher.family.taps(teacher.net)
-        told = 2 * len(FREQUENCIES)
-        heads = [Head2d(c + told, width) for c in channels]
-        Discriminator.__init__(self, teacher, heads, mesh)
 
     def features(self, x_t, t, cond):
         angles = t[:, None] / T * torch.pi * torch.tensor(FREQUENCIES)  # (B, 4)
@@ -45,14 +48,6 @@ class LateHead(Head2d):
 
     smallest = 1
     strided = (3, 1, 1)
-
-
-class LateDiscriminator(LatentDiscriminator):
-    """D with LateHeads."""
-
-    def __init__(self, teacher, width=256, mesh=None):
-        _, _, channels = teacher.family.taps(teacher.net)
-        Discriminator.__init__(self, teacher, [LateHead(c, width) for c in channels], mesh)
 
 
 class RememberingDiscriminator(LatentDiscriminator):
@@ -105,26 +100,27 @@ def damping_exact(discriminator, cfg, draw, cond, s, judged):
     return loss
 
 
-REPEATED = {"LatentDiscriminator": RememberingDiscriminator, "step": step_repeated}
-# {name: {what of adm.py: what stands there instead}}
-DISCRIMINATORS = {
-    ORDINARY: {},
-    "heads that are told t": {"LatentDiscriminator": TimedDiscriminator},
-    "features normalised": {"LatentDiscriminator": NormalisedDiscriminator},
-    "heads that pool later": {"LatentDiscriminator": LateDiscriminator},
-    f"{UPDATES} updates of the heads on one set": REPEATED,
-    EXACT: {"damping": damping_exact},
+# {name: (a module, a name in it, what that is inside `changed`), …}
+CHANGES = {
+    NONE: (),
+    "heads that are told t": (
+        (models, "Head2d", TimedHead),
+        (adm, "LatentDiscriminator", TimedDiscriminator),
+    ),
+    "features normalised": ((adm, "LatentDiscriminator", NormalisedDiscriminator),),
+    "heads that pool later": ((models, "Head2d", LateHead),),
+    f"{UPDATES} updates of the heads on one set": (
+        (adm, "LatentDiscriminator", RememberingDiscriminator),
+        (adm, "step", step_repeated),
+    ),
+    EXACT: ((adm, "damping", damping_exact),),
 }
 
 
 @contextmanager
-def discriminator_is(name):
-    """Inside, adm.py trains this one of DISCRIMINATORS."""
-    former = {part: getattr(adm, part) for part in DISCRIMINATORS[name]}
-    try:
-        for part, other in DISCRIMINATORS[name].items():
-            setattr(adm, part, other)
+def changed(name):
+    """Inside, adm.py trains with this one of CHANGES."""
+    with ExitStack() as stack:
+        for module, part, other in CHANGES[name]:
+            stack.enter_context(patch.object(module, part, other))
         yield
-    finally:
-        for part, own in former.items():
-            setattr(adm, part, own)
