@@ -59,24 +59,30 @@ METHODS = {
     "adm-paper, four steps": PAPER,
 }
 DMD, STEP, ADM = "adp+dmd", "adp+step", "adp+adm-recipe"
-# What could help: a method, flags of it that differ, and one of digits_changes.py's CHANGES.
-LEVERS = (
-    *[(STEP, f"--dt {dt}", NONE) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
-    (STEP, f"--dt {1 / 64} --lr-student 1e-05", NONE),
-    (STEP, f"--dt {1 / 64} --gen-weight dmd", NONE),
-    *[(ADM, f"--dt {dt}", NONE) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)],
-    (ADM, "--gen-weight dmd", NONE),
-    *[(method, "--ttur 4", NONE) for method in (DMD, STEP, ADM)],
-    (ADM, "--ttur 4 --lr-student 3e-05", NONE),
-    *[(method, "--batch-size 64", NONE) for method in (DMD, ADM)],
-    *[(method, "--beta1 0.5", NONE) for method in (DMD, STEP, ADM)],
-    (DMD, "--beta1 0.5 --lr-student 0.0001", NONE),
-    (ADM, "--beta1 0.5 --lr-student 3e-05", NONE),
-    (ADM, "--beta1 0", NONE),
-    *[(method, "--beta1 0.5 --ttur 4", NONE) for method in (DMD, ADM)],
-    (ADM, "--head-width 256", NONE),
-    *[(ADM, "", change) for change in CHANGES if change != NONE],
+DTS = (1 / 256, 1 / 64, 1 / 16, 1 / 2)  # Δt; the recipe has T/4
+FLAGS = (  # that differ, and of which methods
+    *[(f"--dt {dt}", (STEP, ADM)) for dt in DTS],
+    (f"--dt {1 / 64} --lr-student 1e-05", (STEP,)),
+    (f"--dt {1 / 64} --gen-weight dmd", (STEP,)),
+    ("--gen-weight dmd", (ADM,)),
+    ("--ttur 4", (DMD, STEP, ADM)),
+    ("--ttur 4 --lr-student 0.0001", (DMD,)),
+    ("--ttur 4 --lr-student 3e-05", (ADM,)),
+    ("--batch-size 64", (DMD, ADM)),
+    ("--batch-size 64 --lr-student 0.0001", (DMD,)),
+    ("--beta1 0.5", (DMD, STEP, ADM)),
+    ("--beta1 0.5 --lr-student 0.0001", (DMD, STEP)),
+    ("--beta1 0.5 --lr-student 0.0003", (DMD,)),
+    ("--beta1 0.5 --lr-student 3e-05", (ADM,)),
+    ("--beta1 0", (ADM,)),
+    ("--beta1 0.5 --ttur 4", (DMD, ADM)),
+    ("--beta1 0.5 --ttur 4 --lr-student 3e-05", (ADM,)),
+    ("--beta1 0.5 --ttur 4 --lr-student 0.0001", (DMD, ADM)),
+    ("--head-width 256", (ADM,)),
 )
+# What could help: a method, flags of it that differ, and one of digits_changes.py's CHANGES.
+LEVERS = [(method, flags, NONE) for flags, methods in FLAGS for method in methods]
+LEVERS += [(ADM, "", change) for change in CHANGES if change != NONE]
 AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")
 # Those that are compared at equal time: their updates' cost is measured.
 TIMED = ("--beta1 0.5", "--ttur 4", "--batch-size 64", "--head-width 256")
