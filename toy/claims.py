@@ -41,8 +41,8 @@ SEARCH_SEEDS = {"seeds": 2, "first_seed": 100}
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 START = 3e-4
 
-FROM_TEACHER = ("dmd", "step", "adm-paper", "adm-recipe")
-FROM_ADP = ("adp+dmd", "adp+step", "adp+adm-paper", "adp+adm-recipe")
+FROM_TEACHER = toy.FEW_STEPS
+FROM_ADP = tuple(f"adp+{method}" for method in FROM_TEACHER)
 ONE_STEP = ("mse", "adp", *FROM_TEACHER, *FROM_ADP)
 
 
@@ -441,12 +441,10 @@ def matrix(runs):
     return lines
 
 
-def table_of_runs(runs, folder, regime):
-    """Lines: every metric of each run, and the rate of its student."""
-    results = opened(folder, regime)
+def table_of_runs(results, regime):
+    """Lines: every metric of each run of a regime's file, and the rate of its student."""
     lines = header("run", *COLUMNS, "rate", "rates tried")
-    for label in by(results["runs"], "name"):
-        rows = runs[regime, label]
+    for label, rows in by(results["runs"], "name").items():
         method = rows[0]["method"]
         tried = sorted(results["search"].get(method, {}), key=float)
         rates = ", ".join(tried) or REGIMES[regime].rates
@@ -467,9 +465,9 @@ def page(folder):
     runs = runs_in(folder)
     parts = {"Against DMD": matrix(runs), "The claims": table_of_claims(runs)}
     for name, regime in REGIMES.items():
-        head, rule, *rows = table_of_runs(runs, folder, name)
-        if rows:
-            parts[f"{name}: {regime.about}"] = [head, rule, *rows]
+        results = opened(folder, name)
+        if results["runs"]:
+            parts[f"{name}: {regime.about}"] = table_of_runs(results, name)
     return "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in parts.items())
 
 

@@ -110,7 +110,7 @@ def training(film):
     figure.subplots_adjust(0.003, 0.2, 0.997, 0.91, wspace=0.03)
     limit = 1.3 * np.abs(modes).max()
     clouds = []
-    titles = ["teacher, 64 steps", *(LOOK[method][0] for method in PANELS)]
+    titles = "teacher, 64 steps", *(LOOK[method][0] for method in PANELS)
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
         axis.set_title(title, pad=3, **SMALL)
@@ -122,9 +122,9 @@ def training(film):
     (done,) = bar.barh(0.5, 0, 1, color="0.4")
     said = figure.text(0.997, 0.03, "", ha="right", **SMALL)
     for i, update in enumerate(updates):
-        for m, (axis, cloud) in enumerate(zip(axes[1:], clouds[1:], strict=True)):
-            cloud.set_offsets(film["points"][m, i] / 100)
-            covered, tv = film["covered"][m, i], film["tv"][m, i]
+        seen = (film[name][:, i] for name in ("points", "covered", "tv"))  # (methods, ...) each
+        for axis, cloud, points, covered, tv in zip(axes[1:], clouds[1:], *seen, strict=True):
+            cloud.set_offsets(points / 100)
             axis.set_xlabel(f"{covered} of {len(modes)} modes, TV {tv:.3f}", **SMALL)
         stage = "ADP" if update <= film["stage_1"] else "ADM as published"
         axes[-1].set_title(f"DMDX: {stage}", pad=3, **SMALL)
