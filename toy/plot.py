@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import BadInput
 from toy.gmm import load_mixture
-from toy.run import by, fresh
+from toy.run import by
 
 # {method: (title, colour)} in every picture of toy/. The colour is that of the last stage.
 LOOK = {
@@ -61,7 +62,8 @@ def legend_below(ax):
 def samples(runs):
     """Target and each method's samples of the first seed; the numbers are means over seeds."""
     mixture = load_mixture(runs[0]["mixture"], runs[0]["separation"])
-    target = fresh(mixture, 0)[:1000].numpy()  # (1000, 2)
+    draws = mixture.sample(4000, torch.Generator().manual_seed(10**6))  # (4000, 2)
+    target = draws[:1000].numpy()  # (1000, 2)
     panels = [(target, "target", "black", "")]
     for method, group in by(runs, "method").items():
         covered = np.mean([r["modes_covered"] for r in group])

@@ -614,7 +614,7 @@ def train(cfg, method, world, rates=RATES):
             "mixture": cfg.mixture,
             "separation": world.plane.separation,
             "seed": seed,
-            **metrics(world.plane, x, fresh(world.plane, seed)),
+            **metrics(world.plane, x),
             "iterations": cfg.iterations,
             "seconds": round(curves.seconds, 1),
             "shares": [round(float(share), 4) for share in shares(world.plane, x)],
@@ -623,11 +623,6 @@ def train(cfg, method, world, rates=RATES):
         }
         results.append(result)
     return results, samples
-
-
-def fresh(mixture, seed):
-    """(4000, 2) draws that nothing was trained on."""
-    return mixture.sample(4000, torch.Generator().manual_seed(10**6 + seed))
 
 
 def rounded(x):
@@ -662,7 +657,6 @@ COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name among the res
     "in mode": "in_mode",
     "TV": "tv",
     "density TV": "density_tv",
-    "energy": "energy",
 }
 
 
