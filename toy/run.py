@@ -25,6 +25,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -308,10 +309,7 @@ ONE_STEP = times_of(1)
 
 def emitted(student, times, draw):
     """What the student makes of noise in its steps, at times (n,) from T on: (S·B, d)."""
-
-    def fresh():
-        return draw.normal(student.shape)  # (S·B, d)
-
+    fresh = partial(draw.normal, student.shape)  # () → (S·B, d)
     return student_sample(with_guidance(student, {}, {}, 1), LINE, fresh(), times, fresh)
 
 
@@ -609,6 +607,7 @@ def train(cfg, method, world, rates=RATES):
     samples = sample(world, net.student, curves.times)  # (S, SAMPLES, d)
     results = []
     for i, (seed, x) in enumerate(zip(world.seeds, samples[..., :2], strict=True)):
+        points = [[round(c, 2) for c in point] for point in x[:1000].tolist()]  # for a picture
         result = {
             "method": method,
             "mixture": cfg.mixture,
@@ -619,15 +618,10 @@ def train(cfg, method, world, rates=RATES):
             "seconds": round(curves.seconds, 1),
             "shares": [round(float(share), 4) for share in shares(world.plane, x)],
             "history": curves.points[i],
-            "points": rounded(x[:1000]) if i == 0 else [],
+            "points": points if i == 0 else [],
         }
         results.append(result)
     return results, samples
-
-
-def rounded(x):
-    """Points (n, 2) for a picture, as short JSON."""
-    return [[round(c, 2) for c in point] for point in x.tolist()]
 
 
 def sample(world, student, times=ONE_STEP):
@@ -646,9 +640,7 @@ def by(runs, *fields):
     """{value (or values) of the fields: runs}, in the order of appearance."""
     groups = {}
     for r in runs:
-        values = tuple(r[f] for f in fields)
-        key = values[0] if len(values) == 1 else values
-        groups.setdefault(key, []).append(r)
+        groups.setdefault(itemgetter(*fields)(r), []).append(r)
     return groups
 
 
