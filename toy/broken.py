@@ -70,7 +70,7 @@ def made(base, flags, seed):
 
 
 def finite(y):
-    """What is no gap of a column."""
+    """A column without its gaps."""
     return y[np.isfinite(y)]
 
 
@@ -103,7 +103,7 @@ def table_of_silence():
         folder = made(ADM, flags, seed)
         log = curves.read(folder)
         said = ", NOT SILENT" if doctor.examine(folder) else ""
-        clipped = []  # the share of each network's gradients
+        clipped = []  # the share of each network's gradients that were
         for name in doctor.RATES:
             norm = finite(log[f"grad_norm_{name}"])
             clipped.append(f"{name} {(norm > curves.clip_of(folder)).mean():.0%}")

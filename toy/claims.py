@@ -385,7 +385,7 @@ def judged(claim, runs):
 
 
 def measured(runs, regime, label, measure="TV"):
-    """Of each seed of a run, (seeds,): none where it is not there."""
+    """A measure of each seed of a run, (seeds,); of none where there is no such run."""
     rows = runs.get((regime, label), [])
     return np.array([MEASURES[measure](row) for row in rows])
 

@@ -67,7 +67,10 @@ class Film(toy.Curves):
 
 
 def updates_of(iterations):
-    """After how many updates there is a frame: the earlier, the more often."""
+    """After how many updates there is a frame: evenly spaced by their square roots.
+
+    The earlier, the more often.
+    """
     return sorted({round(iterations * (i / FRAMES) ** 2) for i in range(FRAMES + 1)})
 
 
@@ -110,7 +113,7 @@ def training(film):
     figure.subplots_adjust(0.003, 0.2, 0.997, 0.91, wspace=0.03)
     limit = 1.3 * np.abs(modes).max()
     clouds = []
-    titles = "teacher, 64 steps", *(LOOK[method][0] for method in PANELS)
+    titles = ["teacher, 64 steps", *(LOOK[method][0] for method in PANELS)]
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
         axis.set_title(title, pad=3, **SMALL)
@@ -253,10 +256,12 @@ def draw(frames, path):
 
 
 def draw_mixture():
+    """results/training.gif, from what was recorded alone."""
     draw(training(np.load(MOVIE)), RESULTS / "training.gif")
 
 
 def draw_digits():
+    """results/digits-training.gif, from what was recorded alone."""
     draw(digits_training(np.load(DIGITS_MOVIE)), RESULTS / "digits-training.gif")
 
 

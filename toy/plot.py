@@ -48,10 +48,11 @@ def seeds(runs):
 
 def by_start(runs):
     """{where students begin: {method: runs}}."""
-    methods = by(runs, "method")
-    after = {m: methods[m] for m in methods if m in ("mse", "adp") or m.startswith("adp+")}
-    others = {m: methods[m] for m in methods if m not in after}
-    return {"from the teacher": others, "after ADP": after}
+    starts = {"from the teacher": {}, "after ADP": {}}
+    for method, group in by(runs, "method").items():
+        on_pairs = method in ("mse", "adp") or method.startswith("adp+")
+        starts["after ADP" if on_pairs else "from the teacher"][method] = group
+    return starts
 
 
 def legend_below(ax):

@@ -586,7 +586,8 @@ def trained(cfg, method, world, rates=RATES, kind=Curves):
 
 def after_adp(cfg, world, rates, kind):
     """(student, its curves) after ADP as the first part of adp+…: made once, then copied."""
-    key = kind, rates["mse"], rates["adp"], str(replace(cfg, **PUBLISHED))  # but for stage 2's own
+    first_stage = str(replace(cfg, **PUBLISHED))  # the same whatever stage 2's own settings are
+    key = kind, rates["mse"], rates["adp"], first_stage
     if key not in world.adp:
         began = time.perf_counter()
         student = deepcopy(world.start).requires_grad_(True)
