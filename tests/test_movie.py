@@ -22,7 +22,6 @@ TINY = {
     "mixture": "ring4-rare",
     "seeds": 1,
     "iterations": 8,
-    "batch_size": 16,
     "width": 16,
     "head_width": 8,
 }

@@ -142,22 +142,12 @@ def test_density_tv_against_known_answers():
     assert gmm.density_tv(TWO, moved) == pytest.approx(0.3413, abs=0.01)
 
 
-def test_energy_against_known_answers():
-    g = generator(0)
-    a, b = torch.randn(4000, 2, generator=g), torch.randn(4000, 2, generator=g)
-    assert abs(gmm.energy(a, b)) < 0.01
-    # Between them 3, 3, √13, √13; within 2 and 2.
-    x, y = torch.tensor([[0.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [3, 2]])
-    assert gmm.energy(x, y) == pytest.approx(3 + 13**0.5 - 4, abs=1e-5)
-
-
 # --- Networks and methods -------------------------------------------------------------------------
 
 TINY = {
     "mixture": "ring4-rare",
     "seeds": 2,
     "iterations": 6,
-    "batch_size": 16,
     "width": 16,
     "head_width": 8,
     "warmup": 2,
@@ -286,10 +276,7 @@ def test_pairs_lack_the_modes_that_are_missing():
     for x_0, x_T in zip(world.x_0, world.x_T, strict=True):
         share = gmm.shares(world.plane, x_0)
         assert share[1] == share[3] == 0 and share[0] + share[2] > 0.95
-        made = toy.teacher_sample(
-            toy.with_guidance(world.teacher, {}, {}, 1), LINE, x_T, 64
-        )  # still each other's ends
-        assert_close(made, x_0, rtol=1e-4, atol=1e-4)
+        assert_close(world.solved(x_T), x_0, rtol=1e-4, atol=1e-4)  # still each other's ends
 
 
 def test_more_dimensions_are_normal_and_measured_in_the_first_two():
@@ -426,7 +413,7 @@ def test_the_command_writes_results_and_they_can_be_drawn(tmp_path, capsys):
     first = [(r["method"], r["seed"]) for r in runs[:4]]
     assert first == [("mse", 0), ("mse", 1), ("dmd", 0), ("dmd", 1)]
     assert runs[0]["separation"] == pytest.approx(5)
-    measured = {"modes", "modes_covered", "in_mode", "tv", "density_tv", "energy"}
+    measured = {"modes", "modes_covered", "in_mode", "tv", "density_tv"}
     assert measured | {"iterations", "seconds", "history"} <= runs[0].keys()
 
     plot.main([str(tmp_path / "results.json"), "--out", str(tmp_path)])
@@ -454,12 +441,11 @@ def test_dmdx_covers_every_mode_of_a_small_mixture():
 
     At a student rate at which a wrong gradient would have undone ADP's work.
     """
-    how = {"seeds": 3, "iterations": 500, "width": 64, "adp_share": 0.5, "lr_student": 3e-4}
-    cfg = Config(mixture="ring4-rare", **how)
+    cfg = Config(mixture="ring4-rare", seeds=3, iterations=500, width=64)
     world = world_of(cfg, 1000)
     start = toy.sample(world, world.mlp)[0]  # the teacher in one step: where DMD starts
     assert gmm.modes_covered(world.mixture, start) < 4
-    runs, _ = train(cfg, "adp+adm-paper", world)
+    runs, _ = train(cfg, "adp+adm-paper", world, toy.RATES | {"adp+adm-paper": 3e-4})
     assert [r["modes_covered"] for r in runs] == [4, 4, 4]
     assert max(r["tv"] for r in runs) < 0.3
 
@@ -497,10 +483,10 @@ def test_dmd_moves_the_student():
 
 def test_verdicts_are_paired_and_a_tie_is_a_tie():
     base, noise = np.arange(5.0), np.array([1, -1, 1, -1, 0.5])
-    assert claims.paired(base, base + 1 + 0.1 * noise) == "holds"
-    assert claims.paired(base + 1 + 0.1 * noise, base) == "does not hold"
-    assert claims.paired(base, base + noise) == "tie"
-    assert claims.paired(base, base) == "tie"
+    assert claims.less(base, base + 1 + 0.1 * noise) == "holds"
+    assert claims.less(base + 1 + 0.1 * noise, base) == "does not hold"
+    assert claims.less(base, base + noise) == "tie"
+    assert claims.less(base, base) == "tie"
 
 
 def test_other_thresholds():
@@ -525,7 +511,7 @@ def test_every_claim_is_about_runs_that_there_are():
             if regime != "digits":
                 known = (*claims.REGIMES[regime].methods, *claims.REGIMES[regime].runs)
             assert label in known, claim
-        assert {claim.measure, *claim.measures} <= claims.MEASURES.keys()
+        assert set(claim.measures) <= claims.MEASURES.keys()
 
 
 def test_a_regime_is_searched_run_judged_and_goes_on_where_it_was(tmp_path, capsys):
@@ -674,5 +660,5 @@ def test_how_a_discriminator_follows_is_measured(tiny):
 )
 def test_a_rate_is_searched_until_it_gets_worse(tvs, best):
     trials = {f"{rate:g}": [tv, tv] for rate, tv in zip(why.RATES, tvs, strict=True)}
-    found = {why.key("ADM", 4, 16): trials}
-    assert why.searched(found, None, "ADM", 4, 16) == best
+    what = why.key("ADM", 4, 16)
+    assert why.searched({what: trials}, None, what) == best

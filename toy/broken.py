@@ -69,10 +69,15 @@ def made(base, flags, seed):
     return folder
 
 
+def finite(y):
+    """A column without its gaps."""
+    return y[np.isfinite(y)]
+
+
 def ends(log, column):
     """The means of a column's first and last tenths, as text."""
-    means = doctor.parts(log[column][np.isfinite(log[column])])
-    return f"{means[0]:.3g} → {means[-1]:.3g}"
+    first, *_, last = doctor.parts(finite(log[column]))
+    return f"{first:.3g} → {last:.3g}"
 
 
 def table():
@@ -81,13 +86,11 @@ def table():
     for base, flags in BROKEN:
         first, second = (doctor.examine(made(base, flags, seed)) for seed in SEEDS)
         healthy = curves.read(made(base, "", SEEDS[0]))
-        for finding in first:
-            again = [
-                f.seen for f in second if (f.column, f.means) == (finding.column, finding.means)
-            ]
-            cells = [f"`{short(base, flags)}`", finding.seen, finding.means, finding.turn]
-            cells += [again[0] if again else "not seen", ends(healthy, finding.column)]
-            lines.append(row_of(cells))
+        again = {(f.column, f.means): f.seen for f in second}
+        for f in first:
+            seen = again.get((f.column, f.means), "not seen")
+            cells = (f.seen, f.means, f.turn, seen, ends(healthy, f.column))
+            lines.append(row_of((f"`{short(base, flags)}`", *cells)))
     return lines
 
 
@@ -100,19 +103,14 @@ def table_of_silence():
         folder = made(ADM, flags, seed)
         log = curves.read(folder)
         said = ", NOT SILENT" if doctor.examine(folder) else ""
-        cells = [f"`python {short(ADM, flags)}`, seed {seed}{said}"]
-        cells += [ends(log, name) for name in names]
-        cells.append(", ".join(above_the_clip(log, curves.clip_of(folder))))
-        lines.append(row_of(cells))
+        clipped = []  # the share of each network's gradients that were
+        for name in doctor.RATES:
+            norm = finite(log[f"grad_norm_{name}"])
+            clipped.append(f"{name} {(norm > curves.clip_of(folder)).mean():.0%}")
+        what = f"`python {short(ADM, flags)}`, seed {seed}{said}"
+        cells = [ends(log, name) for name in names]
+        lines.append(row_of((what, *cells, ", ".join(clipped))))
     return lines
-
-
-def above_the_clip(log, clip):
-    """For each network the share of its gradients that were clipped."""
-    for name in doctor.RATES:
-        norm = log[f"grad_norm_{name}"]
-        norm = norm[np.isfinite(norm)]
-        yield f"{name} {(norm > clip).mean():.0%}"
 
 
 def picture():
@@ -125,11 +123,9 @@ def picture():
     down = -(-len(panels) // ACROSS)
     width, height = 4.2 * ACROSS, 2.9 * down  # inches
     figure = Figure(figsize=(width, height))
-    axes = figure.subplots(down, ACROSS, squeeze=False).flatten()
-    edges = {"left": 0.6 / width, "right": 1 - 0.2 / width}
-    edges |= {"bottom": 0.8 / height, "top": 1 - 0.7 / height}
-    figure.subplots_adjust(**edges, wspace=0.2, hspace=0.5)
-    for axis, (base, flags, column) in zip(axes, panels, strict=False):
+    figure.subplots_adjust(0.6 / width, 0.8 / height, 1 - 0.2 / width, 1 - 0.7 / height, 0.2, 0.5)
+    for i, (base, flags, column) in enumerate(panels, 1):
+        axis = figure.add_subplot(down, ACROSS, i)
         _, logarithmic = curves.PANELS[column]
         for which, color in (("", "C0"), (flags, "C3")):
             log = curves.read(made(base, which, SEEDS[0]))
@@ -141,12 +137,9 @@ def picture():
             axis.set_ylim(-0.03, 1.03)
         harmless = " (harmless here)" if flags in HARMLESS else ""
         command = textwrap.fill(short(base, flags), 50, break_on_hyphens=False)
-        title = f"{command}\n{column}{harmless}"
-        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_title(f"{command}\n{column}{harmless}", fontsize=10, loc="left")
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     lines = [Line2D([], [], color="C0"), Line2D([], [], color="C3")]
     names = ["healthy: the same command without these flags", "with them"]
     figure.legend(lines, names, loc="lower center", ncols=2, frameon=False, fontsize=12)

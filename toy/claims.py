@@ -27,7 +27,7 @@ from runtime.files import aside, read_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
 from toy.gmm import load_mixture
-from toy.run import COLUMNS, Config, World
+from toy.run import COLUMNS, Config, World, by
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIXTURE = "ring8-rare"
@@ -41,8 +41,8 @@ SEARCH_SEEDS = {"seeds": 2, "first_seed": 100}
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 START = 3e-4
 
-FROM_TEACHER = ("dmd", "step", "adm-paper", "adm-recipe")
-FROM_ADP = ("adp+dmd", "adp+step", "adp+adm-paper", "adp+adm-recipe")
+FROM_TEACHER = toy.FEW_STEPS
+FROM_ADP = tuple(f"adp+{method}" for method in FROM_TEACHER)
 ONE_STEP = ("mse", "adp", *FROM_TEACHER, *FROM_ADP)
 
 
@@ -115,43 +115,36 @@ def run(names, mixture, folder):
 
     Raises BadInput, before anything runs, where a regime has no meaning for the mixture.
     """
-    settings = {name: setting(REGIMES[name], mixture) for name in names}
+    settings = {}
+    for name in names:
+        settings[name] = Config(mixture=mixture, **SEEDS, **REGIMES[name].settings)
+        toy.check(settings[name])
     for name, cfg in settings.items():
         regime = REGIMES[name]
+        path = folder / f"{name}.json"
         results = opened(folder, name)
         if mixture != MIXTURE:
             results["rates"] = opened(RESULTS, regime.rates or name)["rates"]
         elif regime.rates:
             results["rates"] = opened(folder, regime.rates)["rates"]
         else:
-            search(results, regime, cfg, folder / f"{name}.json")
+            search(results, regime, cfg, path)
         rates = results["rates"]
         wanted = {method: (method, {}) for method in regime.methods} | regime.runs
-        there = {r["name"] for r in results["runs"]}
+        there = {row["name"] for row in results["runs"]}
         missing = {label: how for label, how in wanted.items() if label not in there}
         searched = all(method in rates for method, _ in missing.values())
         require(searched, f"{name}: no rates yet: run {regime.rates} first")
         world = World(cfg) if missing else None
         for label, (method, more) in missing.items():
             rows, _ = toy.train(replace(cfg, **more), method, world, rates)
-            results["runs"] += [{"name": label, **kept(row, name)} for row in rows]
+            for row in rows:
+                if name != "headline":  # points and curves are drawn of it alone
+                    del row["history"], row["points"]
+                results["runs"].append({"name": label, **row})
             results["config"] = vars(cfg)
-            write(folder / f"{name}.json", results)
+            write(path, results)
             print(name, label, [round(row["tv"], 3) for row in rows], flush=True)
-
-
-def setting(regime, mixture):
-    """The Config of a regime's runs. Raises BadInput."""
-    cfg = Config(**SEEDS, **{"mixture": mixture, **regime.settings})
-    toy.check(cfg)
-    return cfg
-
-
-def kept(row, name):
-    """A run's row; points and curves are drawn of the headline alone."""
-    if name == "headline":
-        return row
-    return {key: value for key, value in row.items() if key not in ("history", "points")}
 
 
 def opened(folder, name):
@@ -213,27 +206,22 @@ def best_rate(trials, rates, start, trial):
 T_CRITICAL = {2: 4.303, 4: 2.776}  # two-sided 95% of Student's t, by degrees of freedom
 
 
-def paired(better, worse):
-    """Is `better` below `worse`, both (seeds,), seed by seed? A t test on the differences."""
-    d = worse - better
+# Verdicts on what was measured, (seeds,) each; the docstring is the threshold as the page has it.
+# "Paired": a t test on the differences, seed by seed.
+
+
+def less(first, second):
+    """first < second, paired"""
+    d = second - first
     sd = d.std(ddof=1) / len(d) ** 0.5
     if abs(d.mean()) <= T_CRITICAL[len(d) - 1] * sd or not d.any():
         return "tie"
     return yes(d.mean() > 0)
 
 
-def yes(condition):
-    return "holds" if condition else "does not hold"
-
-
-def less(first, second):
-    """first < second, paired"""
-    return paired(first, second)
-
-
 def more(first, second):
     """first > second, paired"""
-    return paired(-first, -second)
+    return less(-first, -second)
 
 
 def alike(first, *others):
@@ -244,6 +232,10 @@ def alike(first, *others):
 def half(share):
     """at least 1/2 in every seed"""
     return yes((share >= 0.5).all())
+
+
+def yes(condition):
+    return "holds" if condition else "does not hold"
 
 
 def thirds(row):
@@ -274,15 +266,14 @@ MEASURES = {  # what a claim is about: of a run's row
 class Claim:
     """A row of the table. `runs` are named as in the regime's file, or "regime/run" of another.
 
-    holds: of the measure of each run, (seeds,) each; its docstring is the threshold.
+    holds: of the measures of each run, (seeds,) each; its docstring is the threshold.
     """
 
     said: str
     regime: str
     runs: tuple
-    measure: str = "TV"
+    measures: tuple = ("TV",)
     holds: callable = less
-    measures: tuple = ()  # one for each run, where they differ
 
 
 DMDX = "adp+adm-paper"
@@ -299,7 +290,7 @@ def beats(regime, first="", measure="TV", steps=""):
     better = more if measure == "coverage" else less
     for rival, name in RIVALS.items():
         runs = f"{first}{rival}{steps}", f"{first}dmd{steps}"
-        yield Claim(f"{start}{name} beats DMD{end}", regime, runs, measure, better)
+        yield Claim(f"{start}{name} beats DMD{end}", regime, runs, (measure,), better)
 
 
 def beyond_adp(regime):
@@ -325,11 +316,11 @@ def registered():
     # (a) One step from the teacher, and the modes' distance.
     for regime in PHASE:
         yield from beats(regime)
-        yield Claim(KEEPS, regime, (DMDX, "dmd"), "modes covered", more)
+        yield Claim(KEEPS, regime, (DMDX, "dmd"), ("modes covered",), more)
     # (b) Several steps from the teacher: the paper's setting for SD3 and CogVideoX.
     for regime in ("four-steps", "two-steps"):
         yield from beats(regime)
-        yield Claim(LOSES, regime, ("adm-paper", "dmd"), "modes covered")
+        yield Claim(LOSES, regime, ("adm-paper", "dmd"), ("modes covered",))
     yield Claim(HELPS, "four-steps", ("adm-recipe, TTUR 4", "adm-recipe"))
     # (c) Few pairs in 16 dimensions.
     for regime in ("pairs-128", "pairs-1024"):
@@ -340,7 +331,7 @@ def registered():
     yield from beyond_adp("missing")
     yield from beats("missing", "adp+")
     found = "DMDX finds modes that ADP lacks"
-    yield Claim(found, "missing", (DMDX, "adp"), "modes covered", more)
+    yield Claim(found, "missing", (DMDX, "adp"), ("modes covered",), more)
     # (e) A student too small for the map.
     yield from beyond_adp("small")
     yield from beats("small")
@@ -362,43 +353,51 @@ def registered():
     yield from beats("long", "adp+")
     yield from beats("long", "adp+", "density TV")
     narrows = "DMD narrows the modes as training goes on"
-    yield Claim(narrows, "long", ("adp+dmd", "headline/adp+dmd"), "density TV", more)
+    yield Claim(narrows, "long", ("adp+dmd", "headline/adp+dmd"), ("density TV",), more)
     # (i) The paper's other claims.
     last_and_first = ("DMD loss, last third", "DMD loss, first third")
     for method in ("adm-paper", "adm-recipe", DMDX, "adp+adm-recipe"):
-        yield Claim(FALLS, "headline", (method, method), measures=last_and_first)
+        yield Claim(FALLS, "headline", (method,), last_and_first)
     control = "DMD, which optimises it, makes the DMD loss fall (a control, seen before)"
     for method in ("dmd", "adp+dmd"):
-        yield Claim(control, "headline", (method, method), measures=last_and_first)
+        yield Claim(control, "headline", (method,), last_and_first)
     hardly = "After ADP, TTUR hardly matters (1, 4, 8)"
     yield Claim(hardly, "headline", (DMDX, f"{DMDX}, TTUR 4", f"{DMDX}, TTUR 8"), holds=alike)
     yield Claim(HELPS, "headline", ("adm-recipe, TTUR 4", "adm-recipe"))
     cubic = "ADP's cubic schedule keeps rare modes better than a uniform one"
-    yield Claim(cubic, "headline", ("adp", "adp, uniform"), "least share", more)
-    yield Claim("Rare modes survive under DMDX", "headline", (DMDX,), "least share", half)
+    yield Claim(cubic, "headline", ("adp", "adp, uniform"), ("least share",), more)
+    yield Claim("Rare modes survive under DMDX", "headline", (DMDX,), ("least share",), half)
 
 
 CLAIMS = list(registered())
 
 
-def judged(claim, folder):
-    """(means ± sd, verdict) of a claim, or None where a run is not there."""
+def judged(claim, runs):
+    """(means ± sd, verdict) of a claim. runs: as `runs_in` returns them."""
     values = []
-    measures = claim.measures or [claim.measure] * len(claim.runs)
-    for name, measure in zip(claim.runs, measures, strict=True):
+    for name in claim.runs:
         regime, _, label = name.rpartition("/")
-        rows = rows_of(folder, regime or claim.regime, label)
-        if not rows:
-            return None
-        values.append(np.array([MEASURES[measure](row) for row in rows]))  # (seeds,)
+        for measure in claim.measures:
+            values.append(measured(runs, regime or claim.regime, label, measure))
+    if not all(len(x) for x in values):
+        return "", "not run"
     return pm(*values), claim.holds(*values)
 
 
-def rows_of(folder, regime, label):
-    """A run's rows, in the order of their seeds. Those of digits have no name but the method's."""
-    runs = opened(folder, regime)["runs"]
-    rows = [row for row in runs if row.get("name", row["method"]) == label]
-    return sorted(rows, key=itemgetter("seed"))
+def measured(runs, regime, label, measure="TV"):
+    """A measure of each seed of a run, (seeds,); of none where there is no such run."""
+    rows = runs.get((regime, label), [])
+    return np.array([MEASURES[measure](row) for row in rows])
+
+
+def runs_in(folder):
+    """{(regime, run): its rows, in the order of their seeds} of all files that are there."""
+    runs = {}
+    for regime in (*REGIMES, "digits"):
+        for row in sorted(opened(folder, regime)["runs"], key=itemgetter("seed")):
+            label = row.get("name", row["method"])  # those of digits have no name
+            runs.setdefault((regime, label), []).append(row)
+    return runs
 
 
 def pm(*values):
@@ -406,51 +405,50 @@ def pm(*values):
     return " · ".join(f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in values)
 
 
+def metrics_of(rows):
+    """Cells: mean ± sd of each of COLUMNS."""
+    return [pm([row[name] for row in rows]) for name in COLUMNS.values()]
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
-def table_of_claims(folder):
+def table_of_claims(runs):
     """Lines: claim · regime · methods · measured · threshold · verdict."""
     lines = header("claim", "regime", "methods", "measured", "mean ± sd", "threshold", "verdict")
     for claim in CLAIMS:
-        values, verdict = judged(claim, folder) or ("", "not run")
-        runs = " · ".join(dict.fromkeys(claim.runs))
-        what = " · ".join(claim.measures) or claim.measure
+        about = (" · ".join(claim.runs), " · ".join(claim.measures))
+        values, verdict = judged(claim, runs)
         threshold = claim.holds.__doc__
-        lines.append(row_of((claim.said, claim.regime, runs, what, values, threshold, verdict)))
+        lines.append(row_of((claim.said, claim.regime, *about, values, threshold, verdict)))
     return lines
 
 
-def matrix(folder):
+def matrix(runs):
     """Lines: TV in each regime, and whether it is better than DMD's by a paired test."""
     lines = header("TV", "start", "DMD", *RIVALS.values())
     said = {"holds": "better", "does not hold": "worse", "tie": "a tie"}
     for regime in REGIMES:
-        for first in ("", "adp+"):
-            dmd = [row["tv"] for row in rows_of(folder, regime, f"{first}dmd")]
-            if not dmd:
+        for start, first in (("the teacher", ""), ("after ADP", "adp+")):
+            dmd = measured(runs, regime, f"{first}dmd")
+            if not len(dmd):
                 continue
             cells = [pm(dmd)]
             for rival in RIVALS:
-                rows = rows_of(folder, regime, first + rival)
-                tv = np.array([row["tv"] for row in rows])
-                cells.append(f"{pm(tv)}: {said[less(tv, np.array(dmd))]}" if rows else "not run")
-            start = "after ADP" if first else "the teacher"
+                tv = measured(runs, regime, f"{first}{rival}")
+                cells.append(f"{pm(tv)}: {said[less(tv, dmd)]}" if len(tv) else "not run")
             lines.append(row_of((REGIMES[regime].about, start, *cells)))
     return lines
 
 
-def table_of_runs(folder, regime):
-    """Lines: every metric of each run, and the rate of its student."""
-    results = opened(folder, regime)
+def table_of_runs(results, regime):
+    """Lines: every metric of each run of a regime's file, and the rate of its student."""
     lines = header("run", *COLUMNS, "rate", "rates tried")
-    for label in dict.fromkeys(row["name"] for row in results["runs"]):
-        rows = rows_of(folder, regime, label)
-        cells = [pm([row[name] for row in rows]) for name in COLUMNS.values()]
+    for label, rows in by(results["runs"], "name").items():
         method = rows[0]["method"]
         tried = sorted(results["search"].get(method, {}), key=float)
         rates = ", ".join(tried) or REGIMES[regime].rates
-        lines.append(row_of((label, *cells, f"{results['rates'][method]:g}", rates)))
+        lines.append(row_of((label, *metrics_of(rows), f"{results['rates'][method]:g}", rates)))
     return lines
 
 
@@ -464,14 +462,13 @@ def row_of(cells):
 
 def page(folder):
     """CLAIMS.md below its first words, as text."""
-    parts = [
-        ["## Against DMD", "", *matrix(folder)],
-        ["## The claims", "", *table_of_claims(folder)],
-    ]
+    runs = runs_in(folder)
+    parts = {"Against DMD": matrix(runs), "The claims": table_of_claims(runs)}
     for name, regime in REGIMES.items():
-        if opened(folder, name)["runs"]:
-            parts.append([f"## {name}: {regime.about}", "", *table_of_runs(folder, name)])
-    return "\n\n".join("\n".join(part) for part in parts)
+        results = opened(folder, name)
+        if results["runs"]:
+            parts[f"{name}: {regime.about}"] = table_of_runs(results, name)
+    return "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in parts.items())
 
 
 PAGE = Path(__file__).parent / "CLAIMS.md"
@@ -489,16 +486,15 @@ def judge(folder):
 
 def readme(folder):
     """Prints the README's table, of the headline's methods that have been run."""
+    runs = runs_in(folder)
     lines = header("method", *COLUMNS)
     for method in REGIMES["headline"].methods:
-        rows = rows_of(folder, "headline", method)
-        if not rows:
-            continue
-        lines.append(row_of((method, *(pm([row[c] for row in rows]) for c in COLUMNS.values()))))
+        if ("headline", method) in runs:
+            lines.append(row_of((method, *metrics_of(runs["headline", method]))))
     print("\n".join(lines))
 
 
-def main(argv):
+def main(argv=None):
     parser = plain_parser(__doc__)
     parser.add_argument("command", choices=("run", "judge", "readme"))
     parser.add_argument("regimes", nargs="*", help=f"of {', '.join(REGIMES)}; default: all")
@@ -516,12 +512,12 @@ def main(argv):
         held = {row["mixture"] for name in REGIMES for row in opened(folder, name)["runs"]}
         others = ", ".join(held - {args.mixture})
         require(not others, f"--results {folder}: runs of {others}, not of {args.mixture}")
-        if args.command != "run":
-            require(held, f"--results {folder}: no runs there")
-            require(not args.regimes, f"{args.command}: it takes no regimes")
         if args.command == "run":
             run(args.regimes or list(REGIMES), args.mixture, folder)
-        elif args.command == "judge":
+            return
+        require(held, f"--results {folder}: no runs there")
+        require(not args.regimes, f"{args.command}: it takes no regimes")
+        if args.command == "judge":
             judge(folder)
         else:
             readme(folder)
@@ -529,4 +525,4 @@ def main(argv):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
-    main(sys.argv[1:])
+    main()

@@ -176,31 +176,12 @@ def density_tv(mixture, x):
     return float(0.5 * ((share - mass).abs().sum() + outside))
 
 
-def energy(x, y):
-    """Energy distance 2 E|X − Y| − E|X − X'| − E|Y − Y'| of samples (n, d), (m, d); 0 is perfect.
-
-    The estimate is unbiased, so it may be below 0. It sees how far apart things are, which both
-    TVs do not.
-    """
-    apart = 2 * torch.cdist(x, y).mean() - mean_apart(x) - mean_apart(y)
-    return float(apart)
-
-
-def mean_apart(x):
-    """E|X − X'| over pairs of different samples."""
-    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
-
-
-def metrics(mixture, x, fresh):
-    """All of them for samples x (n, 2), by name.
-
-    fresh (m, 2) are draws from the mixture, for `energy`, which takes as many of x.
-    """
+def metrics(mixture, x):
+    """All of them for samples x (n, 2), by name."""
     return {
         "modes": len(mixture.means),
         "modes_covered": modes_covered(mixture, x),
         "in_mode": in_mode(mixture, x),
         "tv": mode_tv(mixture, x),
         "density_tv": density_tv(mixture, x),
-        "energy": energy(x[: len(fresh)], fresh),
     }

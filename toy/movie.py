@@ -27,14 +27,13 @@ import toy.digits_experiment as digits
 import toy.run as toy
 from families import load_teacher
 from models import load_denoiser
-from ode import teacher_sample, with_guidance
 from runtime import curves
 from runtime.files import aside, read_json
 from runtime.script import in_one_line, plain_parser, quiet
 from toy.digits_measure import NUMBERS
 from toy.digits_report import SHOWN
 from toy.digits_samples import GUIDANCE, RESULTS, open_run, sample
-from toy.gmm import LINE, mode_tv, modes_covered
+from toy.gmm import mode_tv, modes_covered
 from toy.plot import LOOK
 
 MOVIE = RESULTS / "movie.npz"
@@ -51,29 +50,27 @@ HUES = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377
 
 
 class Film(toy.Curves):
-    """In place of a training curve: samples of one seed's student, from its start on.
+    """In place of a training curve: samples of one seed's student, from its start on."""
 
-    The earlier, the more often.
-    """
-
-    def __init__(self, world, *about):
-        super().__init__(world, *about)
-        self.frames = []
+    def __init__(self, world, total, *times):
+        super().__init__(world, total, *times)
+        self.wanted = updates_of(total)
+        self.points, self.tv, self.covered = [], [], []  # of a frame each
         self.add(world.start)
-
-    def due(self):
-        super().due()
-        return self.done in updates_of(self.total)
 
     @torch.no_grad()
     def add(self, student, **_):
         x = toy.emitted(student, self.times, noises(self.seeds))  # (SAMPLES, 2)
-        measured = {"tv": mode_tv(self.plane, x), "covered": modes_covered(self.plane, x)}
-        self.frames.append({"points": hundredths(x[:POINTS]), **measured})
+        self.points.append(hundredths(x[:POINTS]))
+        self.tv.append(mode_tv(self.plane, x))
+        self.covered.append(modes_covered(self.plane, x))
 
 
 def updates_of(iterations):
-    """After how many updates there is a frame: evenly spaced by their square roots."""
+    """After how many updates there is a frame: evenly spaced by their square roots.
+
+    The earlier, the more often.
+    """
     return sorted({round(iterations * (i / FRAMES) ** 2) for i in range(FRAMES + 1)})
 
 
@@ -91,15 +88,12 @@ def record(path=MOVIE, cfg=None, rates=toy.RATES):
     cfg = cfg or toy.Config(seeds=1, first_seed=20)
     world = toy.World(cfg)
     films = [toy.trained(cfg, method, world, rates, Film)[1] for method in PANELS]
-    seen = {}  # {what a frame has: (methods, frames, ...)}
-    for name in ("points", "tv", "covered"):
-        seen[name] = [[frame[name] for frame in film.frames] for film in films]
-    x_T = noises(world.seeds).normal((2,))  # (SAMPLES, 2)
-    with torch.no_grad():
-        target = teacher_sample(with_guidance(world.teacher, {}, {}, 1), LINE, x_T, 64)
+    target = world.solved(noises(world.seeds).normal((2,)))  # (SAMPLES, 2)
     write(
         path,
-        **seen,
+        points=[film.points for film in films],  # (methods, frames, POINTS, 2)
+        tv=[film.tv for film in films],  # (methods, frames)
+        covered=[film.covered for film in films],  # (methods, frames)
         updates=updates_of(cfg.iterations),  # (frames,)
         stage_1=round(cfg.adp_share * cfg.iterations),  # how many of DMDX's updates are ADP's
         target=hundredths(target[:POINTS]),  # (POINTS, 2)
@@ -131,9 +125,9 @@ def training(film):
     (done,) = bar.barh(0.5, 0, 1, color="0.4")
     said = figure.text(0.997, 0.03, "", ha="right", **SMALL)
     for i, update in enumerate(updates):
-        for m, (axis, cloud) in enumerate(zip(axes[1:], clouds[1:], strict=True)):
-            cloud.set_offsets(film["points"][m, i] / 100)
-            covered, tv = film["covered"][m, i], film["tv"][m, i]
+        seen = (film[name][:, i] for name in ("points", "covered", "tv"))  # (methods, ...) each
+        for axis, cloud, points, covered, tv in zip(axes[1:], clouds[1:], *seen, strict=True):
+            cloud.set_offsets(points / 100)
             axis.set_xlabel(f"{covered} of {len(modes)} modes, TV {tv:.3f}", **SMALL)
         stage = "ADP" if update <= film["stage_1"] else "ADM as published"
         axes[-1].set_title(f"DMDX: {stage}", pad=3, **SMALL)
@@ -209,16 +203,16 @@ def digits_training(film):
     said = figure.text(0.998, 0.025, "", ha="right", **SMALL)
     shown = figure.figimage(np.zeros((1, 1)), *CORNER, cmap="gray", vmin=0, vmax=255)
 
-    frames = []
-    first, second = film["updates_1"], film["updates_2"]
-    for update, images in zip((0, *first), (film["start"], *film["images_1"]), strict=True):
-        frames.append((f"ADP: {update} of {first[-1]} updates", [images] * len(ROWS)))
-    for update, rows in zip(second, film["images_2"].swapaxes(0, 1), strict=True):
-        frames.append((f"second stage: {update} of {second[-1]} updates", rows))
-    for text, rows in frames:
-        said.set_text(text)
-        shown.set_data(sheet([film["teacher"], *rows]))
-        yield pixels(figure)
+    of_adp = [[images] * len(ROWS) for images in (film["start"], *film["images_1"])]
+    stages = (
+        ("ADP", (0, *film["updates_1"]), of_adp),
+        ("second stage", film["updates_2"], film["images_2"].swapaxes(0, 1)),
+    )
+    for stage, updates, frames in stages:
+        for update, rows in zip(updates, frames, strict=True):
+            said.set_text(f"{stage}: {update} of {updates[-1]} updates")
+            shown.set_data(sheet([film["teacher"], *rows]))
+            yield pixels(figure)
 
 
 def sheet(rows):
@@ -248,39 +242,45 @@ def pixels(figure):
 
 def draw(frames, path):
     """Writes a GIF of pictures (h, w, 3), the last of which stays for two seconds."""
-    white = to_rgb("white")
-    greys = np.linspace(to_rgb("black"), white, 32)  # (32, 3)
+    black, white = np.zeros(3), np.ones(3)
+    greys = np.linspace(black, white, 32)  # (32, 3)
     tints = [np.linspace(to_rgb(hue), white, 12, endpoint=False) for hue in HUES]  # (12, 3) each
     colours = np.concatenate([greys, *tints])  # (128, 3)
     palette = Image.new("P", (1, 1))
     palette.putpalette((255 * colours).round().astype(np.uint8).tobytes())
-    images = []
-    for frame in frames:
-        image = Image.fromarray(frame)
-        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
-    first, *more = images
+    how = {"palette": palette, "dither": Image.Dither.NONE}
+    first, *more = [Image.fromarray(frame).quantize(**how) for frame in frames]
     milliseconds = [150] * len(more) + [2000]
     with aside(path) as partial:
         first.save(partial, "GIF", save_all=True, append_images=more, duration=milliseconds, loop=0)
 
 
-def main(argv):
+def draw_mixture():
+    """results/training.gif, from what was recorded alone."""
+    draw(training(np.load(MOVIE)), RESULTS / "training.gif")
+
+
+def draw_digits():
+    """results/digits-training.gif, from what was recorded alone."""
+    draw(digits_training(np.load(DIGITS_MOVIE)), RESULTS / "digits-training.gif")
+
+
+COMMANDS = {
+    "record": record,
+    "draw": draw_mixture,
+    "record-digits": record_digits,
+    "draw-digits": draw_digits,
+}
+
+
+def main(argv=None):
     parser = plain_parser(__doc__)
-    commands = ("record", "draw", "record-digits", "draw-digits")
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=COMMANDS)
     with in_one_line("movie.py"):
-        command = parser.parse_args(argv).command
-        if command == "record":
-            record()
-        elif command == "draw":
-            draw(training(np.load(MOVIE)), RESULTS / "training.gif")
-        elif command == "record-digits":
-            record_digits()
-        else:
-            draw(digits_training(np.load(DIGITS_MOVIE)), RESULTS / "digits-training.gif")
+        COMMANDS[parser.parse_args(argv).command]()
 
 
 if __name__ == "__main__":
     quiet()
     torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
-    main(sys.argv[1:])
+    main()

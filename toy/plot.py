@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import BadInput
 from toy.gmm import load_mixture
-from toy.run import by, fresh
+from toy.run import by
 
 # {method: (title, colour)} in every picture of toy/. The colour is that of the last stage.
 LOOK = {
@@ -45,11 +46,6 @@ def seeds(runs):
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def as_they_are(runs):
-    """Those of toy/claims.py that are named otherwise than their method have other settings."""
-    return [r for r in runs if r.get("name", r["method"]) == r["method"]]
-
-
 def by_start(runs):
     """{where students begin: {method: runs}}."""
     starts = {"from the teacher": {}, "after ADP": {}}
@@ -67,7 +63,8 @@ def legend_below(ax):
 def samples(runs):
     """Target and each method's samples of the first seed; the numbers are means over seeds."""
     mixture = load_mixture(runs[0]["mixture"], runs[0]["separation"])
-    target = fresh(mixture, 0)[:1000].numpy()  # (1000, 2)
+    draws = mixture.sample(4000, torch.Generator().manual_seed(10**6))  # (4000, 2)
+    target = draws[:1000].numpy()  # (1000, 2)
     panels = [(target, "target", "black", "")]
     for method, group in by(runs, "method").items():
         covered = np.mean([r["modes_covered"] for r in group])
@@ -77,15 +74,13 @@ def samples(runs):
     columns = 4 if len(panels) > 6 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3 * columns, 3.45 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     limit = 1.25 * np.abs(target).max()
-    for ax, (points, title, colour, said) in zip(axes, panels, strict=False):
+    for i, (points, title, colour, said) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, i)
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         ax.plot(*points.T, ".", ms=2.5, alpha=0.5, color=colour)  # of (1000, 2)
         ax.set_title(title, fontsize=13)
         ax.set_xlabel(said, fontsize=13)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
     figure.suptitle(f"points: one seed; numbers: means over {seeds(runs)}", fontsize=11)
     return figure
 
@@ -124,21 +119,21 @@ def phase(runs):
     places = {s: x for x, s in enumerate(sorted(by(runs, "separation")))}
     for ax, (start, groups) in zip(axes, by_start(runs).items(), strict=True):
         for i, (method, group) in enumerate(groups.items()):
-            at = by(group, "separation")
-            tv = [[r["tv"] for r in at[s]] for s in sorted(at)]
-            x = [places[s] + 0.08 * (i - (len(groups) - 1) / 2) for s in sorted(at)]
-            sd = [np.std(values, ddof=len(values) > 1) for values in tv]
+            at = sorted(by(group, "separation").items())  # (separation, runs) each
+            tvs = [[r["tv"] for r in some] for _, some in at]
+            x = [places[separation] + 0.08 * (i - (len(groups) - 1) / 2) for separation, _ in at]
+            mean = [np.mean(tv) for tv in tvs]
+            sd = [np.std(tv, ddof=len(tv) > 1) for tv in tvs]
             title, colour = LOOK[method]
             look = {"color": colour, "marker": "o", "capsize": 3, "lw": 1.8, "ms": 5}
-            ax.errorbar(x, [np.mean(v) for v in tv], sd, label=title, **look)
+            ax.errorbar(x, mean, sd, label=title, **look)
         ax.set(title=start, xlabel="separation of the modes: radius / σ", ylim=(0, None))
         ax.set_xticks(list(places.values()), [f"{s:.3g}" for s in places])
         ax.grid(axis="y", alpha=0.3)
         legend_below(ax)
     axes[0].set_ylabel("TV (0 is perfect)")
-    updates = runs[0]["iterations"]
-    what = f"mean over {seeds(runs)} after {updates:,} updates; bars: ± one sd"
-    figure.suptitle(f"one step; {what}; points are moved aside a little", fontsize=11)
+    said = f"one step; mean over {seeds(runs)} after {runs[0]['iterations']:,} updates"
+    figure.suptitle(f"{said}; bars: ± one sd; points are moved aside a little", fontsize=11)
     return figure
 
 
@@ -156,7 +151,9 @@ def draw(files, folder):
     everything, pictures = [], {}
     for path in map(Path, files):
         try:
-            runs = as_they_are(json.loads(path.read_text())["runs"])
+            runs = json.loads(path.read_text())["runs"]
+            # What claims.py names otherwise than its method has other settings.
+            runs = [r for r in runs if r.get("name", r["method"]) == r["method"]]
             first = next(iter(by(runs, "mixture", "separation").values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
             what = f"no results file of toy/run.py or toy/claims.py ({type(e).__name__})"

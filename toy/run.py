@@ -23,8 +23,9 @@ import math
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -100,10 +101,6 @@ class Config:
     iterations: int = option(
         1000, "student updates of each method, ADP's included", "what to train"
     )
-    batch_size: int = option(256, "samples of each seed in an update", "what to train")
-    adp_share: float = option(
-        0.75, "share of the iterations that adp+… spends on ADP", "the method"
-    )
     schedule: Literal["cubic", "uniform"] = option(
         "cubic", "where on the line ADP's student trains (paper: cubic)", "the method"
     )
@@ -132,9 +129,6 @@ class Config:
         None, "of the student's; default: the same", "networks and rates"
     )
     head_width: int = option(32, "of the discriminator's heads", "networks and rates")
-    lr_student: float | None = option(
-        None, f"learning rate of the student{OWN}", "networks and rates"
-    )
     lr_heads: float = option(
         1e-3, "learning rate of the discriminator's heads", "networks and rates"
     )
@@ -142,6 +136,8 @@ class Config:
     out: str = option("out/toy", "new folder to write", "output")
 
     # What nobody varies here. Of those that adm.py reads too, all but the last are its defaults.
+    batch_size: ClassVar = 256  # samples of each seed in an update
+    adp_share: ClassVar = 0.75  # of the iterations of adp+… that are ADP's
     mse_share: ClassVar = 0.9  # of ADP's iterations that are regression, before its adversary
     lr_fake: ClassVar = 1e-3
     t_min: ClassVar = 0.02
@@ -149,10 +145,6 @@ class Config:
     damping_sigma: ClassVar = 0.01
     fake_gradient: ClassVar = "exact"
     fake_samples: ClassVar = "last"  # which matters in several steps: see toy/README.md
-
-
-# What of it shapes ADP as a first stage.
-STAGE_1 = ("iterations", "adp_share", "batch_size", "head_width", "schedule", "lr_heads")
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -317,32 +309,32 @@ ONE_STEP = times_of(1)
 
 def emitted(student, times, draw):
     """What the student makes of noise in its steps, at times (n,) from T on: (S·B, d)."""
-
-    def fresh():
-        return draw.normal(student.shape)  # (S·B, d)
-
+    fresh = partial(draw.normal, student.shape)  # () → (S·B, d)
     return student_sample(with_guidance(student, {}, {}, 1), LINE, fresh(), times, fresh)
 
 
 class Curves:
     """Training curves, a list of points for each seed.
 
-    total       iterations of the whole run, of which there will be HISTORY points
+    wanted      the iterations after which there is one, HISTORY of a run's `total` or so
     times       (n,) of the student's steps
+    seconds     of training so far
     """
 
     def __init__(self, world, total, times=ONE_STEP):
         self.plane = world.plane
         self.seeds = world.seeds
-        self.total = total
+        every = max(1, total // HISTORY)
+        self.wanted = range(every, total + 1, every)
         self.times = times
         self.points = [[] for _ in world.seeds]
         self.done = 0
+        self.seconds = 0.0
 
     def due(self):
         """Counts one iteration; True where a point is wanted."""
         self.done += 1
-        return self.done % max(1, self.total // HISTORY) == 0
+        return self.done in self.wanted
 
     @torch.no_grad()
     def add(self, student, **more):
@@ -371,19 +363,16 @@ class World:
     """
 
     def __init__(self, cfg):
-        (separation,) = separations(cfg)
+        (separation,) = numbers(float, "separation", cfg) or [None]
         self.plane = load_mixture(cfg.mixture, separation)
         self.mixture = load_mixture(cfg.mixture, separation, cfg.dim)
         self.seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
         self.mlp = self.fit(cfg.width)
         self.start = self.fit(cfg.student_width) if cfg.student_width else self.mlp
         x_T = Noise((2,), self.seeds, cfg.pairs).normal((cfg.dim,))  # (S·pairs, d)
-        with torch.no_grad():
-            x_0 = teacher_sample(with_guidance(self.teacher, {}, {}, 1), LINE, x_T, 64)
         self.x_T = x_T.unflatten(0, (cfg.seeds, cfg.pairs))
-        self.x_0 = x_0.unflatten(0, (cfg.seeds, cfg.pairs))
-        if cfg.missing:
-            self.leave_out(numbers(int, "missing", cfg))
+        self.x_0 = self.solved(x_T).unflatten(0, (cfg.seeds, cfg.pairs))
+        self.leave_out(numbers(int, "missing", cfg))
         self.adp = {}  # see after_adp
 
     def leave_out(self, modes):
@@ -399,22 +388,10 @@ class World:
         """F_φ, the exact velocity in closed form: a denoiser without features."""
         return self.mixture.velocity(x_t, t), []
 
-    def after_adp(self, cfg, rates, kind):
-        """(student, its curves, seconds) after ADP as the first part of adp+….
-
-        Made once, then copied. kind: of the curves, a class.
-        """
-        of_both = rates["mse"], rates["adp"]
-        key = (kind, *of_both, *(getattr(cfg, name) for name in STAGE_1))
-        if key not in self.adp:
-            began = time.perf_counter()
-            student = deepcopy(self.start).requires_grad_(True)
-            iterations = round(cfg.adp_share * cfg.iterations)
-            regression = round(cfg.mse_share * iterations)
-            curves = kind(self, cfg.iterations)
-            pretrain(cfg, self, student, iterations, regression, *of_both, curves)
-            self.adp[key] = student, curves, time.perf_counter() - began
-        return deepcopy(self.adp[key])
+    @torch.no_grad()
+    def solved(self, x_T):
+        """Where the teacher's PF-ODE carries noises x_T (n, d): x_0 (n, d)."""
+        return teacher_sample(with_guidance(self.teacher, {}, {}, 1), LINE, x_T, 64)
 
     def fit(self, width):
         """An MLP of this width for each seed, the same one, frozen."""
@@ -437,12 +414,13 @@ class World:
 # --- The two stages -------------------------------------------------------------------------------
 
 
-def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, curves):
-    """Stage 1, by adp.py: velocity regression on ODE pairs, then the adversary.
+def pretrain(cfg, loss, world, student, iterations, rates, curves):
+    """Stage 1, by adp.py: velocity regression on ODE pairs, then ("adp", not "mse") the adversary.
 
     Returns its Players, with one discriminator, D_τ1: two dimensions have no pixels for D_τ2 (so λ
     is 1).
     """
+    mse_iterations = iterations if loss == "mse" else round(cfg.mse_share * iterations)
     discriminator = NoisyDiscriminator(Draw((3,), world.seeds), world.mlp, cfg.head_width)
     net = adp.Players(
         student,
@@ -455,8 +433,8 @@ def pretrain(cfg, world, student, iterations, mse_iterations, rate_mse, rate, cu
     )
     # Clipped as in adp.py: at regression's high rate a rare spike would undo a seed's run (2 of 5,
     # at 0.04 without).
-    optimizer_mse = Optimizer(student, rate_mse, clip=1)
-    optimizer = Optimizer(student, rate)
+    optimizer_mse = Optimizer(student, rates["mse"], clip=1)
+    optimizer = Optimizer(student, rates[loss])
     optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads)
     for iteration in tqdm(range(iterations), "stage 1", leave=False, disable=None):
         draw = Noise((4, iteration), world.seeds, cfg.batch_size)
@@ -583,30 +561,42 @@ def settled(cfg, method):
 
 
 def trained(cfg, method, world, rates=RATES, kind=Curves):
-    """One method, all seeds: (Players of its last stage, its curves, seconds).
+    """One method, all seeds: (Players of its last stage, its curves).
 
     rates: of the student, by method; those of mse and adp are also those of the ADP that adp+…
-    begins with, which is shared where it is the same. kind: of the curves, a class.
+    begins with. kind: of the curves, a class.
     """
     cfg = settled(cfg, method)
     loss, _, _ = METHODS[method]
     if method.startswith("adp+"):
-        student, curves, seconds = world.after_adp(cfg, rates, kind)
+        student, curves = after_adp(cfg, world, rates, kind)
     else:
         student = deepcopy(world.start).requires_grad_(True)
         times = times_of(cfg.student_steps if method in FEW_STEPS else 1)
-        curves, seconds = kind(world, cfg.iterations, times), 0
-    began = time.perf_counter() - seconds
+        curves = kind(world, cfg.iterations, times)
+    began = time.perf_counter()
     iterations = cfg.iterations - curves.done
-    rate = rates[method] if cfg.lr_student is None else cfg.lr_student
-    if loss == "mse":
-        net = pretrain(cfg, world, student, iterations, iterations, rate, 0.0, curves)
-    elif loss == "adp":
-        regression = round(cfg.mse_share * iterations)
-        net = pretrain(cfg, world, student, iterations, regression, rates["mse"], rate, curves)
+    if loss in ("mse", "adp"):
+        net = pretrain(cfg, loss, world, student, iterations, rates, curves)
     else:
-        net = distil(cfg, loss, world, student, iterations, rate, curves)
-    return net, curves, time.perf_counter() - began
+        net = distil(cfg, loss, world, student, iterations, rates[method], curves)
+    curves.seconds += time.perf_counter() - began
+    return net, curves
+
+
+def after_adp(cfg, world, rates, kind):
+    """(student, its curves) after ADP as the first part of adp+…: made once, then copied."""
+    first_stage = str(replace(cfg, **PUBLISHED))  # the same whatever stage 2's own settings are
+    key = kind, rates["mse"], rates["adp"], first_stage
+    if key not in world.adp:
+        began = time.perf_counter()
+        student = deepcopy(world.start).requires_grad_(True)
+        curves = kind(world, cfg.iterations)
+        iterations = round(cfg.adp_share * cfg.iterations)
+        pretrain(cfg, "adp", world, student, iterations, rates, curves)
+        curves.seconds = time.perf_counter() - began
+        world.adp[key] = student, curves
+    return deepcopy(world.adp[key])
 
 
 def train(cfg, method, world, rates=RATES):
@@ -614,53 +604,44 @@ def train(cfg, method, world, rates=RATES):
 
     rates: as `trained` has them.
     """
-    net, curves, seconds = trained(cfg, method, world, rates)
+    net, curves = trained(cfg, method, world, rates)
     samples = sample(world, net.student, curves.times)  # (S, SAMPLES, d)
     results = []
     for i, (seed, x) in enumerate(zip(world.seeds, samples[..., :2], strict=True)):
+        points = [[round(c, 2) for c in point] for point in x[:1000].tolist()]  # for a picture
         result = {
             "method": method,
             "mixture": cfg.mixture,
             "separation": world.plane.separation,
             "seed": seed,
-            **metrics(world.plane, x, fresh(world.plane, seed)),
+            **metrics(world.plane, x),
             "iterations": cfg.iterations,
-            "seconds": round(seconds, 1),
+            "seconds": round(curves.seconds, 1),
             "shares": [round(float(share), 4) for share in shares(world.plane, x)],
             "history": curves.points[i],
-            "points": rounded(x[:1000]) if i == 0 else [],
+            "points": points if i == 0 else [],
         }
         results.append(result)
     return results, samples
 
 
-def fresh(mixture, seed):
-    """(4000, 2) draws that nothing was trained on."""
-    return mixture.sample(4000, torch.Generator().manual_seed(10**6 + seed))
-
-
-def rounded(x):
-    """Points (n, 2) for a picture, as short JSON."""
-    return [[round(c, 2) for c in point] for point in x.tolist()]
+def sample(world, student, times=ONE_STEP):
+    """(S, SAMPLES, d), in chunks."""
+    return torch.cat([drawn(world, student, times, SAMPLES // 10, i) for i in range(10)], 1)
 
 
 @torch.no_grad()
-def sample(world, student, times=ONE_STEP):
-    """(S, SAMPLES, d), in chunks."""
-    chunks = []
-    for i in range(10):
-        x = emitted(student, times, Noise((10, i), world.seeds, SAMPLES // 10))
-        chunks.append(x.unflatten(0, (len(world.seeds), -1)))  # (S, SAMPLES/10, d)
-    return torch.cat(chunks, 1)
+def drawn(world, student, times, samples, i=0):
+    """(S, samples, d): what the student makes of noise, which is another for another i."""
+    x = emitted(student, times, Noise((10, i), world.seeds, samples))  # (S·samples, d)
+    return x.unflatten(0, (len(world.seeds), samples))
 
 
 def by(runs, *fields):
     """{value (or values) of the fields: runs}, in the order of appearance."""
     groups = {}
     for r in runs:
-        values = tuple(r[f] for f in fields)
-        key = values[0] if len(values) == 1 else values
-        groups.setdefault(key, []).append(r)
+        groups.setdefault(itemgetter(*fields)(r), []).append(r)
     return groups
 
 
@@ -669,7 +650,6 @@ COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name among the res
     "in mode": "in_mode",
     "TV": "tv",
     "density TV": "density_tv",
-    "energy": "energy",
 }
 
 
@@ -691,35 +671,28 @@ def check(cfg):
     """Raises BadInput for settings without meaning, before anything is computed or written."""
     unknown = ", ".join(repr(m) for m in cfg.methods.split(",") if m not in METHODS)
     require(not unknown, f"--methods: unknown {unknown}; there are {', '.join(METHODS)}")
-    at_least(1, cfg, "seeds", "iterations", "batch_size", "student_steps", "pairs", "ttur")
+    at_least(1, cfg, "seeds", "iterations", "student_steps", "pairs", "ttur")
     at_least(0, cfg, "first_seed", "warmup", "damping")
     at_least(2, cfg, "dim")
     at_least(8, cfg, "width", "head_width", "student_width")
-    positive(cfg, "lr_student", "lr_heads")
+    positive(cfg, "lr_heads")
     require(0 <= cfg.beta1 < 1, f"--beta1 {cfg.beta1}: in [0, 1)")
-    require(0 <= cfg.adp_share <= 1, f"--adp-share {cfg.adp_share}: in [0, 1]")
     require(cfg.dt is None or 0 < cfg.dt < 0.96, f"--dt {cfg.dt}: between 0 and 0.96")
-    for separation in separations(cfg):
+    for separation in numbers(float, "separation", cfg) or [None]:
         mixture = load_mixture(cfg.mixture, separation)
     flat = mixture.means.shape[1] == 2
     require(flat, f"--mixture {cfg.mixture}: two-dimensional means")
-    if cfg.missing:
-        modes = numbers(int, "missing", cfg)
-        K = len(mixture.means)
-        some = set(modes) < set(range(K))
-        require(some, f"--missing {cfg.missing}: some of modes 0 to {K - 1}, not all")
-
-
-def separations(cfg):
-    """--separation as numbers, [None] for the mixture's own. Raises BadInput."""
-    return numbers(float, "separation", cfg) if cfg.separation else [None]
+    modes = numbers(int, "missing", cfg)
+    K = len(mixture.means)
+    some = set(modes) < set(range(K))
+    require(some, f"--missing {cfg.missing}: some of modes 0 to {K - 1}, not all")
 
 
 def numbers(kind, name, cfg):
     """The numbers, float or int, of a setting that has them comma-separated. Raises BadInput."""
     text = getattr(cfg, name)
     try:
-        return [kind(x) for x in text.split(",")]
+        return [kind(x) for x in text.split(",")] if text else []
     except ValueError:
         raise BadInput(f"{flag(name)} {text}: numbers, comma-separated") from None
 
@@ -729,12 +702,12 @@ def main(cfg):
     folder = Path(cfg.out)
     claim(folder)
     runs = []
-    for separation in separations(cfg):
-        world = World(replace(cfg, separation=separation and str(separation)))
+    for separation in cfg.separation.split(",") if cfg.separation else [None]:
+        world = World(replace(cfg, separation=separation))
         for method in cfg.methods.split(","):
             results, _ = train(cfg, method, world)
             runs += results
-            write_json(folder / "results.json", {"runs": runs, "config": asdict(cfg)})
+            write_json(folder / "results.json", {"runs": runs, "config": vars(cfg)})
     print(table(runs))
 
 

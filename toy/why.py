@@ -25,171 +25,150 @@ from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
-from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, header, paired, pm, row_of
+from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, header, less, pm, row_of
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.plot import LOOK, legend_below
 from toy.run import Config, Noise, World
 
 FILE = RESULTS / "why.json"
 
-DAMPED = {"damping": 0.1}
-METHODS = {  # name: (method of toy/run.py, what differs from ADM as published, but for Δt)
-    "DMD": ("dmd", {}),
-    "step": ("step", {}),
-    "step, DMD's weight": ("step", {"gen_weight": "dmd"}),
-    "ADM": ("adm-paper", {}),  # the paper's own
-    "ADM, damping 0.1": ("adm-paper", DAMPED),
-}
-LEVERS = {  # of the last of them, in four steps at Δt = T/4: what could make D follow, or help
-    "ADM, damping 0.1, TTUR 4": ("adm-paper", {**DAMPED, "ttur": 4}),
-    "ADM, damping 0.1, heads at 5e-3": ("adm-paper", {**DAMPED, "lr_heads": 5e-3}),
-    "ADM, damping 0.1, DMD's weight": ("adm-paper", {**DAMPED, "gen_weight": "dmd"}),
-}
-# A D as strong as can be: no damping, heads four times as wide and five times as fast, TTUR 4. Then
-# its parts, and TTUR 4 for those without a D.
-HEADS = {"head_width": 128, "lr_heads": 5e-3}
-STRONG = {
-    "ADM, strong D": ("adm-paper", {**HEADS, "ttur": 4}),
-    "ADM, strong heads": ("adm-paper", HEADS),
-    "ADM, TTUR 4": ("adm-paper", {"ttur": 4}),
-    "step, TTUR 4": ("step", {"ttur": 4}),
-    "DMD, TTUR 4": ("dmd", {"ttur": 4}),
-}
-# Without momentum, and with less, of all that learns: what is chased moves on.
-CALM = {
-    "ADM, β₁ 0": ("adm-paper", {"beta1": 0.0}),
-    "ADM, damping 0.1, β₁ 0": ("adm-paper", {**DAMPED, "beta1": 0.0}),
-    "ADM, damping 0.1, β₁ 0.5": ("adm-paper", {**DAMPED, "beta1": 0.5}),
-    "ADM, damping 0.1, β₁ 0, TTUR 4": ("adm-paper", {**DAMPED, "beta1": 0.0, "ttur": 4}),
-    "step, β₁ 0": ("step", {"beta1": 0.0}),
-    "DMD, β₁ 0": ("dmd", {"beta1": 0.0}),
-    "DMD, β₁ 0, TTUR 4": ("dmd", {"beta1": 0.0, "ttur": 4}),
-}
-EVERY = METHODS | LEVERS | STRONG | CALM
-STRONG_AT = (  # (name, steps, part)
-    *[("ADM, strong D", steps, part) for steps in (1, 4) for part in (4, 2)],
-    *[(name, 1, 4) for name in ("ADM, strong heads", "ADM, TTUR 4", "step, TTUR 4")],
-    *[("DMD, TTUR 4", steps, 64) for steps in (1, 4)],
-)
-CALM_AT = (
-    *[(name, 1, 64 if name.startswith("DMD") else 4) for name in CALM],
-    *[(name, 4, 4) for name in ("ADM, β₁ 0", "ADM, damping 0.1, β₁ 0")],
-)
 PARTS = (256, 128, 64, 32, 16, 8, 4, 2)  # Δt = T/256 to T/2
-STEPS = (1, 4)  # of the student
+EVERYWHERE = [(steps, part) for steps in (1, 4) for part in PARTS]  # steps of the student
+DMDS = [(1, 64), (4, 64)]  # which has no Δt
+BOTH = [(1, 4), (4, 4)]
+ONE_STEP = [(1, 4)]
+HEADS = {"head_width": 128, "lr_heads": 5e-3}  # four times as wide and five times as fast
+METHODS = {
+    # name: (method of toy/run.py, what differs from ADM as published but for Δt, where it is run)
+    "DMD": ("dmd", {}, DMDS),
+    "step": ("step", {}, EVERYWHERE),
+    "step, DMD's weight": ("step", {"gen_weight": "dmd"}, EVERYWHERE),
+    "ADM": ("adm-paper", {}, EVERYWHERE),  # the paper's own
+    "ADM, damping 0.1": ("adm-paper", {"damping": 0.1}, EVERYWHERE),
+    # What could make its D follow, or help, in four steps.
+    "ADM, damping 0.1, TTUR 4": ("adm-paper", {"damping": 0.1, "ttur": 4}, [(4, 4)]),
+    "ADM, damping 0.1, heads at 5e-3": ("adm-paper", {"damping": 0.1, "lr_heads": 5e-3}, [(4, 4)]),
+    "ADM, damping 0.1, DMD's weight": (
+        "adm-paper",
+        {"damping": 0.1, "gen_weight": "dmd"},
+        [(4, 4)],
+    ),
+    # A D as strong as can be, without damping; its parts, and TTUR 4 for those without a D.
+    "ADM, strong D": ("adm-paper", {**HEADS, "ttur": 4}, [*BOTH, (1, 2), (4, 2)]),
+    "ADM, strong heads": ("adm-paper", HEADS, ONE_STEP),
+    "ADM, TTUR 4": ("adm-paper", {"ttur": 4}, ONE_STEP),
+    "step, TTUR 4": ("step", {"ttur": 4}, ONE_STEP),
+    "DMD, TTUR 4": ("dmd", {"ttur": 4}, DMDS),
+    # Without momentum, and with less, of all that learns: what is chased moves on.
+    "ADM, β₁ 0": ("adm-paper", {"beta1": 0.0}, BOTH),
+    "ADM, damping 0.1, β₁ 0": ("adm-paper", {"damping": 0.1, "beta1": 0.0}, BOTH),
+    "ADM, damping 0.1, β₁ 0.5": ("adm-paper", {"damping": 0.1, "beta1": 0.5}, ONE_STEP),
+    "ADM, damping 0.1, β₁ 0, TTUR 4": (
+        "adm-paper",
+        {"damping": 0.1, "beta1": 0.0, "ttur": 4},
+        ONE_STEP,
+    ),
+    "step, β₁ 0": ("step", {"beta1": 0.0}, ONE_STEP),
+    "DMD, β₁ 0": ("dmd", {"beta1": 0.0}, [(1, 64)]),
+    "DMD, β₁ 0, TTUR 4": ("dmd", {"beta1": 0.0, "ttur": 4}, [(1, 64)]),
+}
+
+
+def key(name, steps, part):
+    """A run, as results and tables name it."""
+    return f"{name}; {steps} step{'s' * (steps > 1)}; T/{part}"
+
+
+RUNS = {key(name, *at): (name, *at) for name, (_, _, places) in METHODS.items() for at in places}
 SEEDS = {"seeds": 5, "first_seed": 0}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the student
 # The closest race once more, at rates in between: both methods' best is taken on the same seeds.
 FINER = (2e-4, 3e-4, 6e-4, 1e-3)
-RACES = (("DMD", 4, 64), ("step", 4, 2), ("DMD", 1, 64), ("step", 1, 4))  # (name, steps, part)
+RACES = ("DMD; 4 steps; T/64", "step; 4 steps; T/2", "DMD; 1 step; T/64", "step; 1 step; T/4")
 SAMPLES = 20_000  # of each student
 
 
 # --- The runs -------------------------------------------------------------------------------------
 
 
-def trained(world, seeds, name, steps, part, rate):
-    """(Players after training, samples (S, SAMPLES, 2), the settings)."""
-    method, changes = EVERY[name]
+def trained(world, what, rate):
+    """A run: (its Players, the settings)."""
+    name, steps, part = RUNS[what]
+    method, changes, _ = METHODS[name]
     settings = toy.PUBLISHED | changes | {"dt": 1 / part}
-    cfg = Config(**seeds, iterations=600, student_steps=steps, **settings)
-    net, _, _ = toy.trained(cfg, method, world, {method: rate})
-    return net, drawn(world, net.student, net.times), cfg
+    cfg = Config(seeds=len(world.seeds), iterations=600, student_steps=steps, **settings)
+    net, _ = toy.trained(cfg, method, world, {method: rate})
+    return net, cfg
 
 
-def searched_at(name, part):
-    """The Δt, T/part, at which the rate for this one was searched: small, middling or large."""
+def tv_of(world, what, rate):
+    """TV of each seed."""
+    net, _ = trained(world, what, rate)
+    return measured(world, net.student, net.times)["mode_tv"]
+
+
+def searched_at(what):
+    """The run, at a small, middling or large Δt, whose search has the rate for this one."""
+    name, steps, part = RUNS[what]
     if name.startswith("DMD") or part >= 32:
-        return 64
-    return 16 if part >= 8 else 4
+        return key(name, steps, 64)
+    return key(name, steps, 16 if part >= 8 else 4)
 
 
-def searched(results, world, name, steps, part):
-    """The rate of least mean TV, after trials in `results`, which grows."""
-    trials = results.setdefault(key(name, steps, part), {})  # {rate: TV of each seed}
+def searched(results, world, what):
+    """The rate of least mean TV of a run, after trials in `results`, which grows."""
+    trials = results.setdefault(what, {})  # {rate: TV of each seed}
 
     def trial(rate):
-        _, x, _ = trained(world, SEARCH_SEEDS, name, steps, part, rate)
-        print("search", key(name, steps, part), rate, flush=True)
-        return measured(world, x)["mode_tv"]
+        print("search", what, rate, flush=True)
+        return tv_of(world, what, rate)
 
     return best_rate(trials, RATES, 1e-3, trial)
-
-
-def key(name, steps, part):
-    return f"{name}; {steps} step{'s' * (steps > 1)}; T/{part}"
-
-
-def wanted():
-    """(method, steps, part) of every run."""
-    for steps in STEPS:
-        for name in METHODS:
-            for part in PARTS if name != "DMD" else (64,):
-                yield name, steps, part
-    for name in LEVERS:
-        yield name, 4, 4
-    yield from STRONG_AT
-    yield from CALM_AT
 
 
 HELD = ("search", "untrained", "runs", "finer")  # in results/why.json
 
 
-def missing(results):
-    """(the runs, the runs at finer rates) that results lack: lists of (method, steps, part)."""
-    runs = [what for what in wanted() if key(*what) not in results["runs"]]
-    return runs, [what for what in RACES if key(*what) not in results["finer"]]
-
-
 def found():
     """What results/why.json holds. Raises BadInput where it lacks a run."""
     results = read_json(FILE, "results", *HELD)
-    require(not any(missing(results)), f"{FILE} lacks runs: python toy/why.py run")
+    whole = RUNS.keys() <= results["runs"].keys() and set(RACES) <= results["finer"].keys()
+    require(whole, f"{FILE} lacks runs: python toy/why.py run")
     return results
 
 
 def run():
     """Searches and runs what results/why.json does not hold yet."""
     results = read_json(FILE, "results", *HELD) if FILE.exists() else {part: {} for part in HELD}
-    runs, races = missing(results)
     world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
-    for name, steps, part in runs:
-        if f"{steps}" not in results["untrained"]:
-            start = drawn(world, world.mlp, toy.times_of(steps))  # (S, SAMPLES, 2)
-            results["untrained"][f"{steps}"] = measured(world, start)
-        rate = searched(results["search"], of_search, name, steps, searched_at(name, part))
-        net, x, cfg = trained(world, SEEDS, name, steps, part, rate)
-        row = {"method": name, "steps": steps, "part": part, "rate": rate, **measured(world, x)}
+    for steps in (1, 4):
+        results["untrained"][f"{steps}"] = measured(world, world.mlp, toy.times_of(steps))
+    for what in [what for what in RUNS if what not in results["runs"]]:
+        name, steps, part = RUNS[what]
+        rate = searched(results["search"], of_search, searched_at(what))
+        net, cfg = trained(world, what, rate)
+        row = {"method": name, "steps": steps, "part": part, "rate": rate}
+        row |= measured(world, net.student, net.times)
         if name.startswith("ADM"):
             row |= followed(net, cfg, world)
         if name == "DMD":
             row["weight"] = dmd_weight(net, cfg, world)
-        results["runs"][key(name, steps, part)] = row
+        results["runs"][what] = row
         write_json(FILE, results)
         print(row, flush=True)
-    for what in races:
-        tvs = {}  # {rate: TV of each seed}
-        for rate in FINER:
-            _, x, _ = trained(world, SEEDS, *what, rate)
-            tvs[f"{rate:g}"] = measured(world, x)["mode_tv"]
-        results["finer"][key(*what)] = tvs
+    for what in [what for what in RACES if what not in results["finer"]]:
+        results["finer"][what] = {f"{rate:g}": tv_of(world, what, rate) for rate in FINER}
         write_json(FILE, results)
-        print("finer", key(*what), tvs, flush=True)
+        print("finer", what, results["finer"][what], flush=True)
 
 
-def measured(world, x):
-    """{metric: its value for each seed} of samples x (S, SAMPLES, 2)."""
+def measured(world, student, times):
+    """{metric: its value for each seed} of a student with steps at these times."""
+    x = toy.drawn(world, student, times, SAMPLES)  # (S, SAMPLES, 2)
     values = {}
     for metric in (mode_tv, density_tv, modes_covered):
         values[metric.__name__] = [round(metric(world.mixture, of_seed), 4) for of_seed in x]
     return values
-
-
-@torch.no_grad()
-def drawn(world, student, times):
-    """(S, SAMPLES, 2): what the student makes of noise."""
-    x = toy.emitted(student, times, Noise((10, 0), world.seeds, SAMPLES))  # (S·SAMPLES, 2)
-    return x.unflatten(0, (len(world.seeds), -1))
 
 
 def followed(net, cfg, world):
@@ -234,25 +213,31 @@ def dmd_weight(net, cfg, world):
 # --- The picture and the tables -------------------------------------------------------------------
 
 SHOWN = [(steps, part) for steps in (4, 1) for part in (64, 4, 2)]  # in the first table
-PAPER, WITH_DAMPING = "ADM", "ADM, damping 0.1"
-FOLLOWERS = (  # in the last: (name, steps, part)
-    *[(name, 4, part) for part in (64, 4) for name in (PAPER, WITH_DAMPING)],
-    ("ADM, damping 0.1, β₁ 0", 4, 4),
-    ("ADM, damping 0.1, TTUR 4", 4, 4),
-    ("ADM, damping 0.1, heads at 5e-3", 4, 4),
-    *[("ADM, strong D", 4, part) for part in (4, 2)],
-    ("DMD, TTUR 4", 4, 64),
-    (WITH_DAMPING, 1, 256),
-    *[(PAPER, 1, part) for part in (4, 2)],
-    *[(f"ADM, damping 0.1, {calm}", 1, 4) for calm in ("β₁ 0", "β₁ 0.5", "β₁ 0, TTUR 4")],
-    ("ADM, TTUR 4", 1, 4),
-    ("ADM, strong heads", 1, 4),
-    *[("ADM, strong D", 1, part) for part in (4, 2)],
-    ("step, TTUR 4", 1, 4),
-    ("DMD, β₁ 0", 1, 64),
-    ("DMD, TTUR 4", 1, 64),
+FOLLOWERS = (  # in the last
+    "ADM; 4 steps; T/64",
+    "ADM, damping 0.1; 4 steps; T/64",
+    "ADM; 4 steps; T/4",
+    "ADM, damping 0.1; 4 steps; T/4",
+    "ADM, damping 0.1, β₁ 0; 4 steps; T/4",
+    "ADM, damping 0.1, TTUR 4; 4 steps; T/4",
+    "ADM, damping 0.1, heads at 5e-3; 4 steps; T/4",
+    "ADM, strong D; 4 steps; T/4",
+    "ADM, strong D; 4 steps; T/2",
+    "DMD, TTUR 4; 4 steps; T/64",
+    "ADM, damping 0.1; 1 step; T/256",
+    "ADM; 1 step; T/4",
+    "ADM; 1 step; T/2",
+    "ADM, damping 0.1, β₁ 0; 1 step; T/4",
+    "ADM, damping 0.1, β₁ 0.5; 1 step; T/4",
+    "ADM, damping 0.1, β₁ 0, TTUR 4; 1 step; T/4",
+    "ADM, TTUR 4; 1 step; T/4",
+    "ADM, strong heads; 1 step; T/4",
+    "ADM, strong D; 1 step; T/4",
+    "ADM, strong D; 1 step; T/2",
+    "step, TTUR 4; 1 step; T/4",
+    "DMD, β₁ 0; 1 step; T/64",
+    "DMD, TTUR 4; 1 step; T/64",
 )
-
 LINES = {  # name: (colour, how far its points are moved aside)
     "step": (LOOK["step"][1], 0.94),
     "step, DMD's weight": ("tab:cyan", 0.98),
@@ -263,49 +248,47 @@ LINES = {  # name: (colour, how far its points are moved aside)
 
 def picture():
     """results/why.png: TV against Δt in four steps and in one, and the weights that it implies."""
+    results = found()
     matplotlib.rcParams["font.size"] = 13
     figure = Figure(figsize=(21, 6.4), layout="constrained")
     axes = figure.subplots(1, 3)
-    of_tv(axes[0], 4)
-    of_tv(axes[1], 1)
-    of_weights(axes[2])
+    of_tv(axes[0], results, 4)
+    of_tv(axes[1], results, 1)
+    of_weights(axes[2], results["runs"])
     for ax in axes:
         legend_below(ax)
     with aside(RESULTS / "why.png") as partial:
         figure.savefig(partial, format="png", dpi=80)
 
 
-def of_tv(ax, steps):
+def of_tv(ax, results, steps):
     """Mean and standard deviation of TV over the seeds; DMD, which has no Δt, as a band."""
-    results = found()
     dmd = results["runs"][key("DMD", steps, 64)]["mode_tv"]
     mean, sd = np.mean(dmd), np.std(dmd, ddof=1)
     title, colour = LOOK["dmd"]
     ax.axhspan(mean - sd, mean + sd, color=colour, alpha=0.25, lw=0, label=title)
     start = np.mean(results["untrained"][f"{steps}"]["mode_tv"])
     ax.axhline(start, color="black", ls=":", label="before training")
+    dt = 1 / np.array(PARTS)  # (parts,)
     for name, (colour, beside) in LINES.items():
-        tvs = [results["runs"][key(name, steps, part)]["mode_tv"] for part in PARTS]
-        dts = [beside / part for part in PARTS]
-        means = [np.mean(tv) for tv in tvs]
-        sds = [np.std(tv, ddof=1) for tv in tvs]
-        ax.errorbar(dts, means, sds, marker="o", capsize=4, lw=2, color=colour, label=name)
-    ticks = [1 / part for part in PARTS]
+        tv = np.array([results["runs"][key(name, steps, part)]["mode_tv"] for part in PARTS])
+        look = {"marker": "o", "capsize": 4, "lw": 2, "color": colour, "label": name}
+        ax.errorbar(beside * dt, tv.mean(1), tv.std(1, ddof=1), **look)  # of (parts, seeds)
     ax.set_xscale("log")
-    ax.set_xticks(ticks, [f"T/{part}" for part in PARTS])
+    ax.set_xticks(dt, [f"T/{part}" for part in PARTS])
     ax.minorticks_off()
     ax.set(xlabel="Δt", ylabel="TV (0 is perfect)", ylim=(0, None))
     ax.set_title(f"{many(steps).capitalize()} from the teacher: mean ± sd of 5 seeds")
 
 
-def of_weights(ax):
+def of_weights(ax, runs):
     """Of the score difference in the student's gradient, each with mean 1 over its range of t."""
     shades = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, 5))
     for part, shade in zip((256, 64, 16, 4, 2), shades, strict=True):
         t = np.linspace(0.02 + 1 / part, 0.98, 200)  # of T
         weight = line_weight(t, 1 / part)
         ax.plot(t, weight / weight.mean(), color=shade, lw=2.5, label=f"step, Δt = T/{part}")
-    dmd = found()["runs"][key("DMD", 4, 64)]
+    dmd = runs[key("DMD", 4, 64)]
     t, weight = np.array(dmd["weight"]).T  # (24,) each
     title, colour = LOOK["dmd"]
     look = {"color": colour, "ls": "--", "lw": 2.5, "label": f"{title}, measured"}
@@ -319,48 +302,46 @@ def line_weight(t, dt):
     return (1 - (t - dt)) * dt / t
 
 
-def tv():
+def tv(results):
     """TV by method at some Δt, in four steps and in one; the picture has all."""
     lines = header("TV", *(f"{many(steps)}, T/{part}" for steps, part in SHOWN))
-    results = found()
-    cells = [pm(results["untrained"][f"{steps}"]["mode_tv"]) for steps in (4, 1)]
-    blank = [""] * (len(SHOWN) // 2 - 1)
-    lines.append(row_of(("before training", cells[0], *blank, cells[1], *blank)))
-    for name in METHODS:
+    four, one = [pm(results["untrained"][steps]["mode_tv"]) for steps in ("4", "1")]
+    lines.append(row_of(("before training", four, "", "", one, "", "")))
+    for name in ("DMD", *LINES):
         rows = [results["runs"].get(key(name, *at)) for at in SHOWN]  # DMD has no Δt but T/64
-        cells = [pm(row["mode_tv"]) if row else "" for row in rows]
-        lines.append(row_of((name, *cells)))
+        lines.append(row_of((name, *(pm(row["mode_tv"]) if row else "" for row in rows))))
     return lines
 
 
-def races():
+def races(finer):
     """TV at rates in between, and the paired verdict of best against best."""
-    finer = found()["finer"]
     lines = header("TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best")
-    for name, steps, part in RACES:
-        tvs = finer[key(name, steps, part)].values()  # by rate
-        best = min(tvs, key=np.mean)
-        what = f"{name}, T/{part}"
-        if name == "DMD":  # the first of a race
-            what, dmds = name, best
-        cells = [pm(values) for values in tvs]
-        lines.append(row_of((f"{what}; {many(steps)}", *cells, against(best, dmds))))
+    for what in RACES:
+        name, steps, part = RUNS[what]
+        label = name if name == "DMD" else f"{name}, T/{part}"
+        verdict = against(best_of(finer[what]), best_of(finer[key("DMD", steps, 64)]))
+        cells = [pm(values) for values in finer[what].values()]
+        lines.append(row_of((f"{label}; {many(steps)}", *cells, verdict)))
     return lines
 
 
-def followers():
+def best_of(tvs):
+    """Of {rate: TV of each seed} the TVs of least mean."""
+    return min(tvs.values(), key=np.mean)
+
+
+def followers(runs, finer):
     """How D follows, and what could make it: by method, steps and Δt.
 
     The rival is DMD with as many updates of its fake score; at TTUR 1 at its best of FINER.
     """
     columns = ("TV", "modes", "cosine", "length", "linear", "rate", "against DMD at its TTUR")
     lines = header("of which D", *columns)
-    runs, finer = found()["runs"], found()["finer"]
-    for name, steps, part in FOLLOWERS:
-        what = key(name, steps, part)
+    for what in FOLLOWERS:
+        name, steps, _ = RUNS[what]
         row = runs[what]
-        _, changes = EVERY[name]
-        rival = min(finer[key("DMD", steps, 64)].values(), key=np.mean)  # TV of each seed
+        rival = best_of(finer[key("DMD", steps, 64)])  # TV of each seed
+        _, changes, _ = METHODS[name]
         if "ttur" in changes:
             rival = runs[key("DMD, TTUR 4", steps, 64)]["mode_tv"]
         modes = ", ".join(f"{n}" for n in row["modes_covered"])
@@ -381,19 +362,22 @@ def against(values, others):
     """The verdict on TVs paired by seed, a t test at 95%."""
     if values == others:
         return ""
-    verdict = paired(np.array(values), np.array(others))
+    verdict = less(np.array(values), np.array(others))
     return {"holds": "less", "does not hold": "more", "tie": "a tie"}[verdict]
 
 
 def readme():
     """Prints toy/WHY.md's tables."""
-    print("\n\n".join("\n".join(lines) for lines in (tv(), races(), followers())))
+    results = found()
+    runs, finer = results["runs"], results["finer"]
+    tables = tv(results), races(finer), followers(runs, finer)
+    print("\n\n".join("\n".join(lines) for lines in tables))
 
 
 COMMANDS = {f.__name__: f for f in (run, picture, readme)}
 
 
-def main(argv):
+def main(argv=None):
     parser = plain_parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
     with in_one_line("why.py"):
@@ -402,4 +386,4 @@ def main(argv):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # matrices are small: more threads only wait for each other
-    main(sys.argv[1:])
+    main()
