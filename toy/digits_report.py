@@ -32,7 +32,7 @@ from toy.digits_experiment import (
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
-from toy.plot import LOOK
+from toy.plot import LOOK, logarithmic
 
 COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "class_tv", "accuracy")
 # {where a comparison of second stages starts: its methods}
@@ -198,7 +198,7 @@ def curves(runs, teacher):
         style = {"color": "black", "lw": 0.8, "ls": "--"}
         for axis in (upper, lower):
             shown["teacher, 28 steps"] = axis.axhline(teacher["fd"], **style)
-            axis.set_yscale("log")
+            logarithmic(axis)
         upper.set_title(title, fontsize=12)
         upper.set_xlabel("iterations")
         lower.set_xlabel("time, in updates of DMD")
@@ -225,7 +225,7 @@ def gain(first, second, out):
         axis.plot(iterations, distances, color=LOOK[look][1], marker="o", label=label)
         done = iterations[-1]
     axis.axhline(own, color="black", ls="--", lw=1, label="the teacher in 28 steps, other noises")
-    axis.set_yscale("log")
+    logarithmic(axis)
     axis.set_xlabel("iterations")
     axis.set_ylabel("Fréchet distance to the teacher's images")
     axis.legend()

@@ -60,6 +60,14 @@ def legend_below(ax):
     ax.legend(ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
+def logarithmic(ax):
+    """The y axis, with its numbers as one says them."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
 def samples(runs):
     """Target and each method's samples of the first seed; the numbers are means over seeds."""
     mixture = load_mixture(runs[0]["mixture"], runs[0]["separation"])
@@ -99,10 +107,7 @@ def curves(runs):
                 ax.plot(x, y.mean(0), label=title, color=colour)
                 ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, lw=0)
         upper.set_title(start)
-        upper.set_yscale("log")
-        upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        upper.yaxis.set_major_formatter("{x:g}")
-        upper.yaxis.set_minor_locator(NullLocator())
+        logarithmic(upper)
         lower.set_xlabel("student updates")
         legend_below(lower)
     axes[0, 0].set_ylabel("TV (0 is perfect)")

@@ -586,7 +586,7 @@ def trained(cfg, method, world, rates=RATES, kind=Curves):
 
 def after_adp(cfg, world, rates, kind):
     """(student, its curves) after ADP as the first part of adp+…: made once, then copied."""
-    first_stage = str(replace(cfg, **PUBLISHED))  # the same whatever stage 2's own settings are
+    first_stage = str(replace(cfg, **PUBLISHED))  # what PUBLISHED names is stage 2's
     key = kind, rates["mse"], rates["adp"], first_stage
     if key not in world.adp:
         began = time.perf_counter()
