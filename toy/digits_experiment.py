@@ -273,7 +273,7 @@ def levers(seeds=()):
             keep(method, seed, LEVERS_JSON, more, change)
 
 
-def cost(turns=3, iterations=10):
+def cost(turns=5, iterations=10):
     """results/digits-cost.json: how long an update of each of CASES takes, DMD's being 1.
 
     Runs of so many updates take turns, so that what else the machine does slows all; of a turn each
