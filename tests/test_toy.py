@@ -436,11 +436,12 @@ def test_plot_refuses_what_is_no_results_file(tmp_path, capsys, results):
 # --- Claims ---------------------------------------------------------------------------------------
 
 
-def test_dmdx_covers_every_mode_of_a_small_mixture():
+def test_dmdx_covers_every_mode_of_a_small_mixture(monkeypatch):
     """Weights 1:2:1:4 at radius 4, three seeds.
 
     At a student rate at which a wrong gradient would have undone ADP's work.
     """
+    monkeypatch.setattr(Config, "adp_share", 0.5)
     cfg = Config(mixture="ring4-rare", seeds=3, iterations=500, width=64)
     world = world_of(cfg, 1000)
     start = toy.sample(world, world.mlp)[0]  # the teacher in one step: where DMD starts

@@ -41,7 +41,7 @@ SEARCH_SEEDS = {"seeds": 2, "first_seed": 100}
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 START = 3e-4
 
-FROM_TEACHER = toy.FEW_STEPS
+FROM_TEACHER = ("dmd", "step", "adm-paper", "adm-recipe")
 FROM_ADP = tuple(f"adp+{method}" for method in FROM_TEACHER)
 ONE_STEP = ("mse", "adp", *FROM_TEACHER, *FROM_ADP)
 

@@ -21,7 +21,7 @@ The experiment and the README's tables and pictures of it (hours):
     python toy/digits.py search         # or of one method: search adm-recipe
     python toy/digits.py experiment     # or of one method
     python toy/digits.py levers         # or of one seed: levers 0
-    python toy/digits.py cost           # of an update, by method
+    python toy/digits.py cost           # of an update, by method and lever
     python toy/digits.py readme
     python toy/digits.py picture
 """

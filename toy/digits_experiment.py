@@ -96,7 +96,8 @@ SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith
 def trial(method, seed, rate, iterations=ITERATIONS, more="", change=NONE):
     """One run of a method, measured: a row of digits.json but for its curve.
 
-    more: flags of that stage that differ. change: one of digits_changes.py's CHANGES.
+    more: flags of that stage that differ, before which `rate` yields if --lr-student is among them.
+    change: one of digits_changes.py's CHANGES.
     """
     flags = METHODS[method]
     words = f"{method} {seed} {rate or ''} {iterations} {more} {change}".replace(",", "")
@@ -276,8 +277,8 @@ def levers(seeds=()):
 def cost(turns=5, iterations=10):
     """results/digits-cost.json: how long an update of each of CASES takes, DMD's being 1.
 
-    Runs of so many updates take turns, so that what else the machine does slows all; of a turn each
-    has its median update, of the turns the median ratio.
+    It is one in which the student learns. Runs of so many take turns, so that what else the machine
+    does slows all; of a turn each has its median update, of the turns the median ratio.
     """
     pairs()
     init, commands = start(DMD, SEEDS[0])

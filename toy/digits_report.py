@@ -84,18 +84,20 @@ def table_at_equal_time(runs):
         mine = [run for run in runs if what_of(run) == what_of(case)]
         warmup = warmup_of(case["method"])
         then = min((ITERATIONS + WARMUP) / case["cost"], ITERATIONS + warmup)
+        if not mine:
+            continue
         fds = [fd_at(then, run["curve"], warmup) for run in mine]
         cells = (case["method"], differs(case), f"{case['cost']:.2f}", f"{then:.0f}", spread(fds))
         lines.append(row_of(cells))
     return lines
 
 
-def fd_at(iteration, curve, warmup):
+def fd_at(iteration, points, warmup):
     """fd between two points of a curve, on the line through their logarithms.
 
     While the student rests it is its start's.
     """
-    iterations, _, fds, *_ = np.array(curve).T  # (n,) each
+    iterations, _, fds, *_ = np.array(points).T  # (n,) each
     iterations = np.insert(iterations, 1, warmup)  # (n + 1,)
     fds = np.insert(fds, 1, fds[0])  # (n + 1,)
     return np.exp(np.interp(iteration, iterations, np.log(fds)))
@@ -126,7 +128,7 @@ def table_of_levers(runs):
 
 
 def picture():
-    """results/digits-curves.png, from digits.json alone, then results/digits.png, from the runs.
+    """results/digits-curves.png, of results alone, then results/digits.png, from the runs.
 
     Those that are not in out/ are made again, by their commands.
     """
@@ -179,7 +181,8 @@ def sheet(rows, path):
 def curves(runs, teacher):
     """results/digits-curves.png: fd along stage 2, one line a seed, by iterations and by time.
 
-    teacher: `measure`'s row of its own samples, dashed.
+    Time is iterations by what an update costs (`cost`). teacher: `measure`'s row of its own
+    samples, dashed.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="col")

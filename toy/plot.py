@@ -71,8 +71,7 @@ def logarithmic(ax):
 def samples(runs):
     """Target and each method's samples of the first seed; the numbers are means over seeds."""
     mixture = load_mixture(runs[0]["mixture"], runs[0]["separation"])
-    draws = mixture.sample(4000, torch.Generator().manual_seed(10**6))  # (4000, 2)
-    target = draws[:1000].numpy()  # (1000, 2)
+    target = mixture.sample(1000, torch.Generator().manual_seed(10**6)).numpy()  # (1000, 2)
     panels = [(target, "target", "black", "")]
     for method, group in by(runs, "method").items():
         covered = np.mean([r["modes_covered"] for r in group])

@@ -135,7 +135,7 @@ class Config:
     beta1: float = option(0.9, "Adam's β1 in stage 2, of all that learns", "networks and rates")
     out: str = option("out/toy", "new folder to write", "output")
 
-    # What nobody varies here. Of those that adm.py reads too, all but the last are its defaults.
+    # What nobody varies here. From t_min to fake_gradient they are adm.py's defaults.
     batch_size: ClassVar = 256  # samples of each seed in an update
     adp_share: ClassVar = 0.75  # of the iterations of adp+… that are ADP's
     mse_share: ClassVar = 0.9  # of ADP's iterations that are regression, before its adversary

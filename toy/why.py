@@ -142,7 +142,9 @@ def run():
     results = read_json(FILE, "results", *HELD) if FILE.exists() else {part: {} for part in HELD}
     world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
     for steps in (1, 4):
-        results["untrained"][f"{steps}"] = measured(world, world.mlp, toy.times_of(steps))
+        if f"{steps}" not in results["untrained"]:
+            start = measured(world, world.mlp, toy.times_of(steps))
+            results["untrained"][f"{steps}"] = start
     for what in [what for what in RUNS if what not in results["runs"]]:
         name, steps, part = RUNS[what]
         rate = searched(results["search"], of_search, searched_at(what))
