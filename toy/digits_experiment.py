@@ -78,6 +78,7 @@ FLAGS = (  # that differ, and of which methods
     ("--beta1 0.5 --ttur 4", (DMD, ADM)),
     ("--beta1 0.5 --ttur 4 --lr-student 3e-05", (ADM,)),
     ("--beta1 0.5 --ttur 4 --lr-student 0.0001", (DMD, ADM)),
+    ("--beta1 0.5 --ttur 4 --lr-student 0.0003", (DMD,)),
     ("--head-width 256", (ADM,)),
 )
 # What could help: a method, flags of it that differ, and one of digits_changes.py's CHANGES.
