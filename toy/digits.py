@@ -20,7 +20,7 @@ The experiment and the README's tables and pictures of it (hours):
 
     python toy/digits.py search         # or of one method: search adm-recipe
     python toy/digits.py experiment     # or of one method
-    python toy/digits.py levers         # or of one seed: levers 0
+    python toy/digits.py levers         # or of one method
     python toy/digits.py cost           # of an update, by method and lever
     python toy/digits.py readme
     python toy/digits.py picture
@@ -41,7 +41,6 @@ from toy.digits_report import gain, picture, readme
 from toy.digits_samples import samples
 from toy.digits_teacher import train
 
-ANY_NUMBER = {"nargs": "*"}
 # {name: (what it does, {its argument: argparse's description of that})}
 COMMANDS = {
     "train": (train, {}),
@@ -49,9 +48,9 @@ COMMANDS = {
     "clip": (clip, {}),
     "diagnose": (diagnose, {"init": {}, "out": {}}),
     "gain": (gain, {"first": {}, "second": {}, "out": {}}),
-    "search": (search, {"methods": {**ANY_NUMBER, "choices": SECOND_STAGES}}),
-    "experiment": (experiment, {"methods": {**ANY_NUMBER, "choices": list(METHODS)}}),
-    "levers": (levers, {"seeds": {**ANY_NUMBER, "type": int}}),
+    "search": (search, {"methods": {"nargs": "*", "choices": SECOND_STAGES}}),
+    "experiment": (experiment, {"methods": {"nargs": "*", "choices": list(METHODS)}}),
+    "levers": (levers, {"methods": {"nargs": "*", "choices": SECOND_STAGES}}),
     "cost": (cost, {}),
     "readme": (readme, {}),
     "picture": (picture, {}),

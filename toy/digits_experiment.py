@@ -2,8 +2,9 @@
 
 ADP comes first, and so short that a second stage has work to do (ours). Every second stage has
 ITERATIONS updates of its student, after the recipe's warm-up. The student's learning rate is the
-best of RATES by Fréchet distance to the teacher's images, tried on another seed; that of regression
-alone, and of ADP, is their recipe's.
+best of RATES by Fréchet distance to the teacher's images, tried on another seed, for each method
+and for each that differs by flags in SEARCHED; that of regression alone, and of ADP, is their
+recipe's.
 """
 
 from functools import cache
@@ -39,7 +40,6 @@ POINTS = 3  # of a curve, after its start
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 SEARCH_SEED = 100
-NOTHING = {"rates": {}, "trials": []}
 PAPER = "adm.py --paper --head-width 64"  # as written, but for the width of the heads
 ADP_FIRST = "adp.py --ema 0"  # so short that an average would still be its start
 METHODS = {
@@ -59,36 +59,30 @@ METHODS = {
     "adm-paper, four steps": PAPER,
 }
 DMD, STEP, ADM = "adp+dmd", "adp+step", "adp+adm-recipe"
-DTS = (1 / 256, 1 / 64, 1 / 16, 1 / 2)  # Δt; the recipe has T/4
-FLAGS = (  # that differ, and of which methods
-    *[(f"--dt {dt}", (STEP, ADM)) for dt in DTS],
-    (f"--dt {1 / 64} --lr-student 1e-05", (STEP,)),
-    (f"--dt {1 / 64} --gen-weight dmd", (STEP,)),
-    ("--gen-weight dmd", (ADM,)),
-    ("--ttur 4", (DMD, STEP, ADM)),
-    ("--ttur 4 --lr-student 0.0001", (DMD,)),
-    ("--ttur 4 --lr-student 3e-05", (ADM,)),
-    ("--batch-size 64", (DMD, ADM)),
-    ("--batch-size 64 --lr-student 0.0001", (DMD,)),
-    ("--beta1 0.5", (DMD, STEP, ADM)),
-    ("--beta1 0.5 --lr-student 0.0001", (DMD, STEP)),
-    ("--beta1 0.5 --lr-student 0.0003", (DMD,)),
-    ("--beta1 0.5 --lr-student 3e-05", (ADM,)),
-    ("--beta1 0", (ADM,)),
-    ("--beta1 0.5 --ttur 4", (DMD, ADM)),
-    ("--beta1 0.5 --ttur 4 --lr-student 3e-05", (ADM,)),
-    ("--beta1 0.5 --ttur 4 --lr-student 0.0001", (DMD, ADM)),
-    ("--beta1 0.5 --ttur 4 --lr-student 0.0003", (DMD,)),
-    ("--head-width 256", (ADM,)),
-)
+FOUR_STEPS = ("dmd, four steps", "step, four steps", "adm-recipe, four steps")
+PAPERS_DT, TTUR, BATCH, BETA = f"--dt {1 / 64}", "--ttur 4", "--batch-size 64", "--beta1 0.5"
+FLAGS = {  # that differ: of which methods
+    **{f"--dt {dt}": (STEP, ADM) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)},  # for 1/4
+    f"{PAPERS_DT} --gen-weight dmd": (STEP,),
+    "--gen-weight dmd": (ADM,),
+    TTUR: (DMD, STEP, ADM),
+    BATCH: (DMD, ADM),
+    BETA: (DMD, STEP, ADM, *FOUR_STEPS),
+    f"{BETA} {TTUR}": (DMD, STEP, ADM, *FOUR_STEPS),
+    "--beta1 0": (ADM,),
+    "--head-width 256": (ADM,),
+}
+SEARCHED = (PAPERS_DT, TTUR, BATCH, BETA, f"{BETA} {TTUR}")  # these at a rate of their own
 # What could help: a method, flags of it that differ, and one of digits_changes.py's CHANGES.
-LEVERS = [(method, flags, NONE) for flags, methods in FLAGS for method in methods]
+LEVERS = [(method, flags, NONE) for flags, methods in FLAGS.items() for method in methods]
 LEVERS += [(ADM, "", change) for change in CHANGES if change != NONE]
 AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")
 # Those that are compared at equal time: their updates' cost is measured.
-TIMED = ("--beta1 0.5", "--ttur 4", "--batch-size 64", "--head-width 256")
+TIMED = (BETA, TTUR, BATCH, "--head-width 256")
 CASES = [(method, "", NONE) for method in AFTER_ADP]
-CASES += [what for what in LEVERS if what[1] in TIMED or what[2] != NONE]
+for method, flags, change in LEVERS:
+    if method in AFTER_ADP and (flags in TIMED or change != NONE):
+        CASES.append((method, flags, change))
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
 # --- One trial ------------------------------------------------------------------------------------
@@ -97,8 +91,7 @@ SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith
 def trial(method, seed, rate, iterations=ITERATIONS, more="", change=NONE):
     """One run of a method, measured: a row of digits.json but for its curve.
 
-    more: flags of that stage that differ, before which `rate` yields if --lr-student is among them.
-    change: one of digits_changes.py's CHANGES.
+    more: flags of that stage that differ. change: one of digits_changes.py's CHANGES.
     """
     flags = METHODS[method]
     words = f"{method} {seed} {rate or ''} {iterations} {more} {change}".replace(",", "")
@@ -238,21 +231,50 @@ def pairs():
 
 
 def search(methods=()):
-    """results/digits-search.json: the best rate of these methods (default: all), and the trials."""
+    """results/digits-search.json: the best rate of these methods (default: all), and the trials.
+
+    Of each method as it is, then with each of SEARCHED. It goes on where it was.
+    """
     pairs()
-    for method in methods or SECOND_STAGES:
-        rows = []  # a trial each
+    wanted = [(method, "") for method in SECOND_STAGES]
+    wanted += [(method, flags) for method, flags, _ in LEVERS if flags in SEARCHED]
+    for method, flags in wanted:
+        if not methods or method in methods:
+            search_one(method, flags)
 
-        def fd(rate, method=method, rows=rows):
-            rows.append(trial(method, SEARCH_SEED, rate))
-            return rows[-1]["fd"]
 
-        best = best_rate({}, RATES, 1e-5, fd)
-        # Two searches may go side by side.
-        plan = read_json(SEARCH_JSON, "search", "rates") if SEARCH_JSON.exists() else NOTHING
-        others = [row for row in plan["trials"] if row["method"] != method]
-        found = {"rates": {**plan["rates"], method: best}, "trials": [*others, *rows]}
-        write_json(SEARCH_JSON, found)
+def search_one(method, flags):
+    """The best rate of a method with these flags, and what has been tried, into the json file."""
+    tried = [row for row in plan()["trials"] if (row["method"], row["flags"]) == (method, flags)]
+    trials = {f"{row['rate']:g}": row["fd"] for row in tried}
+
+    def fd(rate):
+        row = trial(method, SEARCH_SEED, rate, more=flags)
+        now = plan()  # another search may go on beside this
+        now["trials"].append(row)
+        write_json(SEARCH_JSON, now)
+        return row["fd"]
+
+    if flags:  # upwards first: D or fake score learn more, and the student may, too
+        best = best_rate(trials, RATES[::-1], plan()["rates"][method], fd)
+    else:
+        best = best_rate(trials, RATES, 1e-5, fd)
+    now = plan()
+    now["rates"][f"{method} {flags}".strip()] = best
+    write_json(SEARCH_JSON, now)
+
+
+def plan():
+    """What results/digits-search.json holds."""
+    if SEARCH_JSON.exists():
+        return read_json(SEARCH_JSON, "search", "rates")
+    return {"rates": {}, "trials": []}
+
+
+def rate_of(method, flags):
+    """The student's rate by the search: of these flags, or else of the method; None of neither."""
+    rates = plan()["rates"]
+    return rates.get(f"{method} {flags}".strip(), rates.get(method))
 
 
 def experiment(methods=()):
@@ -268,11 +290,13 @@ def seeds_of(method):
     return (3, 4, 5) if method.endswith("four steps") else SEEDS
 
 
-def levers(seeds=()):
-    """results/digits-levers.json: each of LEVERS likewise (default: SEEDS)."""
-    for seed in seeds or SEEDS:
-        for method, more, change in LEVERS:
-            keep(method, seed, LEVERS_JSON, more, change)
+def levers(methods=()):
+    """results/digits-levers.json: each of LEVERS likewise."""
+    pairs()
+    for method, more, change in LEVERS:
+        if not methods or method in methods:
+            for seed in seeds_of(method):
+                keep(method, seed, LEVERS_JSON, more, change)
 
 
 def cost(turns=5, iterations=10):
@@ -315,12 +339,11 @@ def runs_of(path):
 
 
 def keep(method, seed, path, more="", change=NONE):
-    """Run a trial at its method's rate and put its row into the json file, if it is not there."""
+    """Run a trial at its rate and put its row into the json file, if it is not there."""
     there = [what_of(row) for row in runs_of(path) if row["seed"] == seed]
     if (method, more, change) in there:
         return
-    rate = read_json(SEARCH_JSON, "search", "rates")["rates"].get(method)
-    row = trial(method, seed, rate, more=more, change=change)
+    row = trial(method, seed, rate_of(method, more), more=more, change=change)
     row["curve"] = curve(Path(row["command"].split()[-1]))
     # Read once more: another may have been written meanwhile.
     write_json(path, {"runs": [*runs_of(path), row]})
