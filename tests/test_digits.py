@@ -375,10 +375,8 @@ def test_curve_of_a_run(distilled, family):
     average = weights(distilled / "adm" / "checkpoints" / "000020", "ema")
     exported = models.load_denoiser(family, folder=distilled / "adm" / "pipeline").own_parameters()
     assert exported and all(torch.equal(average[name], p) for name, p in exported.items())
-    iterations, seconds, *_ = zip(*points, strict=True)
-    start, rested, trained, end = (now for _, _, *now in points)
-    assert iterations == (0, 8, 16, 20)
-    assert seconds[0] == 0 and list(seconds) == sorted(seconds)
+    assert [iteration for iteration, *_ in points] == [0, 8, 16, 20]
+    start, rested, trained, end = (now for _, *now in points)
     assert start == rested == first
     assert end == last
     assert trained not in (first, last)
@@ -394,7 +392,7 @@ def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):
 
 
 def test_fd_at_equal_time_is_the_starts_while_the_student_rests():
-    curve = [[0, 0, 4.0, 9, 0.5], [100, 7, 1.0, 9, 0.6], [360, 20, 0.5, 9, 0.7]]
+    curve = [[0, 4.0, 9, 0.5], [100, 1.0, 9, 0.6], [360, 0.5, 9, 0.7]]
     fds = [fd_at(iteration, curve, 60) for iteration in (0, 30, 60, 80, 100, 360)]
     assert fds == pytest.approx([4, 4, 4, 2, 1, 0.5])
     assert fd_at(50, curve, 0) == pytest.approx(2)
@@ -415,8 +413,8 @@ def test_committed_results_are_whole(teacher):
         assert f"--seed {row['seed']} " in row["command"]
         (budget,) = re.findall(r" --iterations (\d+) [^&]*$", row["command"])
         first, last = row["curve"][0], row["curve"][-1]
-        assert row["iterations"] == int(budget) == last[0] and first[:2] == [0, 0]
-        assert last[2:] == pytest.approx([row["fd"], row["fd_any"], row["coverage"]])
+        assert row["iterations"] == int(budget) == last[0] and first[0] == 0
+        assert last[1:] == pytest.approx([row["fd"], row["fd_any"], row["coverage"]])
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -8,7 +8,6 @@ recipe's.
 """
 
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -177,12 +176,12 @@ def measured(folder):
 
 
 def curve(folder):
-    """[[iteration, seconds, fd, fd_any, coverage], …] of a run, at its start and its checkpoints.
+    """[[iteration, fd, fd_any, coverage], …] of a run, at its start and its checkpoints.
 
     The start is what the run of its --init exported, the last checkpoint what this one did.
     """
     init = read_json(folder / "config.json", "run", "config")["config"]["init"]
-    seconds = list(accumulate(curves.read(folder)["seconds"], initial=0))  # after each iteration
+    iterations = len(curves.read(folder)["iteration"])
     family = load_teacher("digits")
     teacher = teacher_samples(family)
     student, schedule, steps = open_run(folder, family)
@@ -192,13 +191,8 @@ def curve(folder):
 
     rows = {0: judged(load_denoiser(family)) if init == "teacher" else measured(Path(init))}
     for iteration in at_checkpoints(folder, student):
-        is_last = iteration == len(seconds) - 1
-        rows[iteration] = measured(folder) if is_last else judged(student)
-    points = []
-    for iteration, row in rows.items():
-        when = [iteration, round(seconds[iteration], 1)]
-        points.append([*when, row["fd"], row["fd_any"], row["coverage"]])
-    return points
+        rows[iteration] = measured(folder) if iteration == iterations else judged(student)
+    return [[at, row["fd"], row["fd_any"], row["coverage"]] for at, row in rows.items()]
 
 
 def at_checkpoints(folder, student):

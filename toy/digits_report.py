@@ -10,16 +10,14 @@ from families import load_teacher
 from toy.claims import header, row_of
 from toy.digits_changes import NONE
 from toy.digits_experiment import (
-    ADM,
     AFTER_ADP,
     COST_JSON,
     DIGITS_JSON,
-    DMD,
+    FOUR_STEPS,
     ITERATIONS,
     LEVERS,
     LEVERS_JSON,
     METHODS,
-    STEP,
     WARMUP,
     curve,
     execute,
@@ -40,7 +38,6 @@ STAGE_2 = {
     "one step, from ADP": AFTER_ADP,
     "one step, from the teacher": ("dmd", "step", "adm-recipe"),
 }
-BESIDE = (DMD, STEP, ADM)  # what the levers are compared with
 MAPS_JSON = RESULTS / "digits-maps.json"  # of a teacher whose patches are one latent: see README
 SHOWN = [*range(10), *range(500, 508)]  # the places, among NUMBERS, of the images in a picture
 
@@ -52,8 +49,9 @@ def readme():
     tables = (
         table_of_methods(runs, teacher),
         table_at_equal_time([*runs, *levers]),
-        table_of_levers([*runs, *levers]),
-        table_of_levers(runs_of(MAPS_JSON)),
+        table_of_levers([*runs, *levers], AFTER_ADP),
+        table_of_levers([*runs, *levers], FOUR_STEPS, COLUMNS),
+        table_of_levers(runs_of(MAPS_JSON), AFTER_ADP),
     )
     print("\n\n".join("\n".join(lines) for lines in tables))
 
@@ -97,7 +95,7 @@ def fd_at(iteration, points, warmup):
 
     While the student rests it is its start's.
     """
-    iterations, _, fds, *_ = np.array(points).T  # (n,) each
+    iterations, fds, *_ = np.array(points).T  # (n,) each
     iterations = np.insert(iterations, 1, warmup)  # (n + 1,)
     fds = np.insert(fds, 1, fds[0])  # (n + 1,)
     return np.exp(np.interp(iteration, iterations, np.log(fds)))
@@ -115,15 +113,16 @@ def spread(values):
     return f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
-def table_of_levers(runs):
-    """Lines: of BESIDE and of each of LEVERS among the runs, mean and range over seeds."""
-    lines = header("method", "what differs", "seeds", "fd", "fd_any")
-    for what in [*((method, "", NONE) for method in BESIDE), *LEVERS]:
+def table_of_levers(runs, methods, columns=("fd", "fd_any")):
+    """Lines: of these methods, and of those of LEVERS among the runs, mean and range over seeds."""
+    lines = header("method", "what differs", "rate", "seeds", *columns)
+    for what in [*((method, "", NONE) for method in methods), *LEVERS]:
         mine = sorted((run for run in runs if what_of(run) == what), key=itemgetter("seed"))
-        if mine:
+        if mine and what[0] in methods:
             seeds = ", ".join(str(run["seed"]) for run in mine)
-            fds = [spread([run[name] for run in mine]) for name in ("fd", "fd_any")]
-            lines.append(row_of((what[0], differs(mine[0]), seeds, *fds)))
+            cells = [spread([run[name] for run in mine]) for name in columns]
+            about = (what[0], differs(mine[0]), f"{mine[0]['rate']:g}", seeds)
+            lines.append(row_of((*about, *cells)))
     return lines
 
 
@@ -195,7 +194,7 @@ def curves(runs, teacher):
             name, colour = LOOK[from_teacher]
             style = {"color": colour, "lw": 1.2, "marker": ".", "ms": 5}
             for points in [run["curve"] for run in runs if run["method"] == method]:
-                iterations, _, fds, *_ = np.array(points).T  # (n,) each
+                iterations, fds, *_ = np.array(points).T  # (n,) each
                 (shown[name],) = upper.plot(iterations, fds, **style)
                 lower.plot(iterations * costs[after_adp, "", NONE], fds, **style)
         style = {"color": "black", "lw": 0.8, "ls": "--"}
@@ -223,9 +222,8 @@ def gain(first, second, out):
     done = 0
     for folder, label, look in ((first, "ADP", "adp"), (second, "ADM, from there", "adm-recipe")):
         points = curve(Path(folder))
-        iterations = [done + point[0] for point in points]
-        distances = [point[2] for point in points]
-        axis.plot(iterations, distances, color=LOOK[look][1], marker="o", label=label)
+        iterations, fds, *_ = np.array(points).T  # (n,) each
+        axis.plot(done + iterations, fds, color=LOOK[look][1], marker="o", label=label)
         done = iterations[-1]
     axis.axhline(own, color="black", ls="--", lw=1, label="the teacher in 28 steps, other noises")
     logarithmic(axis)

@@ -130,8 +130,7 @@ def teacher_table(family):
 
 def table(rows):
     """Lines of a Markdown table of {name: {column: float}}, to three digits."""
-    columns = list(next(iter(rows.values())))
-    lines = [f"| | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    lines = header("", *next(iter(rows.values())))
     for name, row in rows.items():
         lines.append(row_of((name, *(f"{value:.3g}" for value in row.values()))))
     return lines

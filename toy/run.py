@@ -21,7 +21,6 @@ toy/plot.py reads. All numbers are ours unless a comment says otherwise: the pap
 
 import math
 import sys
-import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -318,7 +317,6 @@ class Curves:
 
     wanted      the iterations after which there is one, HISTORY of a run's `total` or so
     times       (n,) of the student's steps
-    seconds     of training so far
     """
 
     def __init__(self, world, total, times=ONE_STEP):
@@ -329,7 +327,6 @@ class Curves:
         self.times = times
         self.points = [[] for _ in world.seeds]
         self.done = 0
-        self.seconds = 0.0
 
     def due(self):
         """Counts one iteration; True where a point is wanted."""
@@ -574,13 +571,11 @@ def trained(cfg, method, world, rates=RATES, kind=Curves):
         student = deepcopy(world.start).requires_grad_(True)
         times = times_of(cfg.student_steps if method in FEW_STEPS else 1)
         curves = kind(world, cfg.iterations, times)
-    began = time.perf_counter()
     iterations = cfg.iterations - curves.done
     if loss in ("mse", "adp"):
         net = pretrain(cfg, loss, world, student, iterations, rates, curves)
     else:
         net = distil(cfg, loss, world, student, iterations, rates[method], curves)
-    curves.seconds += time.perf_counter() - began
     return net, curves
 
 
@@ -589,12 +584,10 @@ def after_adp(cfg, world, rates, kind):
     first_stage = str(replace(cfg, **PUBLISHED))  # what PUBLISHED names is stage 2's
     key = kind, rates["mse"], rates["adp"], first_stage
     if key not in world.adp:
-        began = time.perf_counter()
         student = deepcopy(world.start).requires_grad_(True)
         curves = kind(world, cfg.iterations)
         iterations = round(cfg.adp_share * cfg.iterations)
         pretrain(cfg, "adp", world, student, iterations, rates, curves)
-        curves.seconds = time.perf_counter() - began
         world.adp[key] = student, curves
     return deepcopy(world.adp[key])
 
@@ -616,7 +609,6 @@ def train(cfg, method, world, rates=RATES):
             "seed": seed,
             **metrics(world.plane, x),
             "iterations": cfg.iterations,
-            "seconds": round(curves.seconds, 1),
             "shares": [round(float(share), 4) for share in shares(world.plane, x)],
             "history": curves.points[i],
             "points": points if i == 0 else [],
@@ -655,11 +647,10 @@ COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name among the res
 
 def table(runs):
     """Text: one line a method (and mixture and separation), mean ± sd over its seeds."""
-    columns = {**COLUMNS, "seconds": "seconds"}
-    lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in columns)]
+    lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
     for (method, mixture, separation), group in by(runs, "method", "mixture", "separation").items():
         line = f"{method:14} {mixture:>10} {separation:>4.1f}{len(group):>6}"
-        for name in columns.values():
+        for name in COLUMNS.values():
             values = [r[name] for r in group]
             sd = np.std(values, ddof=len(values) > 1)
             line += f"{np.mean(values):>9.3f} ± {sd:<6.3f}"
