@@ -24,7 +24,7 @@ from ode import Draw, student_sample
 from toy import digits, digits_changes, digits_diagnosis, digits_experiment, digits_teacher
 from toy.digits_changes import CHANGES, NONE, changed
 from toy.digits_clip import CLIP, clip
-from toy.digits_experiment import METHODS, curve, measured, seeds_of
+from toy.digits_experiment import LEVERS, METHODS, RATES, curve, measured, seeds_of
 from toy.digits_measure import LABELS, NUMBERS, look, measure, read
 from toy.digits_report import fd_at
 from toy.digits_samples import (
@@ -387,7 +387,7 @@ def test_tables_of_the_readme_are_what_the_script_prints(tmp_path):
     assert done.returncode == 0, done.stderr
     tables = done.stdout.strip().split("\n\n")
     text = (ROOT / "toy" / "README.md").read_text()
-    assert len(tables) == 4
+    assert len(tables) == 5
     assert all(one in text for one in tables)
 
 
@@ -415,6 +415,55 @@ def test_committed_results_are_whole(teacher):
         first, last = row["curve"][0], row["curve"][-1]
         assert row["iterations"] == int(budget) == last[0] and first[0] == 0
         assert last[1:] == pytest.approx([row["fd"], row["fd_any"], row["coverage"]])
+
+
+def test_committed_searches_found_a_rate_inside_what_was_tried():
+    found = json.loads((RESULTS / "digits-search.json").read_text())
+    for method, flags in digits_experiment.to_search():
+        fds = {}
+        for row in found["trials"]:
+            if (row["method"], row["flags"]) == (method, flags):
+                assert row["seed"] == digits_experiment.SEARCH_SEED
+                assert f"--lr-student {row['rate']:g} {flags}" in row["command"]
+                fds[row["rate"]] = row["fd"]
+        best = found["rates"][f"{method} {flags}".strip()]
+        assert best == min(fds, key=fds.get), (method, flags)
+        at = RATES.index(best)
+        assert set(RATES[max(0, at - 1) : at + 2]) <= set(fds), (method, flags)
+
+
+def test_committed_levers_have_their_rates():
+    rows = digits_experiment.runs_of(RESULTS / "digits-levers.json")
+    assert len({(*digits_experiment.what_of(row), row["seed"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert digits_experiment.what_of(row) in LEVERS
+        assert row["rate"] == digits_experiment.rate_of(row["method"], row["flags"])
+        assert f"--lr-student {row['rate']:g} {row['flags']}" in row["command"]
+
+
+def test_a_search_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Of a method down first, with flags that are searched up first, from the method's own rate."""
+    monkeypatch.setattr(digits_experiment, "SEARCH_JSON", tmp_path / "search.json")
+    tried = []
+
+    def trial(method, seed, rate, more=""):
+        tried.append(rate)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        best = 1e-4 if more else 1e-5
+        fd = abs(np.log(rate / best))
+        return {"method": method, "flags": more, "seed": seed, "rate": rate, "fd": fd}
+
+    monkeypatch.setattr(digits_experiment, "trial", trial)
+    with pytest.raises(KeyboardInterrupt):
+        digits_experiment.search_one("adp+dmd", "")
+    digits_experiment.search_one("adp+dmd", "")
+    assert tried == [3e-6, 1e-5, 3e-5, 3e-5]
+    digits_experiment.search_one("adp+dmd", "--ttur 4")
+    assert tried[4:] == [3e-5, 1e-5, 1e-4, 3e-4]
+    assert digits_experiment.rate_of("adp+dmd", "--ttur 4") == 1e-4
+    assert digits_experiment.rate_of("adp+dmd", "--gen-weight dmd") == 1e-5
+    assert digits_experiment.rate_of("mse", "") is None
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -347,6 +347,10 @@ def registered():
     yield from beats("digits", "", "fd", ", four steps")
     for measure in ("fd_named", "fd_any", "fd_real", "coverage"):
         yield from seen(*beats("digits", "", measure, ", four steps"))
+    # With less momentum, registered after the search for rates and before these runs.
+    for measure in ("fd", "fd_real", "coverage"):
+        _, *with_beta1 = beats("digits-levers", "", measure, ", four steps --beta1 0.5")
+        yield from with_beta1
     # (h) Ten times longer.
     yield from beyond_adp("long")
     yield from beats("long")
@@ -392,10 +396,11 @@ def measured(runs, regime, label, measure="TV"):
 
 def runs_in(folder):
     """{(regime, run): its rows, in the order of their seeds} of all files that are there."""
+    of_digits = itemgetter("method", "flags", "change")
     runs = {}
-    for regime in (*REGIMES, "digits"):
+    for regime in (*REGIMES, "digits", "digits-levers"):
         for row in sorted(opened(folder, regime)["runs"], key=itemgetter("seed")):
-            label = row.get("name", row["method"])  # those of digits have no name
+            label = row.get("name") or " ".join(filter(None, of_digits(row)))
             runs.setdefault((regime, label), []).append(row)
     return runs
 

@@ -59,25 +59,25 @@ METHODS = {
 }
 DMD, STEP, ADM = "adp+dmd", "adp+step", "adp+adm-recipe"
 FOUR_STEPS = ("dmd, four steps", "step, four steps", "adm-recipe, four steps")
-PAPERS_DT, TTUR, BATCH, BETA = f"--dt {1 / 64}", "--ttur 4", "--batch-size 64", "--beta1 0.5"
+PAPERS_DT, TTUR, BETA = f"--dt {1 / 64}", "--ttur 4", "--beta1 0.5"
 FLAGS = {  # that differ: of which methods
     **{f"--dt {dt}": (STEP, ADM) for dt in (1 / 256, 1 / 64, 1 / 16, 1 / 2)},  # for 1/4
     f"{PAPERS_DT} --gen-weight dmd": (STEP,),
     "--gen-weight dmd": (ADM,),
     TTUR: (DMD, STEP, ADM),
-    BATCH: (DMD, ADM),
+    "--batch-size 64": (DMD, ADM),
     BETA: (DMD, STEP, ADM, *FOUR_STEPS),
-    f"{BETA} {TTUR}": (DMD, STEP, ADM, *FOUR_STEPS),
+    f"{BETA} {TTUR}": (DMD, STEP, ADM),
     "--beta1 0": (ADM,),
     "--head-width 256": (ADM,),
 }
-SEARCHED = (PAPERS_DT, TTUR, BATCH, BETA, f"{BETA} {TTUR}")  # these at a rate of their own
+SEARCHED = (PAPERS_DT, TTUR, BETA, f"{BETA} {TTUR}")  # these at a rate of their own
 # What could help: a method, flags of it that differ, and one of digits_changes.py's CHANGES.
 LEVERS = [(method, flags, NONE) for flags, methods in FLAGS.items() for method in methods]
 LEVERS += [(ADM, "", change) for change in CHANGES if change != NONE]
 AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")
 # Those that are compared at equal time: their updates' cost is measured.
-TIMED = (BETA, TTUR, BATCH, "--head-width 256")
+TIMED = (BETA, TTUR, "--batch-size 64", "--head-width 256")
 CASES = [(method, "", NONE) for method in AFTER_ADP]
 for method, flags, change in LEVERS:
     if method in AFTER_ADP and (flags in TIMED or change != NONE):
@@ -230,11 +230,15 @@ def search(methods=()):
     Of each method as it is, then with each of SEARCHED. It goes on where it was.
     """
     pairs()
-    wanted = [(method, "") for method in SECOND_STAGES]
-    wanted += [(method, flags) for method, flags, _ in LEVERS if flags in SEARCHED]
-    for method, flags in wanted:
+    for method, flags in to_search():
         if not methods or method in methods:
             search_one(method, flags)
+
+
+def to_search():
+    """[(method, flags that differ), …]: what has a rate of its own."""
+    with_flags = [(method, flags) for method, flags, _ in LEVERS if flags in SEARCHED]
+    return [(method, "") for method in SECOND_STAGES] + with_flags
 
 
 def search_one(method, flags):
@@ -281,7 +285,7 @@ def experiment(methods=()):
 
 def seeds_of(method):
     """Those that a method is judged by: what takes four steps was registered with fresh ones."""
-    return (3, 4, 5) if method.endswith("four steps") else SEEDS
+    return (3, 4, 5, 6, 7) if method.endswith("four steps") else SEEDS
 
 
 def levers(methods=()):
