@@ -67,7 +67,7 @@ FLAGS = {  # that differ: of which methods
     TTUR: (DMD, STEP, ADM),
     "--batch-size 64": (DMD, ADM),
     BETA: (DMD, STEP, ADM, *FOUR_STEPS),
-    f"{BETA} {TTUR}": (DMD, STEP, ADM),
+    f"{BETA} {TTUR}": (DMD, ADM),
     "--beta1 0": (ADM,),
     "--head-width 256": (ADM,),
 }
@@ -79,26 +79,25 @@ AFTER_ADP = (DMD, STEP, ADM, "adp+adm-paper")
 # Those that are compared at equal time: their updates' cost is measured.
 TIMED = (BETA, TTUR, "--batch-size 64", "--head-width 256")
 CASES = [(method, "", NONE) for method in AFTER_ADP]
-for method, flags, change in LEVERS:
-    if method in AFTER_ADP and (flags in TIMED or change != NONE):
-        CASES.append((method, flags, change))
+CASES += [w for w in LEVERS if w[0] in AFTER_ADP and (w[1] in TIMED or w[2] != NONE)]
 SECOND_STAGES = [method for method, flags in METHODS.items() if flags.startswith("adm.py")]
 
 # --- One trial ------------------------------------------------------------------------------------
 
 
-def trial(method, seed, rate, iterations=ITERATIONS, more="", change=NONE):
+def trial(method, seed, rate, more="", change=NONE):
     """One run of a method, measured: a row of digits.json but for its curve.
 
     more: flags of that stage that differ. change: one of digits_changes.py's CHANGES.
     """
     flags = METHODS[method]
-    words = f"{method} {seed} {rate or ''} {iterations} {more} {change}".replace(",", "")
+    words = f"{method} {seed} {rate or ''} {ITERATIONS} {more} {change}".replace(",", "")
     out = HOME / "-".join(words.replace("--", "").split())
     if flags.startswith("adp.py"):
-        iterations = LONGER if method == "mse-longer" else FIRST + iterations
+        iterations = LONGER if method == "mse-longer" else FIRST + ITERATIONS
         commands, kind = [], pairs_and_regression(iterations)
     else:
+        iterations = ITERATIONS
         init, commands = start(method, seed)
         steps = 4 if method.endswith("four steps") else 1
         kind = second_stage(init, steps, iterations, warmup_of(method), rate)
@@ -283,9 +282,14 @@ def experiment(methods=()):
             keep(method, seed, DIGITS_JSON)
 
 
-def seeds_of(method):
-    """Those that a method is judged by: what takes four steps was registered with fresh ones."""
-    return (3, 4, 5, 6, 7) if method.endswith("four steps") else SEEDS
+def seeds_of(method, flags=""):
+    """Those that a method is judged by: what takes four steps was registered with fresh ones.
+
+    With flags that differ it has two more.
+    """
+    if not method.endswith("four steps"):
+        return SEEDS
+    return (3, 4, 5, 6, 7) if flags else (3, 4, 5)
 
 
 def levers(methods=()):
@@ -293,7 +297,7 @@ def levers(methods=()):
     pairs()
     for method, more, change in LEVERS:
         if not methods or method in methods:
-            for seed in seeds_of(method):
+            for seed in seeds_of(method, more):
                 keep(method, seed, LEVERS_JSON, more, change)
 
 
