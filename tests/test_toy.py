@@ -155,6 +155,12 @@ TINY = {
 }
 
 
+def samples_of(cfg, method, world):
+    """(S, SAMPLES, d) of the students that `train` measures."""
+    net, curves = toy.trained(cfg, method, world)
+    return toy.sample(world, net.student, curves.times)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     cfg = Config(**TINY)
@@ -165,9 +171,10 @@ def tiny():
 def test_every_method_runs_and_trains_only_the_student(tiny, method):
     cfg, world = tiny
     before = [p.clone() for p in world.mlp.parameters()]
-    runs, x = train(cfg, method, world)
+    runs = train(cfg, method, world)
     assert [r["seed"] for r in runs] == [0, 1]
-    assert x.shape == (2, toy.SAMPLES, 2) and x.isfinite().all()
+    points = np.array(runs[0]["points"])
+    assert points.shape == (1000, 2) and np.isfinite(points).all() and runs[1]["points"] == []
     for r in runs:
         assert set(toy.COLUMNS.values()) <= r.keys()
         assert [p["iteration"] for p in r["history"]] == [1, 2, 3, 4, 5, 6]
@@ -195,8 +202,8 @@ def test_a_student_of_two_steps_trains_and_samples_in_both(tiny, method):
 def test_a_seed_does_not_depend_on_its_neighbours(tiny):
     cfg, world = tiny
     alone = Config(**{**TINY, "seeds": 1, "first_seed": 1})
-    _, x = train(cfg, "adp+adm-recipe", world)
-    _, y = train(alone, "adp+adm-recipe", world_of(alone, 5))
+    x = samples_of(cfg, "adp+adm-recipe", world)
+    y = samples_of(alone, "adp+adm-recipe", world_of(alone, 5))
     assert_close(x[1], y[0], rtol=1e-3, atol=1e-3)
 
 
@@ -237,9 +244,9 @@ def test_students_learn_from_what_trains_the_big_models(tiny, file, name, method
 
     with mock.patch.object(toy, "SAMPLES", 1000), mock.patch.object(toy, "GAN_WEIGHT", 0):
         start = toy.sample(world, world.mlp)
-        _, moved = train(cfg, method, world)
+        moved = samples_of(cfg, method, world)
         with mock.patch.object(file, name, teaches_nothing):
-            _, rested = train(cfg, method, world)
+            rested = samples_of(cfg, method, world)
     assert not torch.equal(moved, start)
     assert torch.equal(rested, start)
 
@@ -285,7 +292,7 @@ def test_more_dimensions_are_normal_and_measured_in_the_first_two():
     assert world.plane.means.shape == (4, 2) and world.mixture.means.shape == (4, 5)
     assert gmm.mode_tv(world.plane, world.x_0[0, :, :2]) < 0.05
     assert_close(world.x_0[0, :, 2:].std(0), torch.full((3,), 0.3), rtol=0.05, atol=0)
-    runs, x = train(cfg, "adp+step", world)
+    runs, x = train(cfg, "adp+step", world), samples_of(cfg, "adp+step", world)
     assert x.shape == (1, toy.SAMPLES, 5)
     assert runs[0]["tv"] == pytest.approx(gmm.mode_tv(world.plane, x[0, :, :2]))
 
@@ -304,7 +311,7 @@ def test_stage_2_takes_the_gradient_of_adm_round(tiny):
     """Of one seed alone, with what it starts from made by hand."""
     cfg, world = tiny
     cfg = toy.settled(replace(cfg, warmup=0), "adm-recipe")
-    runs, _ = train(cfg, "adm-recipe", world)
+    runs = train(cfg, "adm-recipe", world)
     student = deepcopy(world.mlp).requires_grad_(True)
     fake = deepcopy(student)
     D = toy.NoisyDiscriminator(Draw((5,), world.seeds), world.mlp, cfg.head_width)
@@ -387,7 +394,7 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(monkeypatch, capsy
 
 
 def test_results_that_are_there_are_not_written_over(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "train", lambda *_: ([], None))
+    monkeypatch.setattr(toy, "train", lambda *_: [])
     monkeypatch.setattr(toy, "World", lambda cfg: None)
     there = tmp_path / "results.json"
     there.write_text("an hour's")
@@ -446,7 +453,7 @@ def test_dmdx_covers_every_mode_of_a_small_mixture(monkeypatch):
     world = world_of(cfg, 1000)
     start = toy.sample(world, world.mlp)[0]  # the teacher in one step: where DMD starts
     assert gmm.modes_covered(world.mixture, start) < 4
-    runs, _ = train(cfg, "adp+adm-paper", world, toy.RATES | {"adp+adm-paper": 3e-4})
+    runs = train(cfg, "adp+adm-paper", world, toy.RATES | {"adp+adm-paper": 3e-4})
     assert [r["modes_covered"] for r in runs] == [4, 4, 4]
     assert max(r["tv"] for r in runs) < 0.3
 
@@ -476,7 +483,7 @@ def test_dmd_moves_the_student():
     """
     cfg = Config(mixture="ring4-rare", seeds=1, iterations=150, width=64)
     world = world_of(cfg, 1000)
-    runs, _ = train(cfg, "dmd", world)
+    runs = train(cfg, "dmd", world)
     assert min(p["grad_norm"] for p in runs[0]["history"]) > 0
     start = gmm.in_mode(world.mixture, toy.sample(world, world.mlp)[0])
     assert runs[0]["in_mode"] > start + 0.2
@@ -520,7 +527,7 @@ def test_every_claim_is_about_runs_that_there_are():
 
 def test_a_regime_is_searched_run_judged_and_goes_on_where_it_was(tmp_path, capsys):
     settings = {name: value for name, value in TINY.items() if name not in ("seeds", "mixture")}
-    regime = claims.Regime("tiny", settings, ("dmd", "step"), runs={"fast": ("dmd", {"dt": 0.5})})
+    regime = claims.Regime("tiny", settings, ("dmd", "step"), runs=("dmd, TTUR 4",))
     claim = claims.Claim("step wins", "small", ("step", "dmd"))
     tiny = mock.patch.multiple(claims, REGIMES={"small": regime}, CLAIMS=[claim])
     argv = ["--mixture=ring8-rare", f"--results={tmp_path}"]
@@ -535,7 +542,9 @@ def test_a_regime_is_searched_run_judged_and_goes_on_where_it_was(tmp_path, caps
     assert (tmp_path / "small.json").read_text() == first
     assert set(results["rates"]) == {"dmd", "step"} and len(results["search"]["dmd"]) >= 2
     names = [(row["name"], row["seed"]) for row in results["runs"]]
-    assert names == [(name, seed) for name in ("dmd", "step", "fast") for seed in range(20, 25)]
+    assert names == [
+        (name, seed) for name in ("dmd", "step", "dmd, TTUR 4") for seed in range(20, 25)
+    ]
     said = capsys.readouterr().out
     verdict = claims.less(
         *(np.array([r["tv"] for r in results["runs"] if r["name"] == n]) for n in claim.runs)

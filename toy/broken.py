@@ -23,7 +23,7 @@ import data
 from runtime import curves, doctor
 from runtime.files import aside
 from runtime.script import in_one_line, plain_parser, run
-from toy.claims import header, row_of
+from toy.claims import markdown
 from toy.digits_experiment import execute
 
 HOME = Path("out/broken")
@@ -55,7 +55,7 @@ def short(base, flags):
 
 
 @cache
-def made(base, flags, seed):
+def made(base, flags, seed=SEEDS[0]):
     """The folder of a run on digits with this command line; it is run unless it has been."""
     name = f"{short(base, flags)} {seed}".replace(".py", "").replace("--", "")
     folder = HOME / "-".join(name.split())
@@ -81,23 +81,22 @@ def ends(log, column):
 
 
 def table():
-    """Lines: a row for each thing that the doctor finds in a broken run, of the first seed."""
-    lines = header("broken by", "seen", "it means", "turn", "seed 1", "healthy")
+    """Rows: one for each thing that the doctor finds in a broken run, of the first seed."""
+    yield "broken by", "seen", "it means", "turn", "seed 1", "healthy"
     for base, flags in BROKEN:
         first, second = (doctor.examine(made(base, flags, seed)) for seed in SEEDS)
-        healthy = curves.read(made(base, "", SEEDS[0]))
+        healthy = curves.read(made(base, ""))
         again = {(f.column, f.means): f.seen for f in second}
         for f in first:
             seen = again.get((f.column, f.means), "not seen")
-            cells = (f.seen, f.means, f.turn, seen, ends(healthy, f.column))
-            lines.append(row_of((f"`{short(base, flags)}`", *cells)))
-    return lines
+            what = f"`{short(base, flags)}`"
+            yield what, f.seen, f.means, f.turn, seen, ends(healthy, f.column)
 
 
 def table_of_silence():
-    """Lines: runs of which the doctor says nothing, in a few columns' first and last tenths."""
+    """Rows: runs of which the doctor says nothing, in a few columns' first and last tenths."""
     names = ("d_accuracy", "x0_std", "loss_fake", "dmd_loss")
-    lines = header("run", *names, "above the clip")
+    yield "run", *names, "above the clip"
     runs = [("", seed) for seed in SEEDS] + [(flags, SEEDS[0]) for flags in HARMLESS]
     for flags, seed in runs:
         folder = made(ADM, flags, seed)
@@ -108,16 +107,14 @@ def table_of_silence():
             norm = finite(log[f"grad_norm_{name}"])
             clipped.append(f"{name} {(norm > curves.clip_of(folder)).mean():.0%}")
         what = f"`python {short(ADM, flags)}`, seed {seed}{said}"
-        cells = [ends(log, name) for name in names]
-        lines.append(row_of((what, *cells, ", ".join(clipped))))
-    return lines
+        yield what, *(ends(log, name) for name in names), ", ".join(clipped)
 
 
 def picture():
     """runtime/broken.png: a panel a row of the tables."""
     panels = []
     for base, flags in BROKEN:
-        findings = doctor.examine(made(base, flags, SEEDS[0]))
+        findings = doctor.examine(made(base, flags))
         panels += [(base, flags, f.column) for f in findings if f.column != "skipped"]
     panels += [(ADM, flags, column) for flags, column in HARMLESS.items()]
     down = -(-len(panels) // ACROSS)
@@ -128,7 +125,7 @@ def picture():
         axis = figure.add_subplot(down, ACROSS, i)
         _, logarithmic = curves.PANELS[column]
         for which, color in (("", "C0"), (flags, "C3")):
-            log = curves.read(made(base, which, SEEDS[0]))
+            log = curves.read(made(base, which))
             curves.curve(axis, log, column, color, logarithmic)
         if logarithmic:
             axis.set_yscale("log")
@@ -153,7 +150,7 @@ def main():
         if not PAIRS.exists():
             flags = ["--count", "2000", "--out", str(PAIRS)]
             run(data.pairs, data.PairsConfig, flags, prog="data.py pairs")
-        print("\n".join([*table(), "", *table_of_silence()]))
+        print(f"{markdown(table())}\n\n{markdown(table_of_silence())}")
         picture()
 
 

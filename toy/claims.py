@@ -27,7 +27,7 @@ from runtime.files import aside, read_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
 from toy.gmm import load_mixture
-from toy.run import COLUMNS, Config, World, by
+from toy.run import COLUMNS, Config, World, by, metrics_of, pm
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIXTURE = "ring8-rare"
@@ -46,55 +46,63 @@ FROM_ADP = tuple(f"adp+{method}" for method in FROM_TEACHER)
 ONE_STEP = ("mse", "adp", *FROM_TEACHER, *FROM_ADP)
 
 
+CHANGES = {  # what may follow a method in a run's name, and what differs then
+    "": {},
+    "uniform": {"schedule": "uniform"},
+    "TTUR 4": {"ttur": 4},
+    "TTUR 8": {"ttur": 8},
+}
+
+
 @dataclass
 class Regime:
     """What differs from toy/run.py's defaults, and the methods that are compared in it.
 
     rates: the regime whose rates it takes over; "" searches its own.
-    runs: {name of a run: (method, what differs more)}, beside the methods as they are.
+    runs: with a change of CHANGES, beside the methods as they are.
     """
 
     about: str
     settings: dict = field(default_factory=dict)
     methods: tuple = ONE_STEP
     rates: str = ""
-    runs: dict = field(default_factory=dict)
-
-
-def separated(separation):
-    about = f"one step, modes {separation}σ from the centre"
-    settings = {"separation": str(separation)}
-    return Regime(about, settings, rates="headline")
-
-
-def few_pairs(n):
-    about = f"16 dimensions, {n:,} ODE pairs"
-    runs = {"adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4})}
-    return Regime(about, {"dim": 16, "pairs": n}, ("mse", "adp", *FROM_ADP), runs=runs)
+    runs: tuple = ()
 
 
 REGIMES = {
     "headline": Regime(
         "one step, 1,000 updates, the mixture as it is",
         methods=(*ONE_STEP, "dmd2"),
-        runs={
-            "adp, uniform": ("adp", {"schedule": "uniform"}),
-            "adp+adm-paper, TTUR 4": ("adp+adm-paper", {"ttur": 4}),
-            "adp+adm-paper, TTUR 8": ("adp+adm-paper", {"ttur": 8}),
-            "adm-recipe, TTUR 4": ("adm-recipe", {"ttur": 4}),
-            "adp+adm-recipe, TTUR 4": ("adp+adm-recipe", {"ttur": 4}),
-        },
+        runs=(
+            "adp, uniform",
+            "adp+adm-paper, TTUR 4",
+            "adp+adm-paper, TTUR 8",
+            "adm-recipe, TTUR 4",
+            "adp+adm-recipe, TTUR 4",
+        ),
     ),
-    **{f"separation-{n}": separated(n) for n in (5, 10, 20, 40)},
+    **{
+        f"separation-{n}": Regime(
+            f"one step, modes {n}σ from the centre", {"separation": f"{n}"}, rates="headline"
+        )
+        for n in (5, 10, 20, 40)
+    },
     "four-steps": Regime(
         "four steps from the teacher",
         {"student_steps": 4},
         FROM_TEACHER,
-        runs={"adm-recipe, TTUR 4": ("adm-recipe", {"ttur": 4})},
+        runs=("adm-recipe, TTUR 4",),
     ),
     "two-steps": Regime("two steps from the teacher", {"student_steps": 2}, FROM_TEACHER),
-    "pairs-128": few_pairs(128),
-    "pairs-1024": few_pairs(1024),
+    **{
+        f"pairs-{n}": Regime(
+            f"16 dimensions, {n:,} ODE pairs",
+            {"dim": 16, "pairs": n},
+            ("mse", "adp", *FROM_ADP),
+            runs=("adp+adm-recipe, TTUR 4",),
+        )
+        for n in (128, 1024)
+    },
     "missing": Regime(
         "no ODE pairs of modes 2 and 7",
         {"missing": "2,7"},
@@ -123,21 +131,20 @@ def run(names, mixture, folder):
         regime = REGIMES[name]
         path = folder / f"{name}.json"
         results = opened(folder, name)
-        if mixture != MIXTURE:
-            results["rates"] = opened(RESULTS, regime.rates or name)["rates"]
-        elif regime.rates:
-            results["rates"] = opened(folder, regime.rates)["rates"]
-        else:
+        own = mixture == MIXTURE
+        if own and not regime.rates:
             search(results, regime, cfg, path)
-        rates = results["rates"]
-        wanted = {method: (method, {}) for method in regime.methods} | regime.runs
-        there = {row["name"] for row in results["runs"]}
-        missing = {label: how for label, how in wanted.items() if label not in there}
-        searched = all(method in rates for method, _ in missing.values())
+        else:
+            held = opened(folder if own else RESULTS, regime.rates or name)
+            results["rates"] = held["rates"]
+        searched = results["rates"].keys() >= set(regime.methods)
         require(searched, f"{name}: no rates yet: run {regime.rates} first")
+        there = by(results["runs"], "name")
+        missing = [label for label in (*regime.methods, *regime.runs) if label not in there]
         world = World(cfg) if missing else None
-        for label, (method, more) in missing.items():
-            rows, _ = toy.train(replace(cfg, **more), method, world, rates)
+        for label in missing:
+            method, _, change = label.partition(", ")
+            rows = toy.train(replace(cfg, **CHANGES[change]), method, world, results["rates"])
             for row in rows:
                 if name != "headline":  # points and curves are drawn of it alone
                     del row["history"], row["points"]
@@ -173,7 +180,7 @@ def search(results, regime, cfg, path):
 
         def trial(rate, method=method):
             write(path, results)  # what has been tried
-            rows, _ = toy.train(cfg, method, world, {**results["rates"], method: rate})
+            rows = toy.train(cfg, method, world, results["rates"] | {method: rate})
             tvs = [round(row["tv"], 4) for row in rows]
             print("search", path.stem, method, f"{rate:g}", tvs, flush=True)
             return tvs
@@ -385,7 +392,7 @@ def judged(claim, runs):
             values.append(measured(runs, regime or claim.regime, label, measure))
     if not all(len(x) for x in values):
         return "", "not run"
-    return pm(*values), claim.holds(*values)
+    return " · ".join(map(pm, values)), claim.holds(*values)
 
 
 def measured(runs, regime, label, measure="TV"):
@@ -405,33 +412,21 @@ def runs_in(folder):
     return runs
 
 
-def pm(*values):
-    """Mean ± sd of each."""
-    return " · ".join(f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in values)
-
-
-def metrics_of(rows):
-    """Cells: mean ± sd of each of COLUMNS."""
-    return [pm([row[name] for row in rows]) for name in COLUMNS.values()]
-
-
 # --- The page -------------------------------------------------------------------------------------
 
 
 def table_of_claims(runs):
-    """Lines: claim · regime · methods · measured · threshold · verdict."""
-    lines = header("claim", "regime", "methods", "measured", "mean ± sd", "threshold", "verdict")
+    """Rows: claim · regime · methods · measured · threshold · verdict."""
+    yield "claim", "regime", "methods", "measured", "mean ± sd", "threshold", "verdict"
     for claim in CLAIMS:
         about = (" · ".join(claim.runs), " · ".join(claim.measures))
         values, verdict = judged(claim, runs)
-        threshold = claim.holds.__doc__
-        lines.append(row_of((claim.said, claim.regime, *about, values, threshold, verdict)))
-    return lines
+        yield claim.said, claim.regime, *about, values, claim.holds.__doc__, verdict
 
 
 def matrix(runs):
-    """Lines: TV in each regime, and whether it is better than DMD's by a paired test."""
-    lines = header("TV", "start", "DMD", *RIVALS.values())
+    """Rows: TV in each regime, and whether it is better than DMD's by a paired test."""
+    yield "TV", "start", "DMD", *RIVALS.values()
     said = {"holds": "better", "does not hold": "worse", "tie": "a tie"}
     for regime in REGIMES:
         for start, first in (("the teacher", ""), ("after ADP", "adp+")):
@@ -442,19 +437,17 @@ def matrix(runs):
             for rival in RIVALS:
                 tv = measured(runs, regime, f"{first}{rival}")
                 cells.append(f"{pm(tv)}: {said[less(tv, dmd)]}" if len(tv) else "not run")
-            lines.append(row_of((REGIMES[regime].about, start, *cells)))
-    return lines
+            yield REGIMES[regime].about, start, *cells
 
 
 def table_of_runs(results, regime):
-    """Lines: every metric of each run of a regime's file, and the rate of its student."""
-    lines = header("run", *COLUMNS, "rate", "rates tried")
+    """Rows: every metric of each run of a regime's file, and the rate of its student."""
+    yield "run", *COLUMNS, "rate", "rates tried"
     for label, rows in by(results["runs"], "name").items():
         method = rows[0]["method"]
         tried = sorted(results["search"].get(method, {}), key=float)
         rates = ", ".join(tried) or REGIMES[regime].rates
-        lines.append(row_of((label, *metrics_of(rows), f"{results['rates'][method]:g}", rates)))
-    return lines
+        yield label, *metrics_of(rows), f"{results['rates'][method]:g}", rates
 
 
 def header(*cells):
@@ -465,6 +458,12 @@ def row_of(cells):
     return f"| {' | '.join(cells)} |"
 
 
+def markdown(rows):
+    """Text: a table of rows of cells, the first of which is its header."""
+    first, *others = rows
+    return "\n".join([*header(*first), *map(row_of, others)])
+
+
 def page(folder):
     """CLAIMS.md below its first words, as text."""
     runs = runs_in(folder)
@@ -473,7 +472,7 @@ def page(folder):
         results = opened(folder, name)
         if results["runs"]:
             parts[f"{name}: {regime.about}"] = table_of_runs(results, name)
-    return "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in parts.items())
+    return "\n\n".join(f"## {title}\n\n{markdown(rows)}" for title, rows in parts.items())
 
 
 PAGE = Path(__file__).parent / "CLAIMS.md"
@@ -492,11 +491,11 @@ def judge(folder):
 def readme(folder):
     """Prints the README's table, of the headline's methods that have been run."""
     runs = runs_in(folder)
-    lines = header("method", *COLUMNS)
+    rows = [("method", *COLUMNS)]
     for method in REGIMES["headline"].methods:
         if ("headline", method) in runs:
-            lines.append(row_of((method, *metrics_of(runs["headline", method]))))
-    print("\n".join(lines))
+            rows.append((method, *metrics_of(runs["headline", method])))
+    print(markdown(rows))
 
 
 def main(argv=None):
@@ -522,10 +521,8 @@ def main(argv=None):
             return
         require(held, f"--results {folder}: no runs there")
         require(not args.regimes, f"{args.command}: it takes no regimes")
-        if args.command == "judge":
-            judge(folder)
-        else:
-            readme(folder)
+        command = judge if args.command == "judge" else readme
+        command(folder)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adm
-import models
 from families import recipes
 from models import Head2d, LatentDiscriminator
 from ode import T
@@ -21,7 +20,7 @@ UPDATES = 4  # of the heads, on one set of maps
 class TimedHead(Head2d):
     """The head of a map with further channels, as TimedDiscriminator makes it."""
 
-    def __init__(self, channels, width=256):
+    def __init__(self, channels, width):
         super().__init__(channels + 2 * len(FREQUENCIES), width)
 
 
@@ -53,16 +52,13 @@ class LateHead(Head2d):
 class RememberingDiscriminator(LatentDiscriminator):
     """Keeps the last maps of x_fake, x_real, and what is near x_real and x_fake, in this order."""
 
-    last = None  # the one that was made last
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.seen = []
-        RememberingDiscriminator.last = self
+    last = None  # the one that was called last
+    seen = ()
 
     def features(self, x_t, t, cond):
         maps = super().features(x_t, t, cond)
-        self.seen = [*self.seen[-3:], [h.detach() for h in maps]]
+        self.seen = (*self.seen[-3:], [h.detach() for h in maps])
+        RememberingDiscriminator.last = self
         return maps
 
 
@@ -100,20 +96,20 @@ def damping_exact(discriminator, cfg, draw, cond, s, judged):
     return loss
 
 
-# {name: (a module, a name in it, what that is inside `changed`), …}
+# {name: {what: what that is inside `changed`}}
 CHANGES = {
-    NONE: (),
-    "heads that are told t": (
-        (models, "Head2d", TimedHead),
-        (adm, "LatentDiscriminator", TimedDiscriminator),
-    ),
-    "features normalised": ((adm, "LatentDiscriminator", NormalisedDiscriminator),),
-    "heads that pool later": ((models, "Head2d", LateHead),),
-    f"{UPDATES} updates of the heads on one set": (
-        (adm, "LatentDiscriminator", RememberingDiscriminator),
-        (adm, "step", step_repeated),
-    ),
-    EXACT: ((adm, "damping", damping_exact),),
+    NONE: {},
+    "heads that are told t": {
+        "models.Head2d": TimedHead,
+        "adm.LatentDiscriminator": TimedDiscriminator,
+    },
+    "features normalised": {"adm.LatentDiscriminator": NormalisedDiscriminator},
+    "heads that pool later": {"models.Head2d": LateHead},
+    f"{UPDATES} updates of the heads on one set": {
+        "adm.LatentDiscriminator": RememberingDiscriminator,
+        "adm.step": step_repeated,
+    },
+    EXACT: {"adm.damping": damping_exact},
 }
 
 
@@ -121,6 +117,6 @@ CHANGES = {
 def changed(name):
     """Inside, adm.py trains with this one of CHANGES."""
     with ExitStack() as stack:
-        for module, part, other in CHANGES[name]:
-            stack.enter_context(patch.object(module, part, other))
+        for what, other in CHANGES[name].items():
+            stack.enter_context(patch(what, other))
         yield

@@ -66,15 +66,15 @@ def diagnose(init, out, iterations=200):
     write_json(out, {"init": str(init), "variants": rows})
 
 
-def alignment(net, cfg, batch_size=200):
-    """{margin, accuracy, cosine, length} of the heads, on new samples.
+def alignment(net, cfg):
+    """{margin, accuracy, cosine, length} of the heads, on 200 new samples.
 
     margin    E[D(x_real) − D(x_fake)]
     accuracy  D's: the share of logits that are on their side of 0
     cosine    of ∇D at x_fake with x_real − x_fake: a mean over samples
     length    of ∇D over that of x_real − x_fake: the median (toy/why.py has a projection)
     """
-    real, fake, slope, gap = judged(net, cfg, (cfg.seed, STAGE), batch_size)
+    real, fake, slope, gap = judged(net, cfg, (cfg.seed, STAGE), 200)
     return {
         "margin": (real - fake).mean().item(),
         "accuracy": accuracy(real, fake).item(),

@@ -66,21 +66,21 @@ def measure(z, teacher):
                           here and among the teacher's
     accuracy              the share of the named ones that show what was asked for
     """
-    n = len(LABELS)
-    named, unnamed = z[:n], z[n:]  # (500, 32) each
+    named, unnamed = z.chunk(2)  # (500, 32) each
+    teacher_named, teacher_unnamed = teacher.chunk(2)  # (500, 32) each
     z_real, digits = real()
     coverage, density, precision = coverage_density_precision(z_real, named)
     apart = pairwise(named, LABELS).mean() / pairwise(z_real, digits).mean()
     return {
         "fd": frechet(z, teacher),
-        "fd_named": frechet(named, teacher[:n]),
-        "fd_any": frechet(unnamed, teacher[n:]),
+        "fd_named": frechet(named, teacher_named),
+        "fd_any": frechet(unnamed, teacher_unnamed),
         "fd_real": frechet(named, z_real),
         "coverage": coverage,
         "density": density,
         "precision": precision,
         "diversity": apart.item(),
-        "class_tv": (shares(unnamed) - shares(teacher[n:])).abs().sum().item() / 2,
+        "class_tv": (shares(unnamed) - shares(teacher_unnamed)).abs().sum().item() / 2,
         "accuracy": (read(named) == LABELS).double().mean().item(),
     }
 

@@ -100,22 +100,19 @@ def train(folder=DIGITS, data=None, iterations=4000, vae_iterations=1000):
     began = time.perf_counter()
     images, labels = data or training_images()
     torch.manual_seed(0)
-    vae = autoencoder(images, vae_iterations)
-    print(f"VAE: {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
-    with torch.no_grad():
-        means = [vae.encode(some).latent_dist.mean for some in images.split(250)]
-    latents = torch.cat(means) - vae.config.shift_factor
+    vae, latents = autoencoder(images, vae_iterations)
     pipe = untrained(vae)
-    last_loss = train_pipeline(pipe, latents * vae.config.scaling_factor, labels, iterations)
+    last_loss = train_pipeline(pipe, latents, labels, iterations)
     pipe.save_pretrained(folder)
     minutes = (time.perf_counter() - began) / 60
     print(f"{folder}: {minutes:.1f} minutes, loss of the last batch {last_loss:.3f}")
 
 
 def autoencoder(images, iterations, batch_size=32, rate=2e-3):
-    """AutoencoderKL of 32x32 pixels ↔ four channels of 8x8 latents, by L2 and a small KL.
+    """(AutoencoderKL of 32x32 pixels ↔ four channels of 8x8 latents, (N, 4, 8, 8) of the images).
 
-    images: (N, 3, 32, 32). Its config scales their latents to mean 0 and standard deviation 1.
+    By L2 and a small KL. images: (N, 3, 32, 32). Its config scales their latents to mean 0 and
+    standard deviation 1, as those returned are.
     """
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 32),
@@ -142,8 +139,9 @@ def autoencoder(images, iterations, batch_size=32, rate=2e-3):
         rates.step()
     with torch.no_grad():
         z = torch.cat([vae.encode(some).latent_dist.mean for some in images.split(250)])
-    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
-    return vae.eval().requires_grad_(False)
+    scale, shift = 1 / z.std().item(), z.mean().item()
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    return vae.eval().requires_grad_(False), (z - shift) * scale
 
 
 def untrained(vae):
@@ -178,22 +176,21 @@ def untrained(vae):
 
 def begin_as_identity(transformer):
     """As in DiT: its blocks begin as the identity, its output as zero."""
-    for module in transformer.modules():
-        for name in ("norm1", "norm1_context"):
-            if hasattr(module, name):
-                nn.init.zeros_(getattr(module, name).linear.weight)
+    for block in transformer.transformer_blocks:
+        for norm in (block.norm1, block.norm1_context):
+            nn.init.zeros_(norm.linear.weight)
     for layer in (transformer.norm_out.linear, transformer.proj_out):
         nn.init.zeros_(layer.weight)
 
 
 def embed(pipe, length):
-    """{"prompt_embeds": (16, L, 32), "pooled": (16, 32)} of MEANS, with gradient.
+    """(Embeddings (16, L, 32), pooled ones (16, 32)) of MEANS, with gradient.
 
     length: how many of L tokens are T5's.
     """
     about = {"max_sequence_length": length, "do_classifier_free_guidance": False}
     embeds, _, pooled, _ = pipe.encode_prompt(list(MEANS), None, None, device="cpu", **about)
-    return {"prompt_embeds": embeds, "pooled": pooled}
+    return embeds, pooled
 
 
 def captions(labels):
@@ -232,15 +229,15 @@ def train_pipeline(pipe, latents, labels, iterations, batch_size=64, rate=2e-3):
         x_t = (1 - share) * x_0 + share * eps  # (B, 4, 8, 8)
         # One batch in 25 has the 256 tokens of T5 that the stock pipeline pads to when it is not
         # told otherwise, and is a quarter as large.
+        length, few = pipe.tokenizer_3.model_max_length, slice(None)
         if iteration % 25 == 0:
-            cond, few = embed(pipe, 256), slice(0, batch_size // 4)
-        else:
-            cond, few = embed(pipe, pipe.tokenizer_3.model_max_length), slice(None)
+            length, few = 256, slice(batch_size // 4)
+        embeds, pooled = embed(pipe, length)
         v = pipe.transformer(
             hidden_states=x_t[few],
             timestep=1000 * t[few],
-            encoder_hidden_states=cond["prompt_embeds"][number[few]],
-            pooled_projections=cond["pooled"][number[few]],
+            encoder_hidden_states=embeds[number[few]],
+            pooled_projections=pooled[number[few]],
             return_dict=False,
         )[0]  # (B, 4, 8, 8)
         loss = F.mse_loss(v, (eps - x_0)[few])

@@ -273,11 +273,11 @@ COMMANDS = {
 }
 
 
-def main(argv=None):
+def main():
     parser = plain_parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
     with in_one_line("movie.py"):
-        COMMANDS[parser.parse_args(argv).command]()
+        COMMANDS[parser.parse_args().command]()
 
 
 if __name__ == "__main__":

@@ -120,19 +120,20 @@ def phase(runs):
     """TV at each separation, a line a method: from the teacher, and after ADP."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2)
-    places = {s: x for x, s in enumerate(sorted(by(runs, "separation")))}
+    separations = sorted(by(runs, "separation"))
     for ax, (start, groups) in zip(axes, by_start(runs).items(), strict=True):
         for i, (method, group) in enumerate(groups.items()):
-            at = sorted(by(group, "separation").items())  # (separation, runs) each
-            tvs = [[r["tv"] for r in some] for _, some in at]
-            x = [places[separation] + 0.08 * (i - (len(groups) - 1) / 2) for separation, _ in at]
-            mean = [np.mean(tv) for tv in tvs]
-            sd = [np.std(tv, ddof=len(tv) > 1) for tv in tvs]
+            x, mean, sd = [], [], []
+            for separation, some in sorted(by(group, "separation").items()):
+                tv = [r["tv"] for r in some]
+                x.append(separations.index(separation) + 0.08 * (i - (len(groups) - 1) / 2))
+                mean.append(np.mean(tv))
+                sd.append(np.std(tv, ddof=len(tv) > 1))
             title, colour = LOOK[method]
             look = {"color": colour, "marker": "o", "capsize": 3, "lw": 1.8, "ms": 5}
             ax.errorbar(x, mean, sd, label=title, **look)
         ax.set(title=start, xlabel="separation of the modes: radius / σ", ylim=(0, None))
-        ax.set_xticks(list(places.values()), [f"{s:.3g}" for s in places])
+        ax.set_xticks(range(len(separations)), [f"{s:.3g}" for s in separations])
         ax.grid(axis="y", alpha=0.3)
         legend_below(ax)
     axes[0].set_ylabel("TV (0 is perfect)")
@@ -143,17 +144,18 @@ def phase(runs):
 
 def main(argv=None):
     parser = plain_parser(__doc__)
-    parser.add_argument("files", nargs="+", help="results.json of a run, or files of toy/results/")
-    parser.add_argument("--out", default="out/toy", help="folder of the pictures")
+    about = "results.json of a run, or files of toy/results/"
+    parser.add_argument("files", nargs="+", type=Path, help=about)
+    parser.add_argument("--out", type=Path, default="out/toy", help="folder of the pictures")
     with in_one_line("plot.py"):
         args = parser.parse_args(argv)
-        draw(args.files, Path(args.out))
+        draw(args.files, args.out)
 
 
 def draw(files, folder):
     """All pictures of these files, in the folder. Raises BadInput for a file without results."""
     everything, pictures = [], {}
-    for path in map(Path, files):
+    for path in files:
         try:
             runs = json.loads(path.read_text())["runs"]
             # What claims.py names otherwise than its method has other settings.

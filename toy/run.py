@@ -168,60 +168,52 @@ class Linear(nn.Module):
         return torch.baddbmm(self.bias, of_seeds, self.weight).flatten(0, 1)
 
 
+FREQUENCIES = torch.pi * torch.arange(8)  # of σ, as networks are shown it
+
+
 class MLP(nn.Module):
     """A denoiser as models.Denoiser is; its prediction is a velocity ε − x_0.
 
     shape: of a sample, (d,).
     """
 
-    def __init__(self, draw, width, spread, dim=2):
+    def __init__(self, draw, width, spread, dim):
         super().__init__()
         self.shape = (dim,)
         # Of x_0: the network sees x_t, and returns a velocity, in units of their own size.
         self.spread = spread
-        self.register_buffer("frequencies", torch.arange(8) * torch.pi)
-        inputs = dim + len(self.frequencies)
+        inputs = dim + len(FREQUENCIES)
         self.hidden = nn.ModuleList(Linear(draw, n, width) for n in (inputs, width, width))
         self.out = Linear(draw, width, dim)
 
-    def forward(self, x_t, t, cond=None, want="prediction"):
-        """x_t (S·B, d), t (S·B,) → (v (S·B, d), or None; hidden layers, each (S·B, width)).
-
-        want: "prediction" or "features", which stops before the output layer.
-        """
+    def forward(self, x_t, t, cond=None):
+        """x_t (S·B, d), t (S·B,) → (v (S·B, d), hidden layers, each (S·B, width))."""
         alpha, sigma = (c[:, None] for c in LINE.alpha_sigma(t))  # (S·B, 1) each
         size = ((alpha * self.spread) ** 2 + sigma**2).sqrt()  # (S·B, 1)
-        h = torch.cat([x_t / size, (sigma * self.frequencies).cos()], 1)  # (S·B, d + 8)
+        h = torch.cat([x_t / size, (sigma * FREQUENCIES).cos()], 1)  # (S·B, d + 8)
         maps = []
         for layer in self.hidden:
             h = F.silu(layer(h))
             maps.append(h)
-        if want == "features":
-            return None, maps
         return self.out(h) * (1 + self.spread**2) ** 0.5, maps
 
 
-class Head(nn.Module):
-    """Hidden layer (S·B, width) → logits (S·B,)."""
-
-    def __init__(self, draw, n_in, width):
-        super().__init__()
-        self.body = Linear(draw, n_in, width)
-        self.to_logit = Linear(draw, width, 1)
-
-    def forward(self, h):
-        return self.to_logit(F.silu(self.body(h)))[:, 0]
-
-
 class NoisyDiscriminator(Discriminator):
-    """D_τ: heads on all hidden layers of the frozen teacher MLP, as models.LatentDiscriminator."""
+    """D_τ: heads on all hidden layers of the frozen teacher MLP, as models.LatentDiscriminator.
+
+    A head: (S·B, width of the layer) → logits (S·B,).
+    """
 
     def __init__(self, draw, backbone, width):
-        heads = [Head(draw, layer.weight.shape[2], width) for layer in backbone.hidden]
+        heads = []
+        for layer in backbone.hidden:
+            n_in = layer.weight.shape[2]
+            body, to_logit = Linear(draw, n_in, width), Linear(draw, width, 1)
+            heads.append(nn.Sequential(body, nn.SiLU(), to_logit, nn.Flatten(0)))
         super().__init__(backbone, heads)
 
     def features(self, x_t, t, cond):
-        return self.backbone(x_t, t, cond, want="features")[1]
+        return self.backbone(x_t, t, cond)[1]
 
 
 # --- Optimizer steps, random numbers, and what is written down ------------------------------------
@@ -237,24 +229,28 @@ def add_gradient(seeds, loss):
 
 
 class Optimizer:
-    """Adam, elementwise, so each seed's slice is stepped as if alone."""
+    """Adam, elementwise, so each seed's slice is stepped as if alone.
 
-    def __init__(self, module, rate, clip=None, beta1=0.9):
+    updates: how many there will be: the rate rises over the first tenth and falls by a cosine
+    (ours; None: it stays).
+    """
+
+    def __init__(self, module, rate, updates=None, clip=None, beta1=0.9):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.rate = rate
+        self.updates = updates
+        self.done = 0
         self.clip = clip
         self.adam = torch.optim.Adam(self.parameters, rate, (beta1, 0.999), fused=True)
         self.last = []  # the last step's gradients
 
-    def step(self, progress=None):
-        """One update by the gradients that there are; leaves none behind.
-
-        progress in [0, 1): the rate rises over the first tenth and falls by a cosine (ours; None:
-        it stays).
-        """
-        if progress is not None:
+    def step(self):
+        """One update by the gradients that there are; leaves none behind."""
+        if self.updates:
+            progress = self.done / self.updates  # in [0, 1)
             shape = min(1, 10 * progress) * (1 + math.cos(math.pi * progress)) / 2
             self.adam.param_groups[0]["lr"] = self.rate * shape
+            self.done += 1
         self.last = [p.grad for p in self.parameters]
         if self.clip:
             scale = (self.clip / self.grad_norms()).clamp(max=1).view(-1, 1, 1)  # (S, 1, 1)
@@ -268,20 +264,20 @@ class Optimizer:
         return sum(gradient.flatten(1).square().sum(1) for gradient in self.last).sqrt()
 
 
-class Noise:
-    """Random numbers of one iteration, called as ode.Draw is, but for S·B samples.
+class Noise(Draw):
+    """Random numbers of one iteration, as ode.Draw has them, but for S·B samples.
 
     There is one generator a seed, so numbers depend on (key, seed) alone: the same for every method
     and however many seeds run side by side.
     """
 
     def __init__(self, key, seeds, batch):
-        self.draw = Draw(key, seeds)
+        super().__init__(key, seeds)
         self.batch = batch
 
     def normal(self, shape):
         """(S·B, *shape)."""
-        return self.draw.normal((self.batch, *shape)).flatten(0, 1)
+        return super().normal((self.batch, *shape)).flatten(0, 1)
 
     def uniform(self, low, high):
         """(S·B,): the normal distribution function of a normal number is uniform."""
@@ -291,11 +287,7 @@ class Noise:
         """The same random rows of each pool (S, P, d), as (S·B, d)."""
         n = pools[0].shape[1]
         rows = self.uniform(0, n).long().clamp(max=n - 1).view(-1, self.batch, 1)  # (S, B, 1)
-        picked = []
-        for pool in pools:
-            of_seeds = pool.gather(1, rows.expand(-1, -1, pool.shape[2]))  # (S, B, d)
-            picked.append(of_seeds.flatten(0, 1))
-        return picked
+        return [torch.take_along_dim(pool, rows, 1).flatten(0, 1) for pool in pools]
 
 
 def times_of(steps):
@@ -339,10 +331,9 @@ class Curves:
         noise = Noise((9,), self.seeds, 4096)  # the same for each point
         samples = emitted(student, self.times, noise)[:, :2]  # (S·4096, 2)
         for i, x in enumerate(samples.chunk(len(self.seeds))):
-            point = {"iteration": self.done, "tv": round(mode_tv(self.plane, x), 4)}
-            point["modes_covered"] = modes_covered(self.plane, x)
-            for name, values in more.items():
-                point[name] = float(f"{values[i]:.4g}")
+            tv, covered = round(mode_tv(self.plane, x), 4), modes_covered(self.plane, x)
+            others = {name: float(f"{values[i]:.4g}") for name, values in more.items()}
+            point = {"iteration": self.done, "tv": tv, "modes_covered": covered, **others}
             self.points[i].append(point)
 
 
@@ -366,9 +357,8 @@ class World:
         self.seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
         self.mlp = self.fit(cfg.width)
         self.start = self.fit(cfg.student_width) if cfg.student_width else self.mlp
-        x_T = Noise((2,), self.seeds, cfg.pairs).normal((cfg.dim,))  # (S·pairs, d)
-        self.x_T = x_T.unflatten(0, (cfg.seeds, cfg.pairs))
-        self.x_0 = self.solved(x_T).unflatten(0, (cfg.seeds, cfg.pairs))
+        self.x_T = Draw((2,), self.seeds).normal((cfg.pairs, cfg.dim))
+        self.x_0 = self.solved(self.x_T.flatten(0, 1)).view_as(self.x_T)
         self.leave_out(numbers(int, "missing", cfg))
         self.adp = {}  # see after_adp
 
@@ -378,8 +368,8 @@ class World:
             near = torch.cdist(x_0[:, :2], self.plane.means).argmin(1)  # (pairs,)
             kept = torch.isin(near, torch.tensor(modes), invert=True).nonzero()[:, 0]
             rows = kept[torch.arange(len(x_0)) % len(kept)]  # (pairs,)
-            x_T.copy_(x_T[rows])
-            x_0.copy_(x_0[rows])
+            for ends in (x_T, x_0):
+                ends.copy_(ends[rows])
 
     def teacher(self, x_t, t, cond):
         """F_φ, the exact velocity in closed form: a denoiser without features."""
@@ -388,21 +378,21 @@ class World:
     @torch.no_grad()
     def solved(self, x_T):
         """Where the teacher's PF-ODE carries noises x_T (n, d): x_0 (n, d)."""
-        return teacher_sample(with_guidance(self.teacher, {}, {}, 1), LINE, x_T, 64)
+        return teacher_sample(self.mixture.velocity, LINE, x_T, 64)
 
     def fit(self, width):
         """An MLP of this width for each seed, the same one, frozen."""
         dim = self.mixture.means.shape[1]
         data = self.mixture.sample(POOL, torch.Generator().manual_seed(0))  # (POOL, d)
         mlp = MLP(Draw((0,), [0]), width, self.mixture.spread, dim)
-        optimizer = Optimizer(mlp, 0.02)
+        optimizer = Optimizer(mlp, 0.02, TEACHER)
         for iteration in tqdm(range(TEACHER), "teacher", leave=False, disable=None):
             draw = Noise((1, iteration), [0], 512)
             t = draw.uniform(0, T)  # (B,)
             (x_0,) = draw.pick(data[None])  # (B, d)
             x_t = LINE.add_noise(x_0, draw.normal((dim,)), t)  # (B, d)
-            add_gradient(1, adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)))
-            optimizer.step(iteration / TEACHER)
+            adm.fake_score_loss(mlp(x_t, t)[0], self.mixture.velocity(x_t, t)).backward()
+            optimizer.step()
         for p in mlp.parameters():
             p.data = p.data.repeat(len(self.seeds), 1, 1)
         return mlp.requires_grad_(False)
@@ -430,21 +420,17 @@ def pretrain(cfg, loss, world, student, iterations, rates, curves):
     )
     # Clipped as in adp.py: at regression's high rate a rare spike would undo a seed's run (2 of 5,
     # at 0.04 without).
-    optimizer_mse = Optimizer(student, rates["mse"], clip=1)
-    optimizer = Optimizer(student, rates[loss])
+    optimizer_mse = Optimizer(student, rates["mse"], mse_iterations, clip=1)
+    optimizer = Optimizer(student, rates[loss], iterations - mse_iterations)
     optimizer_heads = Optimizer(discriminator.heads, cfg.lr_heads)
     for iteration in tqdm(range(iterations), "stage 1", leave=False, disable=None):
         draw = Noise((4, iteration), world.seeds, cfg.batch_size)
         x_T, x_0 = draw.pick(world.x_T, world.x_0)  # (S·B, d) each
         regresses = iteration < mse_iterations
         adp.adp_iteration(net, cfg, draw, x_0, x_T, {}, regresses, partial(add_gradient, cfg.seeds))
-        if regresses:
-            used = optimizer_mse
-            used.step(iteration / mse_iterations)
-        else:
-            used = optimizer
-            used.step((iteration - mse_iterations) / (iterations - mse_iterations))
-            optimizer_heads.step()
+        used = optimizer_mse if regresses else optimizer
+        used.step()
+        optimizer_heads.step()  # regression gives them no gradient
         if curves.due():
             curves.add(student, grad_norm=used.grad_norms())
     return net
@@ -468,7 +454,7 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
         shape=student.shape,
         guidance=1,
     )
-    optimizer = Optimizer(student, rate, beta1=cfg.beta1)
+    optimizer = Optimizer(student, rate, iterations, beta1=cfg.beta1)
     others = [Optimizer(fake, cfg.lr_fake, beta1=cfg.beta1)]
     if loss in ("adm", "dmd2"):
         others.append(Optimizer(discriminator.heads, cfg.lr_heads, beta1=cfg.beta1))
@@ -485,14 +471,13 @@ def distil(cfg, loss, world, student, iterations, rate, curves):
                     algorithm, _ = adm.round_of(loss, r)
                     _, latents = algorithm(net, cfg, draw, {}, {}, k, learn)
             if learns:
-                seen = latents
-                optimizer.step((iteration - cfg.warmup) / iterations)
+                optimizer.step()
             for other in others:
                 other.step()
-        if iteration >= cfg.warmup and curves.due():
-            of_seeds = zip(*(x.detach().chunk(cfg.seeds) for x in seen.values()), strict=True)
-            dmd_losses = [adm.dmd_loss(*x_0s) for *x_0s, _ in of_seeds]  # also where unused
-            curves.add(student, grad_norm=optimizer.grad_norms(), dmd_loss=dmd_losses)
+            if learns and curves.due():
+                of_seeds = zip(*(x.chunk(cfg.seeds) for x in latents.values()), strict=True)
+                dmd_losses = [adm.dmd_loss(*x_0s) for *x_0s, _ in of_seeds]  # also where unused
+                curves.add(student, grad_norm=optimizer.grad_norms(), dmd_loss=dmd_losses)
     return net
 
 
@@ -593,15 +578,12 @@ def after_adp(cfg, world, rates, kind):
 
 
 def train(cfg, method, world, rates=RATES):
-    """One method, all seeds: ([a result for each seed], samples (S, SAMPLES, d)).
-
-    rates: as `trained` has them.
-    """
+    """One method, all seeds: a result for each. rates: as `trained` has them."""
     net, curves = trained(cfg, method, world, rates)
-    samples = sample(world, net.student, curves.times)  # (S, SAMPLES, d)
+    samples = sample(world, net.student, curves.times)[..., :2]  # (S, SAMPLES, 2)
     results = []
-    for i, (seed, x) in enumerate(zip(world.seeds, samples[..., :2], strict=True)):
-        points = [[round(c, 2) for c in point] for point in x[:1000].tolist()]  # for a picture
+    for seed, x, history in zip(world.seeds, samples, curves.points, strict=True):
+        shown = 0 if results else 1000  # points, in a picture: of the first seed
         result = {
             "method": method,
             "mixture": cfg.mixture,
@@ -609,12 +591,12 @@ def train(cfg, method, world, rates=RATES):
             "seed": seed,
             **metrics(world.plane, x),
             "iterations": cfg.iterations,
-            "shares": [round(float(share), 4) for share in shares(world.plane, x)],
-            "history": curves.points[i],
-            "points": points if i == 0 else [],
+            "shares": shares(world.plane, x).double().numpy().round(4).tolist(),
+            "history": history,
+            "points": x[:shown].double().numpy().round(2).tolist(),
         }
         results.append(result)
-    return results, samples
+    return results
 
 
 def sample(world, student, times=ONE_STEP):
@@ -645,17 +627,24 @@ COLUMNS = {  # what a table calls a metric of toy/gmm.py: its name among the res
 }
 
 
+def pm(values):
+    """Mean ± sd of values (n,), as text; the sd of one is 0."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=len(values) > 1):.3f}"
+
+
+def metrics_of(runs):
+    """Mean ± sd of each of COLUMNS, as text."""
+    return [pm([r[name] for r in runs]) for name in COLUMNS.values()]
+
+
 def table(runs):
     """Text: one line a method (and mixture and separation), mean ± sd over its seeds."""
-    lines = [f"{'':30}{'seeds':>6}" + "".join(f"{name:>18}" for name in COLUMNS)]
+    lines = [("", "seeds", *COLUMNS)]
     for (method, mixture, separation), group in by(runs, "method", "mixture", "separation").items():
-        line = f"{method:14} {mixture:>10} {separation:>4.1f}{len(group):>6}"
-        for name in COLUMNS.values():
-            values = [r[name] for r in group]
-            sd = np.std(values, ddof=len(values) > 1)
-            line += f"{np.mean(values):>9.3f} ± {sd:<6.3f}"
-        lines.append(line)
-    return "\n".join(lines)
+        what = f"{method:14} {mixture:>10} {separation:>4.1f}"
+        lines.append((what, len(group), *metrics_of(group)))
+    form = "{:30}{:>6}" + "{:>18}" * len(COLUMNS)
+    return "\n".join(form.format(*cells) for cells in lines)
 
 
 def check(cfg):
@@ -696,8 +685,7 @@ def main(cfg):
     for separation in cfg.separation.split(",") if cfg.separation else [None]:
         world = World(replace(cfg, separation=separation))
         for method in cfg.methods.split(","):
-            results, _ = train(cfg, method, world)
-            runs += results
+            runs += train(cfg, method, world)
             write_json(folder / "results.json", {"runs": runs, "config": vars(cfg)})
     print(table(runs))
 

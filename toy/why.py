@@ -25,10 +25,10 @@ from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
-from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, header, less, pm, row_of
+from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, less, markdown
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.plot import LOOK, legend_below
-from toy.run import Config, Noise, World
+from toy.run import Config, Noise, World, pm
 
 FILE = RESULTS / "why.json"
 
@@ -37,40 +37,42 @@ EVERYWHERE = [(steps, part) for steps in (1, 4) for part in PARTS]  # steps of t
 DMDS = [(1, 64), (4, 64)]  # which has no Δt
 BOTH = [(1, 4), (4, 4)]
 ONE_STEP = [(1, 4)]
+METHODS = {"DMD": "dmd", "step": "step", "ADM": "adm-paper"}  # of toy/run.py
 HEADS = {"head_width": 128, "lr_heads": 5e-3}  # four times as wide and five times as fast
-METHODS = {
-    # name: (method of toy/run.py, what differs from ADM as published but for Δt, where it is run)
-    "DMD": ("dmd", {}, DMDS),
-    "step": ("step", {}, EVERYWHERE),
-    "step, DMD's weight": ("step", {"gen_weight": "dmd"}, EVERYWHERE),
-    "ADM": ("adm-paper", {}, EVERYWHERE),  # the paper's own
-    "ADM, damping 0.1": ("adm-paper", {"damping": 0.1}, EVERYWHERE),
+CHANGES = {  # what may follow in a name, and what differs then from ADM as published
+    "damping 0.1": {"damping": 0.1},
+    "DMD's weight": {"gen_weight": "dmd"},
+    "TTUR 4": {"ttur": 4},
+    "heads at 5e-3": {"lr_heads": 5e-3},
+    "strong heads": HEADS,
+    "strong D": HEADS | {"ttur": 4},
+    "β₁ 0": {"beta1": 0.0},
+    "β₁ 0.5": {"beta1": 0.5},
+}
+PLACES = {  # {name: where it is run}
+    "DMD": DMDS,
+    "step": EVERYWHERE,
+    "step, DMD's weight": EVERYWHERE,
+    "ADM": EVERYWHERE,  # the paper's own
+    "ADM, damping 0.1": EVERYWHERE,
     # What could make its D follow, or help, in four steps.
-    "ADM, damping 0.1, TTUR 4": ("adm-paper", {"damping": 0.1, "ttur": 4}, [(4, 4)]),
-    "ADM, damping 0.1, heads at 5e-3": ("adm-paper", {"damping": 0.1, "lr_heads": 5e-3}, [(4, 4)]),
-    "ADM, damping 0.1, DMD's weight": (
-        "adm-paper",
-        {"damping": 0.1, "gen_weight": "dmd"},
-        [(4, 4)],
-    ),
+    "ADM, damping 0.1, TTUR 4": [(4, 4)],
+    "ADM, damping 0.1, heads at 5e-3": [(4, 4)],
+    "ADM, damping 0.1, DMD's weight": [(4, 4)],
     # A D as strong as can be, without damping; its parts, and TTUR 4 for those without a D.
-    "ADM, strong D": ("adm-paper", {**HEADS, "ttur": 4}, [*BOTH, (1, 2), (4, 2)]),
-    "ADM, strong heads": ("adm-paper", HEADS, ONE_STEP),
-    "ADM, TTUR 4": ("adm-paper", {"ttur": 4}, ONE_STEP),
-    "step, TTUR 4": ("step", {"ttur": 4}, ONE_STEP),
-    "DMD, TTUR 4": ("dmd", {"ttur": 4}, DMDS),
+    "ADM, strong D": [*BOTH, (1, 2), (4, 2)],
+    "ADM, strong heads": ONE_STEP,
+    "ADM, TTUR 4": ONE_STEP,
+    "step, TTUR 4": ONE_STEP,
+    "DMD, TTUR 4": DMDS,
     # Without momentum, and with less, of all that learns: what is chased moves on.
-    "ADM, β₁ 0": ("adm-paper", {"beta1": 0.0}, BOTH),
-    "ADM, damping 0.1, β₁ 0": ("adm-paper", {"damping": 0.1, "beta1": 0.0}, BOTH),
-    "ADM, damping 0.1, β₁ 0.5": ("adm-paper", {"damping": 0.1, "beta1": 0.5}, ONE_STEP),
-    "ADM, damping 0.1, β₁ 0, TTUR 4": (
-        "adm-paper",
-        {"damping": 0.1, "beta1": 0.0, "ttur": 4},
-        ONE_STEP,
-    ),
-    "step, β₁ 0": ("step", {"beta1": 0.0}, ONE_STEP),
-    "DMD, β₁ 0": ("dmd", {"beta1": 0.0}, [(1, 64)]),
-    "DMD, β₁ 0, TTUR 4": ("dmd", {"beta1": 0.0, "ttur": 4}, [(1, 64)]),
+    "ADM, β₁ 0": BOTH,
+    "ADM, damping 0.1, β₁ 0": BOTH,
+    "ADM, damping 0.1, β₁ 0.5": ONE_STEP,
+    "ADM, damping 0.1, β₁ 0, TTUR 4": ONE_STEP,
+    "step, β₁ 0": ONE_STEP,
+    "DMD, β₁ 0": [(1, 64)],
+    "DMD, β₁ 0, TTUR 4": [(1, 64)],
 }
 
 
@@ -79,7 +81,7 @@ def key(name, steps, part):
     return f"{name}; {steps} step{'s' * (steps > 1)}; T/{part}"
 
 
-RUNS = {key(name, *at): (name, *at) for name, (_, _, places) in METHODS.items() for at in places}
+RUNS = {key(name, *at): (name, *at) for name, places in PLACES.items() for at in places}
 SEEDS = {"seeds": 5, "first_seed": 0}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the student
 # The closest race once more, at rates in between: both methods' best is taken on the same seeds.
@@ -91,12 +93,21 @@ SAMPLES = 20_000  # of each student
 # --- The runs -------------------------------------------------------------------------------------
 
 
+def settings_of(name):
+    """(method of toy/run.py, its settings but for Δt)."""
+    first, *changes = name.split(", ")
+    settings = toy.PUBLISHED
+    for change in changes:
+        settings = settings | CHANGES[change]
+    return METHODS[first], settings
+
+
 def trained(world, what, rate):
     """A run: (its Players, the settings)."""
     name, steps, part = RUNS[what]
-    method, changes, _ = METHODS[name]
-    settings = toy.PUBLISHED | changes | {"dt": 1 / part}
-    cfg = Config(seeds=len(world.seeds), iterations=600, student_steps=steps, **settings)
+    method, settings = settings_of(name)
+    about = settings | {"student_steps": steps, "dt": 1 / part}
+    cfg = Config(seeds=len(world.seeds), iterations=600, **about)
     net, _ = toy.trained(cfg, method, world, {method: rate})
     return net, cfg
 
@@ -110,7 +121,7 @@ def tv_of(world, what, rate):
 def searched_at(what):
     """The run, at a small, middling or large Δt, whose search has the rate for this one."""
     name, steps, part = RUNS[what]
-    if name.startswith("DMD") or part >= 32:
+    if part >= 32:
         return key(name, steps, 64)
     return key(name, steps, 16 if part >= 8 else 4)
 
@@ -142,9 +153,7 @@ def run():
     results = read_json(FILE, "results", *HELD) if FILE.exists() else {part: {} for part in HELD}
     world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
     for steps in (1, 4):
-        if f"{steps}" not in results["untrained"]:
-            start = measured(world, world.mlp, toy.times_of(steps))
-            results["untrained"][f"{steps}"] = start
+        results["untrained"][f"{steps}"] = measured(world, world.mlp, toy.times_of(steps))
     for what in [what for what in RUNS if what not in results["runs"]]:
         name, steps, part = RUNS[what]
         rate = searched(results["search"], of_search, searched_at(what))
@@ -305,26 +314,23 @@ def line_weight(t, dt):
 
 
 def tv(results):
-    """TV by method at some Δt, in four steps and in one; the picture has all."""
-    lines = header("TV", *(f"{many(steps)}, T/{part}" for steps, part in SHOWN))
+    """Rows: TV by method at some Δt, in four steps and in one; the picture has all."""
+    yield "TV", *(f"{many(steps)}, T/{part}" for steps, part in SHOWN)
     four, one = [pm(results["untrained"][steps]["mode_tv"]) for steps in ("4", "1")]
-    lines.append(row_of(("before training", four, "", "", one, "", "")))
+    yield "before training", four, "", "", one, "", ""
     for name in ("DMD", *LINES):
-        rows = [results["runs"].get(key(name, *at)) for at in SHOWN]  # DMD has no Δt but T/64
-        lines.append(row_of((name, *(pm(row["mode_tv"]) if row else "" for row in rows))))
-    return lines
+        runs = [results["runs"].get(key(name, *at)) for at in SHOWN]  # DMD has no Δt but T/64
+        yield name, *(pm(run["mode_tv"]) if run else "" for run in runs)
 
 
 def races(finer):
-    """TV at rates in between, and the paired verdict of best against best."""
-    lines = header("TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best")
+    """Rows: TV at rates in between, and the paired verdict of best against best."""
+    yield "TV by rate", *(f"{rate:g}" for rate in FINER), "best against DMD's best"
     for what in RACES:
         name, steps, part = RUNS[what]
         label = name if name == "DMD" else f"{name}, T/{part}"
         verdict = against(best_of(finer[what]), best_of(finer[key("DMD", steps, 64)]))
-        cells = [pm(values) for values in finer[what].values()]
-        lines.append(row_of((f"{label}; {many(steps)}", *cells, verdict)))
-    return lines
+        yield f"{label}; {many(steps)}", *map(pm, finer[what].values()), verdict
 
 
 def best_of(tvs):
@@ -333,27 +339,25 @@ def best_of(tvs):
 
 
 def followers(runs, finer):
-    """How D follows, and what could make it: by method, steps and Δt.
+    """Rows: how D follows, and what could make it: by method, steps and Δt.
 
     The rival is DMD with as many updates of its fake score; at TTUR 1 at its best of FINER.
     """
     columns = ("TV", "modes", "cosine", "length", "linear", "rate", "against DMD at its TTUR")
-    lines = header("of which D", *columns)
+    yield "of which D", *columns
     for what in FOLLOWERS:
         name, steps, _ = RUNS[what]
         row = runs[what]
         rival = best_of(finer[key("DMD", steps, 64)])  # TV of each seed
-        _, changes, _ = METHODS[name]
-        if "ttur" in changes:
+        _, settings = settings_of(name)
+        if settings["ttur"] == 4:
             rival = runs[key("DMD, TTUR 4", steps, 64)]["mode_tv"]
         modes = ", ".join(f"{n}" for n in row["modes_covered"])
         seen = ["", "", ""]
         if "cosine" in row:
             seen = [f"{row['cosine']:.2f}", f"{row['length']:.2g}", f"{row['linear']:.2f}"]
         verdict = against(row["mode_tv"], rival)
-        cells = (what, pm(row["mode_tv"]), modes, *seen, f"{row['rate']:g}", verdict)
-        lines.append(row_of(cells))
-    return lines
+        yield what, pm(row["mode_tv"]), modes, *seen, f"{row['rate']:g}", verdict
 
 
 def many(steps):
@@ -373,17 +377,17 @@ def readme():
     results = found()
     runs, finer = results["runs"], results["finer"]
     tables = tv(results), races(finer), followers(runs, finer)
-    print("\n\n".join("\n".join(lines) for lines in tables))
+    print("\n\n".join(map(markdown, tables)))
 
 
 COMMANDS = {f.__name__: f for f in (run, picture, readme)}
 
 
-def main(argv=None):
+def main():
     parser = plain_parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
     with in_one_line("why.py"):
-        COMMANDS[parser.parse_args(argv).command]()
+        COMMANDS[parser.parse_args().command]()
 
 
 if __name__ == "__main__":
