@@ -241,6 +241,10 @@ def half(share):
     return yes((share >= 0.5).all())
 
 
+# What `less` says, of a distance.
+BETTER = {"holds": "better", "does not hold": "worse", "tie": "a tie"}
+
+
 def yes(condition):
     return "holds" if condition else "does not hold"
 
@@ -427,7 +431,6 @@ def table_of_claims(runs):
 def matrix(runs):
     """Rows: TV in each regime, and whether it is better than DMD's by a paired test."""
     yield "TV", "start", "DMD", *RIVALS.values()
-    said = {"holds": "better", "does not hold": "worse", "tie": "a tie"}
     for regime in REGIMES:
         for start, first in (("the teacher", ""), ("after ADP", "adp+")):
             dmd = measured(runs, regime, f"{first}dmd")
@@ -436,7 +439,7 @@ def matrix(runs):
             cells = [pm(dmd)]
             for rival in RIVALS:
                 tv = measured(runs, regime, f"{first}{rival}")
-                cells.append(f"{pm(tv)}: {said[less(tv, dmd)]}" if len(tv) else "not run")
+                cells.append(f"{pm(tv)}: {BETTER[less(tv, dmd)]}" if len(tv) else "not run")
             yield REGIMES[regime].about, start, *cells
 
 
@@ -450,18 +453,11 @@ def table_of_runs(results, regime):
         yield label, *metrics_of(rows), f"{results['rates'][method]:g}", rates
 
 
-def header(*cells):
-    return [row_of(cells), "| --- " * len(cells) + "|"]
-
-
-def row_of(cells):
-    return f"| {' | '.join(cells)} |"
-
-
 def markdown(rows):
     """Text: a table of rows of cells, the first of which is its header."""
     first, *others = rows
-    return "\n".join([*header(*first), *map(row_of, others)])
+    rows = [first, ["---"] * len(first), *others]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def page(folder):

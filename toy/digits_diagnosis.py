@@ -62,7 +62,7 @@ def diagnose(init, out, iterations=200):
         net, cfg = players(checkpoints[variant], family)
         for iteration, row in fitted(net, cfg, iterations, every):
             rows[f"{name}; {iteration}"] = row
-    print("\n".join(table(rows)))
+    print(table(rows))
     write_json(out, {"init": str(init), "variants": rows})
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from families import load_teacher
-from toy.claims import header, row_of
+from toy.claims import markdown
 from toy.digits_changes import NONE
 from toy.digits_experiment import (
     AFTER_ADP,
@@ -53,41 +53,36 @@ def readme():
         table_of_levers([*runs, *levers], FOUR_STEPS, COLUMNS),
         table_of_levers(runs_of(MAPS_JSON), AFTER_ADP),
     )
-    print("\n\n".join("\n".join(lines) for lines in tables))
+    print("\n\n".join(map(markdown, tables)))
 
 
 def table_of_methods(runs, teacher):
-    """Lines: the teacher's own rows, then each method's mean and range over seeds."""
-    lines = header("method", *COLUMNS, "iterations", "seconds")
+    """Rows: the teacher's own, then each method's mean and range over seeds."""
+    yield "method", *COLUMNS, "iterations", "seconds"
     for kind in ("teacher, 28 steps", "teacher, 4 steps", "teacher, 1 step"):
         row = measure(teacher[kind], teacher[REFERENCE])
-        cells = [f"{row[name]:.3g}" for name in COLUMNS]
-        lines.append(f"{row_of((kind, *cells))} | |")
+        yield kind, *(f"{row[name]:.3g}" for name in COLUMNS), "", ""
     for method in METHODS:
         mine = [run for run in runs if run["method"] == method]
         cells = [spread([run[name] for run in mine]) for name in COLUMNS]
         seconds = np.median([run["seconds"] for run in mine])
-        lines.append(row_of((method, *cells, f"{mine[0]['iterations']}", f"{seconds:.0f}")))
-    return lines
+        yield method, *cells, f"{mine[0]['iterations']}", f"{seconds:.0f}"
 
 
 def table_at_equal_time(runs):
-    """Lines: where each of CASES stands when DMD as it is has done its iterations.
+    """Rows: where each of CASES stands when DMD as it is has done its iterations.
 
     By what its update costs (`cost`).
     """
     cost = "an update, DMD's being 1"
-    lines = header("method", "what differs", cost, "iterations in DMD's time", "fd then")
+    yield "method", "what differs", cost, "iterations in DMD's time", "fd then"
     for case in runs_of(COST_JSON):
         mine = [run for run in runs if what_of(run) == what_of(case)]
         warmup = warmup_of(case["method"])
         then = min((ITERATIONS + WARMUP) / case["cost"], ITERATIONS + warmup)
-        if not mine:
-            continue
-        fds = [fd_at(then, run["curve"], warmup) for run in mine]
-        cells = (case["method"], differs(case), f"{case['cost']:.2f}", f"{then:.0f}", spread(fds))
-        lines.append(row_of(cells))
-    return lines
+        if mine:
+            fd = spread([fd_at(then, run["curve"], warmup) for run in mine])
+            yield case["method"], differs(case), f"{case['cost']:.2f}", f"{then:.0f}", fd
 
 
 def fd_at(iteration, points, warmup):
@@ -114,16 +109,14 @@ def spread(values):
 
 
 def table_of_levers(runs, methods, columns=("fd", "fd_any")):
-    """Lines: of these methods, and of those of LEVERS among the runs, mean and range over seeds."""
-    lines = header("method", "what differs", "rate", "seeds", *columns)
+    """Rows: of these methods, and of those of LEVERS among the runs, mean and range over seeds."""
+    yield "method", "what differs", "rate", "seeds", *columns
     for what in [*((method, "", NONE) for method in methods), *LEVERS]:
         mine = sorted((run for run in runs if what_of(run) == what), key=itemgetter("seed"))
         if mine and what[0] in methods:
-            seeds = ", ".join(str(run["seed"]) for run in mine)
+            seeds = ", ".join(f"{run['seed']}" for run in mine)
             cells = [spread([run[name] for run in mine]) for name in columns]
-            about = (what[0], differs(mine[0]), f"{mine[0]['rate']:g}", seeds)
-            lines.append(row_of((*about, *cells)))
-    return lines
+            yield what[0], differs(mine[0]), f"{mine[0]['rate']:g}", seeds, *cells
 
 
 def picture():

@@ -14,7 +14,7 @@ from ode import Draw, student_sample, teacher_sample, with_guidance
 from runtime.files import read_json
 from runtime.folder import starting_point
 from runtime.settings import require
-from toy.claims import header, row_of
+from toy.claims import markdown
 from toy.digits_measure import LABELS, NUMBERS, look, measure, shares
 from toy.digits_teacher import ANY_DIGIT, NAMES, PROMPTS, write_readme
 
@@ -107,21 +107,21 @@ def samples():
     family = load_teacher("digits")
     made = {name: look(of_teacher(family, name, NUMBERS)) for name in KINDS}  # (1000, 32) each
     save_file(made, SAMPLES, {"weights_sha256": family.weights_sha256})
-    write_readme([*teacher_table(family), "", *histogram(family)])
+    write_readme(f"{teacher_table(family)}\n\n{histogram(family)}")
 
 
 def histogram(family):
-    """Lines of a table: which digits the teacher draws where it is asked for any, in percent."""
+    """A table: which digits the teacher draws where it is asked for any, in percent."""
     teacher = teacher_samples(family)
-    lines = header(f'"{PROMPTS[ANY_DIGIT]}"', *NAMES)
+    rows = [(f'"{PROMPTS[ANY_DIGIT]}"', *NAMES)]
     for name in ("teacher, 28 steps", "teacher, 28 steps, no CFG"):
         percent = 100 * shares(teacher[name][len(LABELS) :])  # (10,)
-        lines.append(row_of((name, *(f"{x:.0f}" for x in percent.tolist()))))
-    return lines
+        rows.append((name, *(f"{x:.0f}" for x in percent.tolist())))
+    return markdown(rows)
 
 
 def teacher_table(family):
-    """The lines of the table in the teacher's README: its own metrics."""
+    """The table in the teacher's README: its own metrics."""
     teacher = teacher_samples(family)
     rows = {name: measure(z, teacher[REFERENCE]) for name, z in teacher.items()}
     del rows[REFERENCE]
@@ -129,8 +129,8 @@ def teacher_table(family):
 
 
 def table(rows):
-    """Lines of a Markdown table of {name: {column: float}}, to three digits."""
-    lines = header("", *next(iter(rows.values())))
+    """A Markdown table of {name: {column: float}}, to three digits."""
+    cells = [("", *next(iter(rows.values())))]
     for name, row in rows.items():
-        lines.append(row_of((name, *(f"{value:.3g}" for value in row.values()))))
-    return lines
+        cells.append((name, *(f"{value:.3g}" for value in row.values())))
+    return markdown(cells)

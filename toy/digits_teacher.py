@@ -253,12 +253,11 @@ def train_pipeline(pipe, latents, labels, iterations, batch_size=64, rate=2e-3):
 
 
 def write_readme(tables):
-    """Put these lines in place of the tables of the folder's README, and its new fingerprint."""
+    """Put this text in place of the tables of the folder's README, and its new fingerprint."""
     readme = DIGITS / "README.md"
-    lines = re.sub("`[0-9a-f]{64}`", f"`{fingerprint()}`", readme.read_text()).split("\n")
-    rows = [i for i, line in enumerate(lines) if line.startswith("|")]
-    lines[rows[0] : rows[-1] + 1] = tables
-    readme.write_text("\n".join(lines))
+    text = re.sub("`[0-9a-f]{64}`", f"`{fingerprint()}`", readme.read_text())
+    of_tables = re.compile(r"^\|.*^\|.*?$", re.MULTILINE | re.DOTALL)
+    readme.write_text(of_tables.sub(lambda _: tables, text))
 
 
 def fingerprint():

@@ -25,7 +25,7 @@ from ode import T
 from runtime.files import aside, read_json, write_json
 from runtime.script import in_one_line, plain_parser
 from runtime.settings import require
-from toy.claims import RESULTS, SEARCH_SEEDS, best_rate, less, markdown
+from toy.claims import BETTER, RESULTS, SEARCH_SEEDS, best_rate, less, markdown
 from toy.gmm import LINE, density_tv, mode_tv, modes_covered
 from toy.plot import LOOK, legend_below
 from toy.run import Config, Noise, World, pm
@@ -344,7 +344,7 @@ def followers(runs, finer):
     The rival is DMD with as many updates of its fake score; at TTUR 1 at its best of FINER.
     """
     columns = ("TV", "modes", "cosine", "length", "linear", "rate", "against DMD at its TTUR")
-    yield "of which D", *columns
+    yield "run", *columns
     for what in FOLLOWERS:
         name, steps, _ = RUNS[what]
         row = runs[what]
@@ -368,8 +368,7 @@ def against(values, others):
     """The verdict on TVs paired by seed, a t test at 95%."""
     if values == others:
         return ""
-    verdict = less(np.array(values), np.array(others))
-    return {"holds": "less", "does not hold": "more", "tie": "a tie"}[verdict]
+    return BETTER[less(np.array(values), np.array(others))]
 
 
 def readme():
