@@ -178,6 +178,7 @@ def test_every_method_runs_and_trains_only_the_student(tiny, method):
     for r in runs:
         assert set(toy.COLUMNS.values()) <= r.keys()
         assert [p["iteration"] for p in r["history"]] == [1, 2, 3, 4, 5, 6]
+        assert all(np.isfinite(p["grad_norm"]) for p in r["history"])
     for p, q in zip(world.mlp.parameters(), before, strict=True):
         assert p.grad is None and torch.equal(p, q)
 

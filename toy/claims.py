@@ -137,10 +137,10 @@ def run(names, mixture, folder):
         else:
             held = opened(folder if own else RESULTS, regime.rates or name)
             results["rates"] = held["rates"]
-        searched = results["rates"].keys() >= set(regime.methods)
-        require(searched, f"{name}: no rates yet: run {regime.rates} first")
         there = by(results["runs"], "name")
         missing = [label for label in (*regime.methods, *regime.runs) if label not in there]
+        searched = all(label.partition(", ")[0] in results["rates"] for label in missing)
+        require(searched, f"{name}: no rates yet: run {regime.rates or name} first")
         world = World(cfg) if missing else None
         for label in missing:
             method, _, change = label.partition(", ")
@@ -297,7 +297,7 @@ def beats(regime, first="", measure="TV", steps=""):
     first: "adp+" for after ADP. steps: ", four steps" of runs that are named so.
     """
     start = "After ADP, " if first else ""
-    end = steps.replace(",", " in")
+    end = steps.replace(",", " in").replace(" --beta1 0.5", ", β₁ 0.5")
     better = more if measure == "coverage" else less
     for rival, name in RIVALS.items():
         runs = f"{first}{rival}{steps}", f"{first}dmd{steps}"

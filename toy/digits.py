@@ -36,7 +36,7 @@ from runtime.script import in_one_line, quiet
 from runtime.settings import require
 from toy.digits_clip import clip
 from toy.digits_diagnosis import diagnose
-from toy.digits_experiment import METHODS, SECOND_STAGES, cost, experiment, levers, search
+from toy.digits_experiment import LEVERS, METHODS, SECOND_STAGES, cost, experiment, levers, search
 from toy.digits_report import gain, picture, readme
 from toy.digits_samples import samples
 from toy.digits_teacher import train
@@ -50,7 +50,7 @@ COMMANDS = {
     "gain": (gain, {"first": {}, "second": {}, "out": {}}),
     "search": (search, {"methods": {"nargs": "*", "choices": SECOND_STAGES}}),
     "experiment": (experiment, {"methods": {"nargs": "*", "choices": list(METHODS)}}),
-    "levers": (levers, {"methods": {"nargs": "*", "choices": SECOND_STAGES}}),
+    "levers": (levers, {"methods": {"nargs": "*", "choices": sorted({m for m, *_ in LEVERS})}}),
     "cost": (cost, {}),
     "readme": (readme, {}),
     "picture": (picture, {}),

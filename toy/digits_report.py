@@ -31,6 +31,7 @@ from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
 from toy.digits_teacher import held_out
 from toy.plot import LOOK, logarithmic
+from toy.run import by
 
 COLUMNS = ("fd", "fd_named", "fd_any", "fd_real", "coverage", "diversity", "class_tv", "accuracy")
 # {where a comparison of second stages starts: its methods}
@@ -112,11 +113,12 @@ def table_of_levers(runs, methods, columns=("fd", "fd_any")):
     """Rows: of these methods, and of those of LEVERS among the runs, mean and range over seeds."""
     yield "method", "what differs", "rate", "seeds", *columns
     for what in [*((method, "", NONE) for method in methods), *LEVERS]:
-        mine = sorted((run for run in runs if what_of(run) == what), key=itemgetter("seed"))
-        if mine and what[0] in methods:
-            seeds = ", ".join(f"{run['seed']}" for run in mine)
-            cells = [spread([run[name] for run in mine]) for name in columns]
-            yield what[0], differs(mine[0]), f"{mine[0]['rate']:g}", seeds, *cells
+        by_seed = sorted((run for run in runs if what_of(run) == what), key=itemgetter("seed"))
+        for rate, mine in sorted(by(by_seed, "rate").items()):
+            if what[0] in methods:
+                seeds = ", ".join(f"{run['seed']}" for run in mine)
+                cells = [spread([run[name] for run in mine]) for name in columns]
+                yield what[0], differs(mine[0]), f"{rate:g}", seeds, *cells
 
 
 def picture():

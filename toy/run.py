@@ -143,7 +143,7 @@ class Config:
     t_max: ClassVar = 0.98
     damping_sigma: ClassVar = 0.01
     fake_gradient: ClassVar = "exact"
-    fake_samples: ClassVar = "last"  # which matters in several steps: see toy/README.md
+    fake_samples: ClassVar = "last"  # as in our recipes; adm.py's --fake-samples
 
 
 # --- Networks -------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def found():
 
 
 def run():
-    """Searches and runs what results/why.json does not hold yet."""
+    """Searches and runs what results/why.json does not hold yet; the start is measured anew."""
     results = read_json(FILE, "results", *HELD) if FILE.exists() else {part: {} for part in HELD}
     world, of_search = (World(Config(**seeds)) for seeds in (SEEDS, SEARCH_SEEDS))
     for steps in (1, 4):
