@@ -405,13 +405,15 @@ def measured(runs, regime, label, measure="TV"):
     return np.array([MEASURES[measure](row) for row in rows])
 
 
+what_of = itemgetter("method", "flags", "change")  # of a row of the digits' results
+
+
 def runs_in(folder):
     """{(regime, run): its rows, in the order of their seeds} of all files that are there."""
-    of_digits = itemgetter("method", "flags", "change")
     runs = {}
     for regime in (*REGIMES, "digits", "digits-levers"):
         for row in sorted(opened(folder, regime)["runs"], key=itemgetter("seed")):
-            label = row.get("name") or " ".join(filter(None, of_digits(row)))
+            label = row.get("name") or " ".join(filter(None, what_of(row)))
             runs.setdefault((regime, label), []).append(row)
     return runs
 

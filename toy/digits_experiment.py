@@ -21,7 +21,7 @@ from models import load_denoiser
 from runtime import curves
 from runtime.files import read_json, remove, write_json
 from runtime.script import run
-from toy.claims import best_rate
+from toy.claims import best_rate, what_of
 from toy.digits_changes import CHANGES, NONE, changed
 from toy.digits_measure import NUMBERS
 from toy.digits_samples import RESULTS, judge, open_run, sample, teacher_samples
@@ -328,11 +328,6 @@ def cost(turns=5, iterations=10):
         about = {"method": method, "flags": more, "change": change}
         rows.append({**about, "cost": round(float(np.median(many)), 3)})
     write_json(COST_JSON, {"runs": rows})
-
-
-def what_of(row):
-    """(method, flags, change) of a row of the results, as in LEVERS."""
-    return row["method"], row["flags"], row["change"]
 
 
 def runs_of(path):

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from families import load_teacher
-from toy.claims import markdown
+from toy.claims import markdown, what_of
 from toy.digits_changes import NONE
 from toy.digits_experiment import (
     AFTER_ADP,
@@ -25,7 +25,6 @@ from toy.digits_experiment import (
     runs_of,
     seeds_of,
     warmup_of,
-    what_of,
 )
 from toy.digits_measure import NUMBERS, measure
 from toy.digits_samples import REFERENCE, RESULTS, of_teacher, open_run, sample, teacher_samples
@@ -112,13 +111,15 @@ def spread(values):
 def table_of_levers(runs, methods, columns=("fd", "fd_any")):
     """Rows: of these methods, and of those of LEVERS among the runs, mean and range over seeds."""
     yield "method", "what differs", "rate", "seeds", *columns
-    for what in [*((method, "", NONE) for method in methods), *LEVERS]:
-        by_seed = sorted((run for run in runs if what_of(run) == what), key=itemgetter("seed"))
-        for rate, mine in sorted(by(by_seed, "rate").items()):
-            if what[0] in methods:
-                seeds = ", ".join(f"{run['seed']}" for run in mine)
-                cells = [spread([run[name] for run in mine]) for name in columns]
-                yield what[0], differs(mine[0]), f"{rate:g}", seeds, *cells
+    wanted = [(method, "", NONE) for method in methods]
+    wanted += [what for what in LEVERS if what[0] in methods]
+    by_seed = sorted(runs, key=itemgetter("seed"))
+    groups = by(by_seed, "method", "flags", "change")
+    for what in wanted:
+        for rate, mine in sorted(by(groups.get(what, []), "rate").items()):
+            seeds = ", ".join(f"{run['seed']}" for run in mine)
+            cells = [spread([run[name] for run in mine]) for name in columns]
+            yield what[0], differs(mine[0]), f"{rate:g}", seeds, *cells
 
 
 def picture():
